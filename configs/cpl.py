@@ -1,0 +1,20 @@
+"""Contrastive preference learning on the embedded reviews, from the SFT policy."""
+
+from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig
+from rlhf_jax.objectives import CPLConfig
+from rlhf_jax.training.optimizer import OptimizerConfig
+
+
+def get_config(arg: str | None = None) -> ExperimentConfig:
+  """CPL with log-ratios to the SFT policy (CPL-KL); SFT is its behaviour-cloning warm start."""
+  del arg
+  return ExperimentConfig(
+    name='cpl',
+    objective=CPLConfig(alpha=0.5, lam=0.75, use_reference=True),
+    steps=300,
+    batch_size=64,
+    policy=InitConfig(init='configs/sft.py'),
+    reward_model=InitConfig(init='configs/reward_model.py'),
+    optimizer=OptimizerConfig(learning_rate=3e-4, schedule='linear', warmup_updates=20),
+    evaluation=EvaluationConfig(every=50),
+  )

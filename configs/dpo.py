@@ -1,0 +1,20 @@
+"""Direct preference optimisation on the embedded reviews, from the SFT policy."""
+
+from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig
+from rlhf_jax.objectives import DPOConfig
+from rlhf_jax.training.optimizer import OptimizerConfig
+
+
+def get_config(arg: str | None = None) -> ExperimentConfig:
+  """Sigmoid DPO; the reward model only measures."""
+  del arg
+  return ExperimentConfig(
+    name='dpo',
+    objective=DPOConfig(beta=0.5),
+    steps=300,
+    batch_size=64,
+    policy=InitConfig(init='configs/sft.py'),
+    reward_model=InitConfig(init='configs/reward_model.py'),
+    optimizer=OptimizerConfig(learning_rate=3e-4, schedule='linear', warmup_updates=20),
+    evaluation=EvaluationConfig(every=50),
+  )

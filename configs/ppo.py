@@ -1,0 +1,22 @@
+"""PPO on the embedded reviews against the reward model, from the SFT policy."""
+
+from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig
+from rlhf_jax.objectives import PPOConfig
+from rlhf_jax.training.optimizer import OptimizerConfig
+
+
+def get_config(arg: str | None = None) -> ExperimentConfig:
+  """Two epochs of two minibatches a rollout; the value function starts as the reward model."""
+  del arg
+  return ExperimentConfig(
+    name='ppo',
+    objective=PPOConfig(
+      epochs=2, minibatches=2, kl_coefficient=0.3, value_model='reward_model', lam=0.95
+    ),
+    steps=100,
+    batch_size=128,
+    policy=InitConfig(init='configs/sft.py'),
+    reward_model=InitConfig(init='configs/reward_model.py'),
+    optimizer=OptimizerConfig(learning_rate=3e-4, epsilon=1e-5),
+    evaluation=EvaluationConfig(every=20),
+  )

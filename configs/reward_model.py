@@ -1,0 +1,19 @@
+"""A Bradley-Terry reward model on the embedded reviews, its trunk from the SFT policy."""
+
+from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig
+from rlhf_jax.objectives import RewardModelConfig
+from rlhf_jax.training.optimizer import OptimizerConfig
+
+
+def get_config(arg: str | None = None) -> ExperimentConfig:
+  """Comparisons of two reviews of the same beginning, labelled with noise."""
+  del arg
+  return ExperimentConfig(
+    name='reward_model',
+    objective=RewardModelConfig(),
+    steps=500,
+    batch_size=64,
+    policy=InitConfig(init='configs/sft.py'),
+    optimizer=OptimizerConfig(learning_rate=1e-3, schedule='cosine', warmup_updates=20),
+    evaluation=EvaluationConfig(every=100),
+  )

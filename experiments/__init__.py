@@ -1,0 +1,1 @@
+"""Programs: train one stage, evaluate and sample from a run, compare objectives."""

@@ -1,0 +1,76 @@
+"""What all programs share: flags, one clear message for the user's mistakes, exit codes."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from rlhf_jax.common.errors import UserError
+from rlhf_jax.stages import StoppedError
+
+DONE, USER_ERROR, STOPPED = 0, 1, 75
+
+flags.DEFINE_bool('debug', False, 'Show tracebacks of errors, and check every operation for nan.')
+flags.DEFINE_string(
+  'cache_dir',
+  os.path.join('~', '.cache', 'rlhf_jax', 'xla'),
+  'Folder of compiled programs, shared by runs; empty: compile anew every time.',
+)
+
+
+def define_config(help_text: str) -> flags.FlagHolder:
+  """The --config flag; `--config.a.b=value` sets a field."""
+  return config_flags.DEFINE_config_file('config', None, help_text)
+
+
+def run(main: Callable[[], int]) -> None:
+  """Runs a program and exits with its code.
+
+  What the user got wrong (flags, config, data, run directories) ends with its message alone and
+  code 1; `--debug` shows the traceback. A stop on request ends with code 75.
+  """
+
+  def guarded(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      fail(f'{argv[1]}: not understood; every option has the form --name=value (see --help).')
+    logging.set_verbosity(logging.WARNING)
+    if flags.FLAGS.debug:
+      jax.config.update('jax_debug_nans', True)
+    if flags.FLAGS.cache_dir:
+      jax.config.update('jax_compilation_cache_dir', os.path.expanduser(flags.FLAGS.cache_dir))
+      jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    try:
+      sys.exit(main())
+    except StoppedError:
+      sys.exit(STOPPED)
+    except UserError as error:
+      fail(str(error))
+
+  app.run(guarded, flags_parser=parse)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  """Parses flags; unknown config fields and wrong types end with a message, not a traceback."""
+  try:
+    return app.parse_flags_with_usage(list(argv))
+  except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+    if '--debug' in argv:
+      traceback.print_exc()
+    text = error.args[0] if isinstance(error, KeyError) else str(error)
+    fail(f'{text}\nThe flags were: {" ".join(argv[1:])}')
+    raise AssertionError from error  # fail does not return
+  except UserError as error:
+    fail(str(error))
+    raise AssertionError from error
+
+
+def fail(message: str) -> None:
+  """Prints a message and exits with the code of a user's mistake."""
+  if flags.FLAGS.is_parsed() and flags.FLAGS.debug:
+    traceback.print_exc()
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(USER_ERROR)

@@ -1,0 +1,1 @@
+"""From evaluations to a study's summary, and from a summary to its report."""

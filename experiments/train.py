@@ -1,0 +1,55 @@
+"""Trains one stage: a config names the model, the data and the objective.
+
+  python -m experiments.train --config=configs/dpo.py --workdir=runs/dpo
+  python -m experiments.train --config=configs/dpo.py --config.objective.beta=0.3 --workdir=runs/b3
+
+Any field can be set on the command line. A stage that starts from another one (policy.init,
+reward_model.init) runs that one first and keeps its result under --root for the next that needs it.
+The same command again goes on where it was interrupted, and gives the same bits.
+
+Exit codes: 0 done, 1 something given is wrong (one message says what), 75 stopped by SIGTERM or
+Ctrl-C with its state saved: run the same command again to go on.
+"""
+
+import pathlib
+
+from absl import flags
+
+from experiments import cli
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.stages import run_stage
+
+CONFIG = cli.define_config('The stage: a file that defines get_config(), such as configs/dpo.py.')
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'The run directory; made when it does not exist.', required=True
+)
+ROOT = flags.DEFINE_string(
+  'root', None, 'Where stages that this one starts from are kept; default: the parent of --workdir.'
+)
+OVERWRITE = flags.DEFINE_bool(
+  'overwrite', False, 'Delete a run of another config that is in --workdir, and start over.'
+)
+
+
+def main() -> int:
+  config = CONFIG.value
+  if not isinstance(config, ExperimentConfig):
+    raise ConfigError(
+      '',
+      type(config).__name__,
+      'an ExperimentConfig from get_config()',
+      'A study of several stages is run by experiments.compare.',
+    )
+  root = ROOT.value or str(pathlib.Path(WORKDIR.value).parent)
+  outcome = run_stage(config, WORKDIR.value, root=root, overwrite=OVERWRITE.value)
+  if outcome.stopped:
+    print(f'{config.name}: stopped; run the same command again to go on.')
+    return cli.STOPPED
+  print(f'{config.name}: done, {outcome.run.folder / "result.json"}')
+  return cli.DONE
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('config')
+  cli.run(main)

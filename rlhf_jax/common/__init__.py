@@ -1,0 +1,1 @@
+"""Shared types, metrics, masked statistics, PRNG streams and shape checks."""

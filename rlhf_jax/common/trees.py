@@ -1,0 +1,33 @@
+"""Pytrees as flat dictionaries with canonical names, and their fingerprint."""
+
+import hashlib
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """The leaves by name, sorted: `{'policy.embedding': ..., 'opt_state.1.mu.policy...': ...}`."""
+  leaves = {
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  return dict(sorted(leaves.items()))
+
+
+def unflatten(like: Any, leaves: dict[str, Any]) -> Any:
+  """The inverse of `flatten`, in the structure of `like`."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: leaves[jax.tree_util.keystr(path, simple=True, separator='.')], like
+  )
+
+
+def sha256(tree: Any) -> str:
+  """SHA-256 over names, dtypes, shapes and little-endian bytes of the leaves in order of name."""
+  digest = hashlib.sha256()
+  for name, leaf in flatten(tree).items():
+    array = np.ascontiguousarray(jax.device_get(leaf))
+    digest.update(f'{name}:{array.dtype.name}:{array.shape}\n'.encode())
+    digest.update(array.astype(array.dtype.newbyteorder('<'), copy=False).tobytes())
+  return digest.hexdigest()

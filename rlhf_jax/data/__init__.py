@@ -1,0 +1,1 @@
+"""Sources of feedback, tokenizers, and pipelines to fixed-shape batches."""

@@ -1,0 +1,147 @@
+"""What data a stage learns from, and how text becomes tokens."""
+
+import dataclasses
+
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.feedback.labelling import LabelConfig
+
+TRUNCATIONS = ('keep_end', 'keep_start')
+RESPONSES = ('chosen', 'all')
+ON_ERROR = ('strict', 'quarantine')
+TRAINED_TOKENIZERS = ('word', 'byte')
+EMBEDDED = 'embedded:reviews'
+# The special tokens and, for bytes, one token each: no vocabulary can be smaller.
+SMALLEST_VOCABULARY = {'word': 5, 'byte': 260}
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReviewsConfig:
+  """How much feedback the embedded task makes, and how it is labelled; 'embedded:reviews' only."""
+
+  # Records to learn from of each kind; the held-out ones (data.held_out) come on top.
+  demonstrations: int = 6000
+  comparisons: int = 6000
+  prompts: int = 2048
+  labels: LabelConfig = dataclasses.field(default_factory=LabelConfig)
+  # Seeds the texts and the labels: equal seeds give equal feedback, whatever the run's seed.
+  seed: int = 0
+
+  def validate(self, path: str) -> None:
+    """Raises ConfigError for values that cannot work."""
+    for name in ('demonstrations', 'comparisons', 'prompts'):
+      if getattr(self, name) < 1:
+        raise ConfigError(f'{path}.{name}', getattr(self, name), 'an integer >= 1')
+    if self.seed < 0:
+      raise ConfigError(f'{path}.seed', self.seed, 'an integer >= 0')
+    self.labels.validate(f'{path}.labels')
+
+
+@dataclasses.dataclass(kw_only=True)
+class TFDSConfig:
+  """Which fields and splits of a tensorflow-datasets builder to read; 'tfds:NAME' only."""
+
+  # The split to learn from, in the slicing language of tfds, e.g. 'train[:90%]'.
+  split: str = 'train'
+  # The split kept for evaluation; None: data.held_out of the records of `split`.
+  held_out_split: str | None = None
+  # The text field that holds prompts; None: every prompt is empty.
+  prompt_field: str | None = None
+  # The text field that holds responses; None: the records are prompts only.
+  response_field: str | None = 'text'
+
+  def validate(self, path: str) -> None:
+    """Raises ConfigError for values that cannot work."""
+    if not self.split:
+      raise ConfigError(f'{path}.split', self.split, "a split, such as 'train'")
+    if self.prompt_field is None and self.response_field is None:
+      raise ConfigError(
+        f'{path}.response_field',
+        None,
+        'a text field here or in prompt_field',
+        'Without either there is nothing to read.',
+      )
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataConfig:
+  """A source of feedback, and the shape of its batches."""
+
+  # 'embedded:reviews' (a task with a known optimum), 'jsonl' (a file) or 'tfds:NAME'.
+  source: str = EMBEDDED
+  # The file of 'jsonl', plain or .gz; the data_dir of 'tfds:NAME' (None: the tfds default).
+  path: str | None = None
+  # A second 'jsonl' file kept for evaluation; None: data.held_out of the records of `path`.
+  held_out_path: str | None = None
+  # Records kept for evaluation: a fraction below 1, else a count. Records of one prompt stay on one
+  # side.
+  held_out: float = 0.1
+  # 'strict': a bad record is an error; 'quarantine': it goes to a side file with the reason.
+  on_error: str = 'strict'
+  # What supervised stages imitate: the demonstrations (the chosen responses where the source has
+  # none), or 'all', which adds both responses of every comparison (CPL's behaviour cloning).
+  responses: str = 'chosen'
+  # Tokens of a prompt, the first of them <bos>; shorter ones are padded on the left.
+  prompt_length: int = 5
+  # Tokens of a response, <eos> included; shorter ones are padded on the right, longer ones are cut
+  # and have no <eos>.
+  response_length: int = 16
+  # The part of a longer prompt that is kept; dialogues want the end (Rafailov et al. 2023's code).
+  truncation: str = 'keep_end'
+  # 'word' (split at white space) or 'byte' (byte-level BPE), trained on the training records; else a
+  # folder with a tokenizer of ours or of Hugging Face's.
+  tokenizer: str = 'word'
+  # The most tokens a trained tokenizer may have.
+  vocab_size: int = 8192
+  reviews: ReviewsConfig = dataclasses.field(default_factory=ReviewsConfig)
+  tfds: TFDSConfig = dataclasses.field(default_factory=TFDSConfig)
+
+  def validate(self, path: str) -> None:
+    """Raises ConfigError for values that cannot work."""
+    self._validate_source(path)
+    for name, kinds in (
+      ('on_error', ON_ERROR),
+      ('responses', RESPONSES),
+      ('truncation', TRUNCATIONS),
+    ):
+      if getattr(self, name) not in kinds:
+        raise ConfigError(f'{path}.{name}', getattr(self, name), f'one of {kinds}')
+    if not (0 <= self.held_out < 1 or float(self.held_out).is_integer() and self.held_out >= 1):
+      raise ConfigError(f'{path}.held_out', self.held_out, 'a fraction in [0, 1) or a whole count')
+    if self.prompt_length < 2:
+      raise ConfigError(
+        f'{path}.prompt_length', self.prompt_length, 'an integer >= 2', '<bos> takes one.'
+      )
+    if self.response_length < 1:
+      raise ConfigError(f'{path}.response_length', self.response_length, 'an integer >= 1')
+    if not self.tokenizer:
+      raise ConfigError(f'{path}.tokenizer', self.tokenizer, "'word', 'byte' or a folder")
+    smallest = SMALLEST_VOCABULARY.get(self.tokenizer, 0)
+    if self.vocab_size < smallest:
+      raise ConfigError(f'{path}.vocab_size', self.vocab_size, f'an integer >= {smallest}')
+    self.reviews.validate(f'{path}.reviews')
+    self.tfds.validate(f'{path}.tfds')
+
+  def _validate_source(self, path: str) -> None:
+    kind, _, name = self.source.partition(':')
+    if self.source not in (EMBEDDED, 'jsonl') and not (kind == 'tfds' and name):
+      raise ConfigError(f'{path}.source', self.source, f"'{EMBEDDED}', 'jsonl' or 'tfds:NAME'")
+    if self.source == 'jsonl' and self.path is None:
+      raise ConfigError(f'{path}.path', None, 'a file', f'Give it: --config.{path}.path=FILE.')
+    if self.source == EMBEDDED and self.path is not None:
+      raise ConfigError(
+        f'{path}.path',
+        self.path,
+        f'none with source {EMBEDDED!r}, which makes its own records',
+        f"To read the file, set --config.{path}.source='jsonl'.",
+      )
+    if self.source != 'jsonl' and self.held_out_path is not None:
+      raise ConfigError(
+        f'{path}.held_out_path', self.held_out_path, f'none with source {self.source!r}'
+      )
+    if self.source == EMBEDDED and self.tokenizer != 'word':
+      raise ConfigError(
+        f'{path}.tokenizer',
+        self.tokenizer,
+        f"'word' with source {EMBEDDED!r}",
+        'Its responses are cut at whole words, which then must be tokens.',
+      )

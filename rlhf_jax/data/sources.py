@@ -1,0 +1,122 @@
+"""From a data config to the feedback it names."""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Sequence
+
+from rlhf_jax.common.errors import DataError
+from rlhf_jax.data import embedded, jsonl, tfds
+from rlhf_jax.data.config import EMBEDDED, DataConfig
+from rlhf_jax.data.rejects import Rejects
+from rlhf_jax.feedback.dataset import Feedback, Split
+from rlhf_jax.feedback.records import Comparison, Demonstration, Prompt
+
+Record = Prompt | Demonstration | Comparison
+
+
+def load(config: DataConfig, quarantine: pathlib.Path | None = None) -> Feedback:
+  """Reads or makes the feedback that a validated config names.
+
+  Args:
+    config: the source and what to hold out.
+    quarantine: where bad records go, with `on_error='quarantine'`.
+
+  Returns:
+    The feedback. From comparisons, demonstrations (prompt and chosen) and prompts (each once)
+    derive; from demonstrations, prompts.
+
+  Raises:
+    DataError: the source is missing or empty, has a bad record, or leaves nothing to learn from.
+  """
+  if config.source == EMBEDDED:
+    feedback = embedded.make(config.reviews, config.held_out, config.response_length)
+    return dataclasses.replace(
+      feedback,
+      train=_complete(feedback.train, config.responses),
+      held_out=_complete(feedback.held_out, config.responses),
+    )
+  rejects = Rejects()
+  kept, held_out = _read(config, rejects)
+  quarantined = rejects.settle(config.on_error, quarantine)
+  if held_out is None:
+    kept, held_out = split_by_prompt(kept, config.held_out)
+  if not kept:
+    raise DataError(
+      f'{config.source} {config.path}: no records to learn from ({quarantined} set aside, '
+      f'{len(held_out)} held out). Lower --config.data.held_out, or mend the source.'
+    )
+  name = config.source if config.path is None else f'{config.source}:{config.path}'
+  return Feedback(
+    source=name,
+    train=_complete(_split(kept), config.responses),
+    held_out=_complete(_split(held_out), config.responses),
+    quarantined=quarantined,
+  )
+
+
+def split_by_prompt(
+  records: Sequence[Record], held_out: float
+) -> tuple[list[Record], list[Record]]:
+  """Holds out a fraction (below 1) or a count of records; all records of a prompt stay together.
+
+  Prompts are taken in the order of their SHA-256 until the number is reached: the choice depends
+  on what the records say, not on their order, and moves little when records are added. Records
+  without a prompt are taken one by one.
+  """
+  wanted = int(held_out) if held_out >= 1 else round(held_out * len(records))
+  groups: dict[str, list[int]] = {}
+  for row, record in enumerate(records):
+    groups.setdefault(_digest(record), []).append(row)
+  taken: set[int] = set()
+  for digest in sorted(groups):
+    if len(taken) >= wanted:
+      break
+    taken.update(groups[digest])
+  kept = [record for row, record in enumerate(records) if row not in taken]
+  return kept, [records[row] for row in sorted(taken)]
+
+
+def _digest(record: Record) -> str:
+  if isinstance(record, Prompt):
+    text = record.text
+  elif record.prompt:
+    text = record.prompt
+  else:
+    text = record.response if isinstance(record, Demonstration) else record.chosen
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(config: DataConfig, rejects: Rejects) -> tuple[Sequence[Record], Sequence[Record] | None]:
+  if config.source == 'jsonl':
+    assert config.path is not None
+    kept = jsonl.read(config.path, rejects)
+    if config.held_out_path is None:
+      return kept, None
+    return kept, jsonl.read(config.held_out_path, rejects)
+  name = config.source.removeprefix('tfds:')
+  rows = tfds.read(name, config.tfds.split, config.path, config.tfds, rejects)
+  if config.tfds.held_out_split is None:
+    return rows, None
+  return rows, tfds.read(name, config.tfds.held_out_split, config.path, config.tfds, rejects)
+
+
+def _split(records: Sequence[Record]) -> Split:
+  return Split(
+    prompts=tuple(record for record in records if isinstance(record, Prompt)),
+    demonstrations=tuple(record for record in records if isinstance(record, Demonstration)),
+    comparisons=tuple(record for record in records if isinstance(record, Comparison)),
+  )
+
+
+def _complete(split: Split, responses: str) -> Split:
+  """Derives demonstrations from comparisons, and prompts from both, where the source has none."""
+  demonstrations = list(split.demonstrations)
+  if responses == 'all' or not demonstrations:
+    for pair in split.comparisons:
+      demonstrations.append(Demonstration(pair.prompt, pair.chosen))
+      if responses == 'all':
+        demonstrations.append(Demonstration(pair.prompt, pair.rejected))
+  texts = dict.fromkeys(record.prompt for record in (*demonstrations, *split.comparisons))
+  prompts = split.prompts if split.prompts else tuple(map(Prompt, texts))
+  return Split(prompts, tuple(demonstrations), split.comparisons)

@@ -1,0 +1,1 @@
+"""What people and judges say about responses: records, labellers, and sets of feedback."""

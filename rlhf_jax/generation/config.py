@@ -1,0 +1,35 @@
+"""How responses are sampled."""
+
+import dataclasses
+import math
+
+from rlhf_jax.common.errors import ConfigError
+
+
+@dataclasses.dataclass(kw_only=True)
+class GenerationConfig:
+  """The sampling distribution and what ends a response."""
+
+  # Logits are divided by it, in the sampler and wherever log-probs of the samples are computed;
+  # 0: the likeliest token, always.
+  temperature: float = 1.0
+  # Only the k likeliest tokens may be drawn (Fan et al. 2018); 0: all.
+  top_k: int = 0
+  # Only the fewest likeliest tokens that hold this probability may be drawn (Holtzman et al. 2020);
+  # 1: all.
+  top_p: float = 1.0
+  # Token ids that end a response, besides the tokenizer's end of sequence; they belong to it.
+  stop_tokens: tuple[int, ...] = ()
+
+  def validate(self, path: str) -> None:
+    """Raises ConfigError, naming the field below `path`, for values that cannot work."""
+    if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+      raise ConfigError(f'{path}.temperature', self.temperature, 'a finite number, 0 or above')
+    if self.top_k < 0:
+      raise ConfigError(f'{path}.top_k', self.top_k, 'a number of tokens, or 0 for all')
+    if not 0.0 < self.top_p <= 1.0:
+      raise ConfigError(
+        f'{path}.top_p', self.top_p, 'a probability above 0 and at most 1 (1: all tokens)'
+      )
+    if any(token < 0 for token in self.stop_tokens):
+      raise ConfigError(f'{path}.stop_tokens', self.stop_tokens, 'token ids, 0 or above')

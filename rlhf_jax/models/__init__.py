@@ -1,0 +1,1 @@
+"""The config-driven decoder, its scalar heads, and the roles it plays."""

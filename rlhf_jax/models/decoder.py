@@ -1,0 +1,314 @@
+"""The decoder as pure functions over a plain nested dict of float32 parameters.
+
+`params['layers']` holds the parameters of all blocks stacked along a leading axis `[L, ...]`,
+whether the layers are then scanned or unrolled, so that a checkpoint serves both.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.common.checks import ShapeError, check_shapes
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.models import rotary
+from rlhf_jax.models.cache import Cache
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.layers import Block, Norm, named
+from rlhf_jax.sharding.mesh import constrain_batch
+
+Array = jax.Array
+Params = dict[str, Any]
+
+
+class Context(NamedTuple):
+  """What a layer needs to know of the tokens: `[B, T, S]` bool mask, and the rotation if any."""
+
+  mask: Array
+  rotation: rotary.Rotation | None
+
+
+# Keyed by whether a layer is windowed; only the kinds that there are.
+_ByKind = dict[bool, Context]
+_Layer = Callable[[Params, Array, Context], Array]
+
+
+def init(config: ModelConfig, key: Array) -> Params:
+  """Float32 parameters; raises ConfigError while the vocabulary's size is not known."""
+  return nn.meta.unbox(_init_boxed(config, key))
+
+
+def logical_axes(config: ModelConfig) -> Params:
+  """The tree of `init` with, for each parameter, a tuple of logical axis names (None: no name)."""
+  boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+  specs = nn.get_partition_spec({key: value for key, value in boxed.items() if key != 'layers'})
+  layers = nn.get_partition_spec(boxed['layers'])
+  axes = jax.tree.map(tuple, specs, is_leaf=_is_spec)
+  axes['layers'] = jax.tree.map(lambda spec: ('layers', *spec), layers, is_leaf=_is_spec)
+  return axes
+
+
+def unstack_layers(params: Params) -> Params:
+  """Parts the stacked blocks, so that a loop around the decoder does not slice them every time.
+
+  What comes back is good for `hidden_states` and `logits` with `scan_layers` off, for nothing else.
+  """
+  if isinstance(params['layers'], tuple):
+    return params
+  count = jax.tree.leaves(params['layers'])[0].shape[0]
+  parts = [jax.tree.map(operator.itemgetter(i), params['layers']) for i in range(count)]
+  return params | {'layers': tuple(parts)}
+
+
+@overload
+def hidden_states(
+  config: ModelConfig, params: Params, tokens: Array, mask: Array, *, cache: None = None
+) -> tuple[Array, None]: ...
+
+
+@overload
+def hidden_states(
+  config: ModelConfig, params: Params, tokens: Array, mask: Array, *, cache: Cache
+) -> tuple[Array, Cache]: ...
+
+
+def hidden_states(
+  config: ModelConfig,
+  params: Params,
+  tokens: Array,
+  mask: Array,
+  *,
+  cache: Cache | None = None,
+) -> tuple[Array, Cache | None]:
+  """Runs the blocks, each token seeing itself and the real tokens before it.
+
+  A token's position is the number of real tokens before it, so padding on either side changes
+  nothing. With a cache the tokens are appended to it, and see what it holds; the caller leaves
+  room for them.
+
+  Args:
+    config: the architecture.
+    params: from `init`.
+    tokens: `[B, T]` int32.
+    mask: `[B, T]` bool, True at real tokens; what comes out at others means nothing.
+    cache: from `init_cache` or an earlier call.
+
+  Returns:
+    `[B, T, width]` final hidden states in the compute type, ready for `logits` and scalar heads;
+    and the new cache, None if none was given.
+
+  Raises:
+    ShapeError: tokens, mask and cache disagree, or the cache is too short.
+    ConfigError: there are fewer learned positions than columns.
+  """
+  check_shapes('tokens:BT mask:BT', tokens=tokens, mask=mask)
+  length = tokens.shape[1]
+  first: int | Array = 0
+  keys = mask
+  positions = _count_before(mask)
+  if cache is not None:
+    check_shapes('cache:BS tokens:BT', cache=cache.mask, tokens=tokens)
+    first = cache.index
+    keys = jax.lax.dynamic_update_slice(cache.mask, mask, (0, first))
+    positions = positions + cache.positions[:, None]
+    seen = cache.positions + mask.sum(1, dtype=jnp.int32)
+    cache = dataclasses.replace(cache, mask=keys, positions=seen)
+  _check_room(config, length, keys.shape[1])
+  context = _context(config, keys, first, positions)
+  x = constrain_batch(_embed(config, params, tokens, positions))
+  run = _scan if config.scan_layers else _unroll
+  x, cache = run(config, params['layers'], x, context, cache)
+  if cache is not None:
+    cache = dataclasses.replace(cache, index=cache.index + length)
+  if config.norm_placement != 'post':
+    norm: Callable[..., Any] = _final_norm(config).apply
+    x = norm({'params': params['final_norm']}, x)
+  return x, cache
+
+
+def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
+  """Scores of the next token, `[..., width]` -> `[..., V]` float32."""
+  if config.tied_embeddings:
+    kernel = params['embedding'].T
+  else:
+    kernel = params['unembedding']
+  scores = jnp.einsum(
+    '...d,dv->...v', hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
+  )
+  if config.logit_softcap is not None:
+    scores = config.logit_softcap * jnp.tanh(scores / config.logit_softcap)
+  return scores[..., : config.vocab_size]
+
+
+def _is_spec(leaf: object) -> bool:
+  return isinstance(leaf, jax.sharding.PartitionSpec)
+
+
+def _final_norm(config: ModelConfig) -> Norm:
+  return Norm(config, config.norm, 'embed')
+
+
+def _init_boxed(config: ModelConfig, key: Array) -> Params:
+  if config.vocab_size < 1:
+    raise ConfigError(
+      'model.vocab_size',
+      config.vocab_size,
+      'the number of token ids',
+      'It must be set, or filled in from the tokenizer, before parameters are made.',
+    )
+  names = ('embedding', 'positions', 'unembedding', 'layers')
+  keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+  std = config.width**-0.5 if config.init_std is None else config.init_std
+  normal = nn.initializers.normal(std)
+  table = (config.padded_vocab_size, config.width)
+  params = {'embedding': named(normal, ('vocab', 'embed'))(keys['embedding'], table)}
+  if config.positions == 'learned':
+    shape = (config.max_length, config.width)
+    params['positions'] = named(normal, ('position', 'embed'))(keys['positions'], shape)
+  if not config.tied_embeddings:
+    params['unembedding'] = named(normal, ('embed', 'vocab'))(keys['unembedding'], table[::-1])
+  x = jnp.zeros((1, 1, config.width))
+  if config.norm_placement != 'post':
+    params['final_norm'] = _final_norm(config).init(key, x)['params']
+  by = rotary.rotation(config, jnp.zeros((1, 1), jnp.int32), local=False)
+  sees = jnp.ones((1, 1, 1), bool)
+  block_keys = jax.random.split(keys['layers'], config.layers)
+  params['layers'] = jax.vmap(lambda k: Block(config).init(k, x, by, sees)['params'])(block_keys)
+  return params
+
+
+def _embed(config: ModelConfig, params: Params, tokens: Array, positions: Array) -> Array:
+  x = params['embedding'][tokens].astype(config.dtype)
+  if config.embedding_scale != 1.0:
+    # Rounded to the compute type first, as Gemma does.
+    x = x * jnp.asarray(config.embedding_scale, config.dtype)
+  if config.positions == 'learned':
+    x = x + params['positions'][positions].astype(config.dtype)
+  return x
+
+
+def _count_before(mask: Array) -> Array:
+  """`[B, T]` bool -> `[B, T]` int32: how many True come before each column."""
+  return jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask
+
+
+def _check_room(config: ModelConfig, length: int, columns: int) -> None:
+  if length > columns:
+    raise ShapeError(f'tokens: {length} columns do not fit a cache of {columns}.')
+  if config.positions == 'learned' and columns > config.max_length:
+    raise ConfigError(
+      'model.max_length',
+      config.max_length,
+      f'at least {columns}, the length of the sequences',
+      'Learned positions do not go beyond their table: raise it, or shorten the sequences.',
+    )
+
+
+def _context(config: ModelConfig, keys: Array, first: int | Array, positions: Array) -> _ByKind:
+  """What layers of each kind see: real tokens at or before the column, in the window if local.
+
+  Args:
+    config: the architecture.
+    keys: `[B, S]` bool, columns that hold real tokens.
+    first: the column of the first query.
+    positions: `[B, T]` int32, of the queries.
+  """
+  last_seen = first + jnp.arange(positions.shape[1])
+  visible = (jnp.arange(keys.shape[1]) <= last_seen[:, None]) & keys[:, None]
+  context = {}
+  for local in set(config.is_local()):
+    mask, by = visible, None
+    if local and config.window is not None:
+      mask = visible & (positions[:, :, None] - _count_before(keys)[:, None] < config.window)
+    if config.positions == 'rotary':
+      by = rotary.rotation(config, positions, local=local)
+    context[local] = Context(mask, by)
+  return context
+
+
+def _layer(config: ModelConfig, write: Callable[..., tuple[Array, ...]] | None = None) -> _Layer:
+  """The function of one layer; `write` stores new keys and values and returns all there are."""
+
+  def apply(params: Params, x: Array, context: Context) -> Array:
+    run: Callable[..., Any] = functools.partial(Block(config).apply, {'params': params})
+    query, *stored = run(x, context.rotation, method='project')
+    if write is not None:
+      stored = write(*stored)
+    return constrain_batch(run(x, query, *stored, context.mask, method='finish'))
+
+  if config.remat == 'none' or write is not None:
+    return apply
+  policies = jax.checkpoint_policies
+  policy = {
+    'dots': policies.dots_with_no_batch_dims_saveable,
+    'full': policies.nothing_saveable,
+  }[config.remat]
+  # Without the barrier the compiler may undo the recomputation; a scan is a barrier of its own.
+  return jax.checkpoint(apply, policy=policy, prevent_cse=not config.scan_layers)
+
+
+def _unroll(
+  config: ModelConfig, layers: Any, x: Array, context: _ByKind, cache: Cache | None
+) -> tuple[Array, Cache | None]:
+  """Layers one by one; a cache is one array a layer, each updated in place."""
+  parts = unstack_layers({'layers': layers})['layers']
+  kinds = config.is_local()
+  if cache is None:
+    apply = _layer(config)
+    for params, local in zip(parts, kinds, strict=True):
+      x = apply(params, x, context[local])
+    return x, None
+  start = (0, 0, cache.index, 0)
+  written: list[tuple[Array, ...]] = []
+  for *old, params, local in zip(cache.keys, cache.values, parts, kinds, strict=True):
+
+    def write(*new: Array, old: list[Any] = old) -> tuple[Array, ...]:
+      both = zip(old, new, strict=True)
+      written.append(tuple(jax.lax.dynamic_update_slice(a, b, start) for a, b in both))
+      return written[-1]
+
+    x = _layer(config, write)(params, x, context[local])
+  keys, values = zip(*written, strict=True)
+  return x, dataclasses.replace(cache, keys=keys, values=values)
+
+
+def _scan(
+  config: ModelConfig, layers: Any, x: Array, context: _ByKind, cache: Cache | None
+) -> tuple[Array, Cache | None]:
+  """Layers by one compiled block; a cache is carried whole, and only new columns are written."""
+
+  def pick(local: Array) -> Context:
+    if len(context) == 1:
+      return next(iter(context.values()))
+    return jax.tree.map(lambda a, b: jnp.where(local, a, b), context[True], context[False])
+
+  kinds = jnp.asarray(config.is_local())
+  if cache is None:
+    apply = _layer(config)
+
+    def step(x: Array, layer: Any) -> tuple[Array, None]:
+      return apply(layer[0], x, pick(layer[1])), None
+
+    return jax.lax.scan(step, x, (layers, kinds))[0], None
+  index = cache.index
+
+  def cached_step(carry: Any, layer: Any) -> tuple[Any, None]:
+    x, *stacks = carry
+    params, local, i = layer
+
+    def write(*new: Array) -> tuple[Array, ...]:
+      for which, part in enumerate(new):
+        stacks[which] = jax.lax.dynamic_update_slice(stacks[which], part[None], (i, 0, 0, index, 0))
+      return tuple(jax.lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacks)
+
+    x = _layer(config, write)(params, x, pick(local))
+    return (x, *stacks), None
+
+  xs = (layers, kinds, jnp.arange(config.layers))
+  (x, keys, values), _ = jax.lax.scan(cached_step, (x, cache.keys, cache.values), xs)
+  return x, dataclasses.replace(cache, keys=keys, values=values)

@@ -1,0 +1,44 @@
+"""Supervised fine-tuning, and behaviour cloning: maximum likelihood of given responses."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from rlhf_jax.common.checks import check_shapes
+from rlhf_jax.common.metrics import Mean
+from rlhf_jax.common.types import Sequences
+from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params
+
+
+@dataclasses.dataclass(kw_only=True)
+class SFTConfig:
+  """Supervised fine-tuning has no settings of its own; `data.responses` says what it imitates."""
+
+  def validate(self, path: str) -> None:
+    """Nothing to check."""
+    del path
+
+
+def loss(config: SFTConfig, actors: Actors, params: Params, batch: Sequences) -> LossOutput:
+  """Mean negative log-likelihood of the response tokens, over all tokens of all rows.
+
+  Args:
+    config: the objective's settings.
+    actors: `policy` is called.
+    params: the policy's parameters.
+    batch: `[B, P]` prompts and `[B, R]` responses.
+  """
+  del config
+  check_shapes('prompt:BP prompt_mask:BP response:BR response_mask:BR', **vars(batch))
+  assert actors.policy is not None
+  output = actors.policy(params, batch)
+  mask = batch.response_mask
+  mean = Mean.of(-output.logprobs, mask)
+  return mean, {
+    'nll': mean,
+    'entropy': Mean.of(output.entropy, mask),
+    'sequence_logprob': Mean.of(jnp.where(mask, output.logprobs, 0.0).sum(-1)),
+  }
+
+
+OBJECTIVE = Objective('sft', SFTConfig, 'demonstrations', loss, lambda config: False)

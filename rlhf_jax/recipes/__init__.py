@@ -1,0 +1,41 @@
+"""Wires a config to a recipe: what the loop runs."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+
+from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.feedback.dataset import Feedback
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.objectives import objective_of
+from rlhf_jax.recipes.offline import build_offline
+from rlhf_jax.recipes.online import build_ppo
+from rlhf_jax.recipes.parts import load_parts
+from rlhf_jax.runs import Run
+from rlhf_jax.training.recipe import Recipe
+
+
+class Built(NamedTuple):
+  """A recipe, and what a run directory records of its making."""
+
+  recipe: Recipe
+  mesh: jax.sharding.Mesh
+  tokenizer: Tokenizer
+  model: ModelConfig
+
+
+def build(config: ExperimentConfig, parents: Mapping[str, Run], feedback: Feedback) -> Built:
+  """Makes a validated config's recipe.
+
+  Args:
+    config: the stage's config.
+    parents: finished runs by role, 'policy' and 'reward_model'.
+    feedback: the stage's records.
+  """
+  parts = load_parts(config, parents, feedback)
+  with jax.set_mesh(parts.mesh):
+    online = objective_of(config.objective).data == 'prompts'
+    recipe = build_ppo(parts) if online else build_offline(parts)
+  return Built(recipe, parts.mesh, parts.tokenizer, parts.model)

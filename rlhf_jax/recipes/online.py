@@ -1,0 +1,185 @@
+"""The recipe of objectives that learn from their own samples: PPO."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.common import prng
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.types import PolicyOutput, Prompts, Sequences
+from rlhf_jax.data import pipeline
+from rlhf_jax.evaluation.policy import decode_sequences
+from rlhf_jax.models import roles
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.objectives import Actors, PPOConfig, ppo
+from rlhf_jax.recipes import probes
+from rlhf_jax.recipes.parts import (
+  FrozenRewardModel,
+  Parts,
+  abstract_decoder,
+  abstract_head,
+  init_decoder,
+  load_reward_model,
+  make_trainer,
+  put_batch,
+)
+from rlhf_jax.rollout.rollout import Judges, Sampled, assemble
+from rlhf_jax.rollout.shaping import truncate_for_scoring
+from rlhf_jax.training.recipe import Prepared, Recipe
+from rlhf_jax.training.state import TrainState
+
+Array = jax.Array
+
+
+def value_model_of(parts: Parts, reward_model: FrozenRewardModel | None) -> ModelConfig:
+  """The decoder that the value head sits on."""
+  assert isinstance(parts.config.objective, PPOConfig)
+  if parts.config.objective.value_model == 'reward_model':
+    assert reward_model is not None
+    return reward_model.model
+  return parts.model
+
+
+def abstract_params(parts: Parts, value_model: ModelConfig) -> dict[str, Any]:
+  """Trained trees by role: the policy, the value head, and the value trunk if it has its own."""
+  assert isinstance(parts.config.objective, PPOConfig)
+  trees = {
+    'policy': abstract_decoder(parts.model, parts.mesh),
+    'value_head': abstract_head(value_model, parts.mesh),
+  }
+  if parts.config.objective.value_model != 'shared':
+    trees['value_trunk'] = abstract_decoder(value_model, parts.mesh)
+  return trees
+
+
+def init_params(parts: Parts, reward_model: FrozenRewardModel | None) -> dict[str, Any]:
+  """Starts the policy from its parent, and the value function as the objective says.
+
+  A new value head is zero (Ziegler et al. 2019); one from the reward model starts as its head
+  (Huang et al. 2024), in raw scores.
+  """
+  assert isinstance(parts.config.objective, PPOConfig)
+  kind = parts.config.objective.value_model
+  params = {'policy': init_decoder(parts)}
+  if kind == 'reward_model':
+    assert reward_model is not None
+    # Copies: the reward model itself stays frozen, and trained buffers are donated.
+    trunk, head = (jax.tree.map(jnp.copy, reward_model.params[name]) for name in ('trunk', 'head'))
+    return {**params, 'value_head': head, 'value_trunk': trunk}
+  abstract = abstract_head(parts.model, parts.mesh)
+  head = jax.tree.map(
+    lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract
+  )
+  if kind == 'separate':
+    return {**params, 'value_head': head, 'value_trunk': init_decoder(parts)}
+  return {**params, 'value_head': head}
+
+
+def make_policy(parts: Parts, value_model: ModelConfig) -> Callable[[Any, Sequences], PolicyOutput]:
+  """`(params by role, sequences) -> PolicyOutput` with values."""
+  temperature = probes.temperature_of(parts)
+
+  def policy(params: Any, sequences: Sequences) -> PolicyOutput:
+    return roles.policy_output(
+      parts.model,
+      params['policy'],
+      sequences,
+      temperature=temperature,
+      value_head=params['value_head'],
+      value_trunk=params.get('value_trunk'),
+      value_config=value_model,
+    )
+
+  return policy
+
+
+def make_reward(
+  parts: Parts, reward_model: FrozenRewardModel | None
+) -> Callable[[Sequences], Array]:
+  """Scores of responses as they are scored: the reward model's, or the task's gold reward."""
+  assert isinstance(parts.config.objective, PPOConfig)
+  if parts.config.objective.reward == 'task':
+    task = parts.feedback.task
+    if task is None:
+      raise ConfigError('objective.reward', 'task', "'reward_model' with this data source")
+
+    def gold(sequences: Sequences) -> Array:
+      texts = decode_sequences(jax.device_get(sequences), parts.tokenizer.decode)
+      return put_batch(np.asarray(task.gold_reward(*texts), np.float32), parts.mesh)
+
+    return gold
+  assert reward_model is not None
+  return probes.make_score(reward_model)
+
+
+def build_ppo(parts: Parts) -> Recipe:
+  """The recipe of PPO: every step is a rollout and its epochs of minibatch updates."""
+  config = parts.config
+  objective = config.objective
+  assert isinstance(objective, PPOConfig)
+  reward_model = load_reward_model(parts)
+  value_model = value_model_of(parts, reward_model)
+  temperature = probes.temperature_of(parts)
+  policy = make_policy(parts, value_model)
+  reference = init_decoder(parts)
+  batches = pipeline.batches(
+    probes.prompt_columns(parts, 'train', None), config.batch_size, config.seed
+  )
+  reward = make_reward(parts, reward_model)
+
+  sampler = probes.make_sampler(parts)
+
+  @jax.jit
+  def sample(params: Any, prompts: Prompts, key: Array) -> tuple[Sampled, Sequences]:
+    sequences, samples = sampler(params, prompts, key)
+    scored = truncate_for_scoring(sequences, samples.finished, objective)
+    return Sampled(sequences, samples.logprobs, scored.stopped), scored.sequences
+
+  judges = Judges(
+    policy=policy,
+    reference=lambda params, rows: roles.policy_output(
+      parts.model, params, rows, temperature=temperature
+    ),
+    logits=lambda params, rows: roles.response_logits(
+      parts.model, params, rows, temperature=temperature
+    ),
+  )
+
+  @jax.jit
+  def complete(
+    params: Any, frozen: Any, coefficient: Array, sampled: Sampled, scores: Array
+  ) -> Any:
+    return assemble(objective, judges, params, frozen, coefficient, sampled, scores)
+
+  def prepare(state: TrainState, prompts: Any) -> Prepared:
+    prompts = put_batch(prompts, parts.mesh)
+    sampled, scored = sample(state.params['policy'], prompts, state.stream(prng.Stream.SAMPLING))
+    rollouts, coefficient, metrics = complete(
+      state.params, reference, state.carry['kl_coefficient'], sampled, reward(scored)
+    )
+    return Prepared(rollouts, {'kl_coefficient': coefficient}, metrics)
+
+  def loss(params: Any, batch: Any) -> Any:
+    return ppo.loss(objective, Actors(policy=policy), params, batch)
+
+  trainer = make_trainer(
+    parts,
+    abstract_params(parts, value_model),
+    lambda: init_params(parts, reward_model),
+    {'kl_coefficient': objective.kl_coefficient},
+    loss,
+  )
+  questions = [question for question in [probes.policy_question(parts, reward_model)] if question]
+  return Recipe(
+    trainer.abstract,
+    trainer.init,
+    batches.batch,
+    prepare,
+    trainer.update,
+    lambda params, step: probes.ask(questions, params, step),
+    lambda state: state,
+    ('score', 'kl', 'entropy', 'length'),
+  )

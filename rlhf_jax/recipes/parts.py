@@ -1,0 +1,282 @@
+"""What a stage is made of, loaded and placed: mesh, tokenizer, decoder, frozen trees, shardings."""
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.common import prng
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.data import tokenizers
+from rlhf_jax.data.config import TRAINED_TOKENIZERS, DataConfig
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.feedback.dataset import Feedback
+from rlhf_jax.models import decoder, heads, roles
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.runs import Run
+from rlhf_jax.sharding.mesh import batch_sharding, make_mesh, replicated
+from rlhf_jax.sharding.rules import opt_state_shardings, param_shardings
+from rlhf_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.step import Loss, Schedule, make_update
+
+Array = jax.Array
+Mesh = jax.sharding.Mesh
+
+
+class Parts(NamedTuple):
+  """The pieces every recipe wires together.
+
+  Attributes:
+    config: the stage's config.
+    mesh: the device mesh.
+    feedback: the data's records.
+    tokenizer: the one of the stage that the policy comes from, or a new one.
+    model: the decoder, with its vocabulary size.
+    parents: finished runs by role.
+  """
+
+  config: ExperimentConfig
+  mesh: Mesh
+  feedback: Feedback
+  tokenizer: Tokenizer
+  model: ModelConfig
+  parents: Mapping[str, Run]
+
+
+def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: Feedback) -> Parts:
+  """Builds the mesh, finds the tokenizer and settles the decoder.
+
+  Raises:
+    ConfigError: the batch does not divide over the mesh, the parents' tokenizers differ, or the
+      decoder cannot hold the sequences or the vocabulary.
+  """
+  mesh = make_mesh(config.mesh)
+  check_rows(config, mesh)
+  if 'policy' in parents:
+    tokenizer, model = parents['policy'].tokenizer(), parents['policy'].model
+  else:
+    tokenizer = make_tokenizer(config.data, feedback)
+    model = with_vocabulary(config.model, tokenizer.vocab_size)
+  if 'reward_model' in parents:
+    theirs = parents['reward_model'].tokenizer()
+    if theirs.fingerprint != tokenizer.fingerprint:
+      raise ConfigError(
+        'reward_model.init',
+        config.reward_model.init,
+        "a reward model with the policy's tokenizer",
+        'Train it from the same start (its policy.init), or on the same data.',
+      )
+  check_length(model, config)
+  return Parts(config, mesh, feedback, tokenizer, model, parents)
+
+
+def make_tokenizer(config: DataConfig, feedback: Feedback) -> Tokenizer:
+  """Trains the named kind on the training records, or loads the named folder."""
+  if config.tokenizer not in TRAINED_TOKENIZERS:
+    return tokenizers.load(pathlib.Path(config.tokenizer))
+  words = () if feedback.task is None else feedback.task.vocabulary()
+  return tokenizers.train(
+    config.tokenizer, itertools.chain(words, feedback.train.texts()), config.vocab_size
+  )
+
+
+def check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
+  """Every microbatch must divide over the devices that hold rows."""
+  minibatches = getattr(config.objective, 'minibatches', 1)
+  devices = mesh.shape['data'] * mesh.shape['fsdp']
+  rows = config.batch_size // (minibatches * config.accumulation)
+  if rows % devices:
+    raise ConfigError(
+      'batch_size',
+      config.batch_size,
+      f'microbatches ({rows} rows here) that divide over the {devices} devices of the data and '
+      'fsdp axes',
+      'Change batch_size, accumulation or the mesh.',
+    )
+  if config.evaluation.batch_size % devices:
+    raise ConfigError(
+      'evaluation.batch_size',
+      config.evaluation.batch_size,
+      f'a multiple of the {devices} devices of the data and fsdp axes',
+    )
+
+
+def check_length(model: ModelConfig, config: ExperimentConfig) -> None:
+  """Learned positions end somewhere; the prompt and the response must fit."""
+  length = config.data.prompt_length + config.data.response_length
+  if model.positions == 'learned' and length > model.max_length:
+    raise ConfigError(
+      'model.max_length', model.max_length, f'at least prompt_length + response_length = {length}'
+    )
+
+
+def with_vocabulary(model: ModelConfig, tokens: int) -> ModelConfig:
+  """The decoder with the tokenizer's vocabulary; one that says its own size must hold it."""
+  if model.vocab_size == 0:
+    return dataclasses.replace(model, vocab_size=tokens)
+  if model.vocab_size < tokens:
+    raise ConfigError(
+      'model.vocab_size',
+      model.vocab_size,
+      f'at least {tokens}',
+      'The tokenizer has that many tokens; 0 takes its size.',
+    )
+  return model
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+  """A host batch on the mesh, rows over its data and fsdp axes."""
+  return jax.device_put(batch, batch_sharding(mesh))
+
+
+def _placed(axes: Any, init: Callable[[Array], Any], mesh: Mesh) -> Any:
+  """Shapes, dtypes and shardings of what `init` would make."""
+  abstract = jax.eval_shape(init, jax.random.key(0))
+  shardings = param_shardings(axes, abstract, mesh)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    abstract,
+    shardings,
+  )
+
+
+def abstract_decoder(model: ModelConfig, mesh: Mesh) -> Any:
+  """A decoder's shapes and shardings."""
+  return _placed(decoder.logical_axes(model), lambda key: decoder.init(model, key), mesh)
+
+
+def abstract_head(model: ModelConfig, mesh: Mesh) -> Any:
+  """A scalar head's shapes and shardings."""
+  return _placed(
+    heads.scalar_head_axes(),
+    lambda key: heads.scalar_head_init(key, model.width, init='zero'),
+    mesh,
+  )
+
+
+def abstract_reward_model(model: ModelConfig, mesh: Mesh) -> Any:
+  """A reward model's shapes and shardings."""
+  return _placed(
+    roles.reward_model_axes(model), lambda key: roles.init_reward_model(model, key), mesh
+  )
+
+
+def shardings_of(abstract: Any) -> Any:
+  """The shardings of a tree of abstract arrays."""
+  return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def init_key(parts: Parts, what: int) -> Array:
+  """The key of one of the trees that are made at the start: 0 the decoder, 1 a scalar head."""
+  return prng.stream_key(prng.base_key(parts.config.seed), prng.Stream.INIT, what)
+
+
+def init_decoder(parts: Parts) -> Any:
+  """A decoder's parameters on the mesh: the policy's parent's, or random from the seed."""
+  abstract = abstract_decoder(parts.model, parts.mesh)
+  if 'policy' in parts.parents:
+    return parts.parents['policy'].restore_role('policy', abstract, parts.config.policy.checkpoint)
+  return jax.jit(lambda key: decoder.init(parts.model, key), out_shardings=shardings_of(abstract))(
+    init_key(parts, 0)
+  )
+
+
+def init_reward_model(parts: Parts) -> Any:
+  """A new head on the initial policy's trunk, with the identity as its normaliser."""
+  abstract = abstract_reward_model(parts.model, parts.mesh)
+  params = roles.reward_model_from_trunk(parts.model, init_decoder(parts), init_key(parts, 1))
+  return jax.device_put(params, shardings_of(abstract))
+
+
+class FrozenRewardModel(NamedTuple):
+  """A trained reward model: its decoder config and its parameters on the mesh."""
+
+  model: ModelConfig
+  params: Any
+
+
+def load_reward_model(parts: Parts) -> FrozenRewardModel | None:
+  """The reward model the config names; None if it names none."""
+  if 'reward_model' not in parts.parents:
+    return None
+  run = parts.parents['reward_model']
+  params = run.restore_role(
+    'reward_model',
+    abstract_reward_model(run.model, parts.mesh),
+    parts.config.reward_model.checkpoint,
+  )
+  return FrozenRewardModel(run.model, params)
+
+
+class Trainer(NamedTuple):
+  """The parts of a recipe that do not depend on the objective's family."""
+
+  abstract: TrainState
+  init: Callable[[], TrainState]
+  update: Callable[[TrainState, Any], Any]
+
+
+def make_trainer(
+  parts: Parts,
+  abstract_params: Any,
+  init_params: Callable[[], Any],
+  carry: dict[str, float],
+  loss: Loss,
+) -> Trainer:
+  """The optimizer, the sharded state, and the jitted update with the state donated.
+
+  Args:
+    parts: the stage's pieces.
+    abstract_params: trained parameters by role, with shardings.
+    init_params: makes them.
+    carry: initial values of what the recipe carries from step to step.
+    loss: `(params, batch) -> (Mean, metrics)`.
+  """
+  config = parts.config
+  objective = config.objective
+  schedule = Schedule(
+    epochs=getattr(objective, 'epochs', 1),
+    minibatches=getattr(objective, 'minibatches', 1),
+    accumulation=config.accumulation,
+  )
+  total_updates = config.steps * schedule.epochs * schedule.minibatches
+  optimizer = make_optimizer(config.optimizer, total_updates)
+
+  def create(params: Any) -> TrainState:
+    values = {name: jnp.float32(value) for name, value in carry.items()}
+    return TrainState.create(params, optimizer, config.seed, values)
+
+  everywhere = replicated(parts.mesh)
+  param_sharding = shardings_of(abstract_params)
+  shapes = jax.eval_shape(create, abstract_params)
+  shardings: Any = TrainState(
+    step=everywhere,
+    params=param_sharding,
+    opt_state=opt_state_shardings(optimizer, abstract_params, param_sharding, parts.mesh),
+    key=everywhere,
+    carry={name: everywhere for name in carry},
+  )
+  abstract = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
+  update = jax.jit(
+    make_update(loss, optimizer, learning_rate_schedule(config.optimizer, total_updates), schedule),
+    in_shardings=(shardings, batch_sharding(parts.mesh)),
+    out_shardings=(shardings, everywhere),
+    donate_argnums=0,
+  )
+
+  def init() -> TrainState:
+    return jax.jit(
+      create, in_shardings=(param_sharding,), out_shardings=shardings, donate_argnums=0
+    )(init_params())
+
+  return Trainer(abstract, init, update)

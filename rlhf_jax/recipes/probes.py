@@ -1,0 +1,242 @@
+"""Wires a stage's models and data to the questions that evaluations ask."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.common import prng
+from rlhf_jax.common.masked import masked_sum
+from rlhf_jax.common.types import Prompts, Sequences
+from rlhf_jax.data import pipeline
+from rlhf_jax.evaluation.policy import Answers, PolicyProbes, answer_prompts, wins
+from rlhf_jax.evaluation.preferences import preference_scores
+from rlhf_jax.generation.sample import Samples, generate, samples_to_sequences
+from rlhf_jax.models import roles
+from rlhf_jax.objectives import Actors, objective_of
+from rlhf_jax.ops.kl import exact_kl
+from rlhf_jax.recipes.parts import FrozenRewardModel, Parts, init_decoder, put_batch
+from rlhf_jax.training.recipe import Evaluation
+
+Array = jax.Array
+# (params by role, step) -> answers
+Question = Callable[[Any, int], Evaluation]
+
+# The baseline answers the same prompts with random numbers of its own: were they the policy's, an
+# unchanged policy would tie with it everywhere.
+_POLICY, _BASELINE = 0, 1
+
+
+def ask(questions: Sequence[Question], params: Any, step: int) -> Evaluation:
+  """All the answers, merged."""
+  scalars: dict[str, float] = {}
+  arrays: dict[str, np.ndarray] = {}
+  for question in questions:
+    answer = question(params, step)
+    scalars.update(answer.scalars)
+    arrays.update(answer.arrays)
+  return Evaluation(scalars, arrays)
+
+
+def temperature_of(parts: Parts) -> float:
+  """The temperature every logits tensor is divided by; greedy sampling measures at 1."""
+  temperature = parts.config.generation.temperature
+  return temperature if temperature > 0 else 1.0
+
+
+def make_sampler(parts: Parts) -> Callable[[Any, Prompts, Array], tuple[Sequences, Samples]]:
+  """Samples responses, `(policy params, prompts, key)`, at the generation settings; to be jitted."""
+  config = parts.config
+
+  def sample(params: Any, prompts: Prompts, key: Array) -> tuple[Sequences, Samples]:
+    samples = generate(
+      parts.model,
+      params,
+      prompts,
+      key,
+      config=config.generation,
+      max_new_tokens=config.data.response_length,
+      eos_id=parts.tokenizer.eos_id,
+      pad_id=parts.tokenizer.pad_id,
+    )
+    return samples_to_sequences(prompts, samples), samples
+
+  return sample
+
+
+def make_kl(parts: Parts) -> Callable[[Any, Any, Sequences], Array]:
+  """Jitted `(params, reference params, sequences) -> [B]` exact KL summed along each response."""
+  temperature = temperature_of(parts)
+
+  @jax.jit
+  def kl(params: Any, reference: Any, sequences: Sequences) -> Array:
+    logits, reference_logits = (
+      roles.response_logits(parts.model, tree, sequences, temperature=temperature)
+      for tree in (params, reference)
+    )
+    return masked_sum(exact_kl(logits, reference_logits), sequences.response_mask, axis=-1)
+
+  return kl
+
+
+def make_score(reward_model: FrozenRewardModel) -> Callable[[Sequences], Array]:
+  """`sequences -> [B]` normalised scores; the parameters are an argument of the jitted function."""
+
+  @jax.jit
+  def score(params: Any, sequences: Sequences) -> Array:
+    return roles.reward_score(reward_model.model, params, sequences)
+
+  return lambda sequences: score(reward_model.params, sequences)
+
+
+def prompt_columns(parts: Parts, split: str, count: int | None) -> pipeline.Columns:
+  """The first prompts of a split, encoded."""
+  prompts = parts.feedback.require(split, 'prompts')[:count]
+  return pipeline.encode_prompts(prompts, parts.tokenizer, parts.config.data)
+
+
+def device_batches(
+  parts: Parts, columns: pipeline.Columns, batch_size: int | None = None
+) -> Iterator[tuple[Any, np.ndarray]]:
+  """Every row once, on the mesh; `[B]` bool says which rows are not filling."""
+  size = parts.config.evaluation.batch_size if batch_size is None else batch_size
+  for batch, real in pipeline.sequential(columns, size):
+    yield put_batch(batch, parts.mesh), real
+
+
+def policy_probes(
+  parts: Parts, reference: Any | None, reward_model: FrozenRewardModel | None
+) -> PolicyProbes:
+  """What can be measured of this stage's policy."""
+  sampler, kl_of = make_sampler(parts), make_kl(parts)
+
+  @jax.jit
+  def answer(params: Any, prompts: Prompts, key: Array) -> Answers:
+    sequences, samples = sampler(params, prompts, key)
+    return Answers(sequences, samples.finished)
+
+  def kl(params: Any, rows: Sequences) -> Array:
+    return kl_of(params, reference, rows)
+
+  task = parts.feedback.task
+  return PolicyProbes(
+    generate=answer,
+    kl=None if reference is None else kl,
+    proxy=None if reward_model is None else make_score(reward_model),
+    gold=None if task is None else task.gold_reward,
+    decode=parts.tokenizer.decode,
+  )
+
+
+def policy_question(parts: Parts, reward_model: FrozenRewardModel | None) -> Question | None:
+  """What does the policy answer to held-out prompts? None when no prompts are asked for."""
+  config = parts.config
+  if not config.evaluation.prompts:
+    return None
+  columns = prompt_columns(parts, 'held_out', config.evaluation.prompts)
+  reference = init_decoder(parts) if 'policy' in parts.parents else None
+  probes = policy_probes(parts, reference, reward_model)
+  key = prng.base_key(config.evaluation.seed)
+
+  def answers(params: Any, who: int) -> dict[str, np.ndarray]:
+    batches = device_batches(parts, columns)
+    return answer_prompts(
+      probes, params, prng.stream_key(key, prng.Stream.EVALUATION, who), batches
+    )
+
+  baseline: dict[str, np.ndarray] = {}
+
+  def question(params: Any, step: int) -> Evaluation:
+    del step
+    arrays = answers(params['policy'], _POLICY)
+    if reference is not None:
+      if not baseline:
+        baseline.update(answers(reference, _BASELINE))
+      win = wins(arrays, baseline)
+      if win is not None:
+        arrays['win'] = win
+    numbers = {
+      'win_rate' if name == 'win' else name: float(np.mean(values))
+      for name, values in arrays.items()
+      if values.dtype.kind in 'fiub'
+    }
+    return Evaluation(numbers, arrays)
+
+  return question
+
+
+def preference_question(
+  parts: Parts, actors: Actors, columns: pipeline.Columns, prepare: Callable[[Any], Any]
+) -> Question:
+  """Does the model prefer what people preferred, on held-out comparisons?
+
+  Args:
+    parts: the stage's pieces.
+    actors: apply functions of the objective.
+    columns: held-out comparisons.
+    prepare: what training does to a batch before its update (adds the reference's log-probs).
+  """
+  config = parts.config
+  objective = objective_of(config.objective)
+  assert objective.difference is not None
+  difference = objective.difference
+
+  @jax.jit
+  def differences(params: Any, batch: Any) -> Array:
+    return difference(config.objective, actors, params, batch)
+
+  def question(params: Any, step: int) -> Evaluation:
+    del step
+    found = [
+      np.asarray(differences(params, prepare(batch)))[real]
+      for batch, real in device_batches(parts, columns)
+    ]
+    scores = preference_scores(np.concatenate(found), columns.extras['preference'])
+    return Evaluation(
+      {f'held_out_{name}': value for name, value in scores.items()},
+      {'held_out_difference': np.concatenate(found)},
+    )
+
+  return question
+
+
+def likelihood_question(parts: Parts, actors: Actors, columns: pipeline.Columns) -> Question:
+  """How likely are held-out demonstrations, in nats a token?"""
+
+  @jax.jit
+  def totals(params: Any, rows: Sequences) -> Array:
+    assert actors.policy is not None
+    return masked_sum(actors.policy(params, rows).logprobs, rows.response_mask, axis=-1)
+
+  def question(params: Any, step: int) -> Evaluation:
+    del step
+    total, tokens = 0.0, 0
+    for batch, real in device_batches(parts, columns):
+      total += float(np.asarray(totals(params, batch))[real].sum())
+      tokens += int(np.asarray(batch.response_mask)[real].sum())
+    return Evaluation({'held_out_nll': -total / max(tokens, 1)}, {})
+
+  return question
+
+
+def sample_scores(
+  parts: Parts,
+  score: Callable[[Sequences], Any],
+  params: Any,
+  key: Array,
+  columns: pipeline.Columns,
+  rounds: int,
+  batch_size: int | None = None,
+) -> np.ndarray:
+  """`[rounds, N]` float64: scores of a response to each prompt, sampled anew in every round."""
+  sample = jax.jit(make_sampler(parts))
+  found = np.zeros((rounds, len(columns)))
+  for number in range(rounds):
+    round_key = jax.random.fold_in(key, number)
+    scores = [
+      np.asarray(score(sample(params, batch, round_key)[0]))[real]
+      for batch, real in device_batches(parts, columns, batch_size)
+    ]
+    found[number] = np.concatenate(scores)
+  return found

@@ -1,0 +1,1 @@
+"""Rollouts: sampled responses, their scores, and what an on-policy update needs of them."""

@@ -1,0 +1,189 @@
+"""Run directories: what is in them, whom they belong to, and how finished ones are read.
+
+config.json     the resolved config, what it depends on, and their fingerprint
+record.json     package versions, git revision, data fingerprint, seeds, command
+tokenizer/      the tokenizer the run's token ids mean
+checkpoints/    one folder a step
+metrics.jsonl   training metrics; evaluations.jsonl and evaluations/ hold answers
+result.json     written last: final metrics and the SHA-256 of the final parameters
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+from rlhf_jax import __version__
+from rlhf_jax.common.errors import RunError
+from rlhf_jax.config import ExperimentConfig, canonical_json, differences, from_dict
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.data.tokenizers import load as load_tokenizer
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.training.checkpoints import Checkpoints
+
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'transformers')
+
+
+def write_json(path: pathlib.Path, values: Any) -> None:
+  """Writes a JSON file that is either whole or absent."""
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(canonical_json(values) + '\n', encoding='utf-8')
+  temporary.replace(path)
+
+
+def fingerprint(values: Any) -> str:
+  """SHA-256 of the canonical JSON of some values."""
+  return hashlib.sha256(canonical_json(values).encode()).hexdigest()
+
+
+def git_revision() -> str | None:
+  """The revision of the code, with '+' when files differ from it; None outside a checkout."""
+  folder = pathlib.Path(__file__).parent
+
+  def git(*arguments: str) -> str:
+    return subprocess.run(
+      ['git', *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
+
+  try:
+    return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def environment_record() -> dict[str, Any]:
+  """What a result depends on beside its config."""
+
+  def version(package: str) -> str | None:
+    try:
+      return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      return None
+
+  return {
+    'rlhf_jax': __version__,
+    'git_revision': git_revision(),
+    'packages': {package: version(package) for package in _PACKAGES},
+    'python': platform.python_version(),
+    'backend': jax.default_backend(),
+    'devices': [device.device_kind for device in jax.devices()],
+    'command': sys.argv,
+  }
+
+
+class Run:
+  """A run directory that a stage of this or an earlier process wrote."""
+
+  def __init__(self, folder: str | pathlib.Path):
+    self.folder = pathlib.Path(folder)
+
+  @property
+  def result(self) -> dict[str, Any] | None:
+    """The content of result.json; None while the run is not finished."""
+    path = self.folder / 'result.json'
+    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
+
+  def _origin(self) -> dict[str, Any]:
+    """The content of config.json: 'identity' and 'parents'."""
+    path = self.folder / 'config.json'
+    if not path.is_file():
+      raise RunError(f'{self.folder}: not a run directory (it has no config.json).')
+    try:
+      return json.loads(path.read_text(encoding='utf-8'))
+    except json.JSONDecodeError as error:
+      raise RunError(f'{path}: damaged ({error}).') from error
+
+  @property
+  def config(self) -> ExperimentConfig:
+    """The config the run was made with; its `init` fields name the parents' directories."""
+    origin = self._origin()
+    config = from_dict(ExperimentConfig, origin['identity']['config'])
+    for role in ('policy', 'reward_model'):
+      getattr(config, role).init = origin['parents'].get(role)
+    return config
+
+  @property
+  def params_sha256(self) -> str:
+    """Of the final parameters."""
+    return self._require_result()['params_sha256']
+
+  def parents(self) -> dict[str, 'Run']:
+    """The runs it started from, by role."""
+    return {role: Run(folder) for role, folder in self._origin()['parents'].items()}
+
+  @property
+  def model(self) -> ModelConfig:
+    """The decoder of the run, with its vocabulary size filled in."""
+    return from_dict(ModelConfig, self._require_result()['model'])
+
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer of the run."""
+    return load_tokenizer(self.folder / 'tokenizer')
+
+  def _require_result(self) -> dict[str, Any]:
+    result = self.result
+    if result is None:
+      raise RunError(
+        f'{self.folder}: the run is not finished (it has no result.json). Run its '
+        'command again to go on.'
+      )
+    return result
+
+  def step(self, checkpoint: str) -> int:
+    """The step of the 'final' or the 'best' parameters."""
+    result = self._require_result()
+    if checkpoint == 'best' and result['best_step'] is None:
+      raise RunError(
+        f"{self.folder}: no 'best' checkpoint was kept; that stage needs checkpoint.best_metric."
+      )
+    return result['best_step'] if checkpoint == 'best' else result['step']
+
+  def restore_role(self, role: str, abstract: Any, checkpoint: str = 'final') -> Any:
+    """Parameters of one role ('policy', 'reward_model'), in the shardings of `abstract`."""
+    step = self.step(checkpoint)
+    checkpoints = Checkpoints(self.folder / 'checkpoints', self.config.checkpoint)
+    try:
+      return checkpoints.restore_role(role, abstract, step)
+    finally:
+      checkpoints.close()
+
+  def check(self, identity: dict[str, Any], *, overwrite: bool) -> None:
+    """Finds that the directory is free, this run's own, or may be deleted.
+
+    Args:
+      identity: JSON values of all the run's result depends on.
+      overwrite: whether another run's content may be deleted.
+
+    Raises:
+      RunError: the directory belongs to another config (the differing fields are named), or holds
+        something that is no run.
+    """
+    if not self.folder.exists() or not any(self.folder.iterdir()):
+      return
+    if not (self.folder / 'config.json').exists():
+      raise RunError(
+        f'{self.folder}: not empty, and not a run directory (it has no config.json). '
+        'Name another --workdir.'
+      )
+    found = self._origin()['identity']
+    if found != identity and not overwrite:
+      lines = '\n  '.join(differences(found, identity))
+      raise RunError(
+        f'{self.folder}: belongs to a run with another config; it differs (there -> here) in\n'
+        f'  {lines}\nName another --workdir, or pass --overwrite to delete it and start over.'
+      )
+
+  def claim(self, identity: dict[str, Any], parents: dict[str, 'Run']) -> None:
+    """Makes a directory that passed `check` this run's own; another run's content is deleted."""
+    if (self.folder / 'config.json').exists() and self._origin()['identity'] != identity:
+      shutil.rmtree(self.folder)
+    self.folder.mkdir(parents=True, exist_ok=True)
+    folders = {role: str(run.folder.absolute()) for role, run in parents.items()}
+    write_json(self.folder / 'config.json', {'identity': identity, 'parents': folders})

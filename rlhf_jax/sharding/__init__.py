@@ -1,0 +1,1 @@
+"""The device mesh and the rules that place parameters and batches on it."""

@@ -1,0 +1,178 @@
+"""Runs one stage, after the stages it starts from: their results are cached and shared."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+from rlhf_jax.common import trees
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.config import ExperimentConfig, InitConfig, load_config, to_dict
+from rlhf_jax.data.sources import load as load_feedback
+from rlhf_jax.feedback.dataset import Feedback
+from rlhf_jax.recipes import build
+from rlhf_jax.runs import Run, environment_record, fingerprint, write_json
+from rlhf_jax.training.checkpoints import Checkpoints
+from rlhf_jax.training.loop import LoopConfig, train
+from rlhf_jax.training.writers import read_rows
+
+ROLES = ('policy', 'reward_model')
+
+
+class Stage(NamedTuple):
+  """A stage with everything it depends on settled.
+
+  Attributes:
+    config: as its file and the flags give it.
+    parents: the finished runs it starts from, by role.
+    feedback: its data.
+    identity: JSON values of all its result depends on.
+  """
+
+  config: ExperimentConfig
+  parents: dict[str, Run]
+  feedback: Feedback
+  identity: dict[str, Any]
+
+
+class StageOutcome(NamedTuple):
+  """The run, and whether a signal stopped it before its end."""
+
+  run: Run
+  stopped: bool
+
+
+class StoppedError(Exception):
+  """A stage that another one needs was stopped on request; its state is saved."""
+
+
+def run_stage(
+  config: ExperimentConfig,
+  workdir: str | pathlib.Path,
+  *,
+  root: str | pathlib.Path,
+  overwrite: bool = False,
+) -> StageOutcome:
+  """Runs a stage in `workdir`, or goes on with it, or finds it finished.
+
+  Args:
+    config: a config as its file and the flags give it; it is not changed.
+    workdir: the run directory.
+    root: where stages it depends on are cached, under `stages/`.
+    overwrite: start over when the directory belongs to another config.
+
+  Raises:
+    UserError: something in the config, the data or a run directory cannot work.
+    StoppedError: a stage it depends on was stopped by a signal.
+  """
+  stage = resolve(config, root)
+  run = Run(workdir)
+  run.check(stage.identity, overwrite=overwrite)
+  if run.result is not None:
+    print(f'{config.name}: finished already, in {run.folder}', flush=True)
+    return StageOutcome(run, stopped=False)
+  return _execute(stage, run)
+
+
+def resolve(config: ExperimentConfig, root: str | pathlib.Path) -> Stage:
+  """Validates a config, runs the stages it depends on where needed, and loads its data."""
+  config.validate()
+  feedback = load_feedback(config.data)
+  parents = {}
+  for role in ROLES:
+    init: InitConfig = getattr(config, role)
+    if init.init is not None:
+      parents[role] = _parent(config, role, init.init, root)
+  return Stage(config, parents, feedback, _identity(config, parents, feedback))
+
+
+def _identity(
+  config: ExperimentConfig, parents: dict[str, Run], feedback: Feedback
+) -> dict[str, Any]:
+  """All a result depends on; a parent counts by its parameters, wherever they lie."""
+  values = to_dict(config)
+  for role in ROLES:
+    values[role]['init'] = None
+    if role in parents:
+      values[role]['init'] = f'sha256:{parents[role].params_sha256}'
+  return {'config': values, 'data': feedback.fingerprint}
+
+
+def _parent(config: ExperimentConfig, role: str, init: str, root: str | pathlib.Path) -> Run:
+  """The finished run behind an `init`: a directory, or the stage of a config file."""
+  if pathlib.Path(init).is_dir():
+    run = Run(init)
+    if run.result is None:
+      raise ConfigError(
+        f'{role}.init',
+        init,
+        'the directory of a finished run',
+        'It has no result.json: run its command again to finish it.',
+      )
+    return run
+  if not pathlib.Path(init.partition(':')[0]).is_file():
+    raise ConfigError(
+      f'{role}.init', init, 'a run directory or a config file', 'There is neither at that path.'
+    )
+  needed = load_config(init)
+  # It works on behalf of this stage: on the same files and the same devices.
+  needed.mesh = config.mesh
+  if needed.data.source == config.data.source:
+    needed.data.path = config.data.path
+  stage = resolve(needed, root)
+  folder = pathlib.Path(root) / 'stages' / f'{needed.name}-{fingerprint(stage.identity)[:12]}'
+  run = Run(folder)
+  run.check(stage.identity, overwrite=False)
+  if run.result is None:
+    print(f'{config.name}: first its {role.replace("_", " ")}, {init}, in {folder}', flush=True)
+    if _execute(stage, run).stopped:
+      raise StoppedError
+  return run
+
+
+def _execute(stage: Stage, run: Run) -> StageOutcome:
+  config = stage.config
+  built = build(config, stage.parents, stage.feedback)
+  run.claim(stage.identity, stage.parents)
+  record = {
+    **environment_record(),
+    'data_fingerprint': stage.feedback.fingerprint,
+    'seeds': {'run': config.seed, 'evaluation': config.evaluation.seed},
+  }
+  write_json(run.folder / 'record.json', record)
+  built.tokenizer.save(run.folder / 'tokenizer')
+  checkpoints = Checkpoints(run.folder / 'checkpoints', config.checkpoint)
+  loop = LoopConfig(
+    steps=config.steps,
+    log_every=config.log.every,
+    evaluate_every=config.evaluation.every,
+    checkpoint_every=config.checkpoint.every,
+    checkpoint_evaluations=bool(config.checkpoint.best_metric),
+    tensorboard=config.log.tensorboard,
+  )
+  try:
+    with jax.set_mesh(built.mesh):
+      outcome = train(config.name, built.recipe, loop, run.folder, checkpoints)
+  finally:
+    checkpoints.close()
+  if outcome.stopped:
+    return StageOutcome(run, stopped=True)
+  write_json(
+    run.folder / 'result.json',
+    {
+      'step': config.steps,
+      'best_step': checkpoints.best_step,
+      'params_sha256': trees.sha256(outcome.state.params),
+      'model': to_dict(built.model),
+      'tokens': outcome.tokens,
+      'seconds': outcome.seconds,
+      'metrics': _last_row(run.folder / 'metrics.jsonl'),
+      'evaluation': _last_row(run.folder / 'evaluations.jsonl'),
+    },
+  )
+  return StageOutcome(run, stopped=False)
+
+
+def _last_row(path: pathlib.Path) -> dict[str, Any] | None:
+  rows = read_rows(path)
+  return rows[-1] if rows else None

@@ -1,0 +1,1 @@
+"""The optimizer builder, the train step, the loop, checkpoints and metric writers."""

@@ -1,0 +1,253 @@
+"""The one training loop: step, log, evaluate, checkpoint, stop cleanly, go on exactly."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import signal
+import time
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax.common import metrics as metrics_lib
+from rlhf_jax.common import trees
+from rlhf_jax.common.errors import NonFiniteError
+from rlhf_jax.common.metrics import Metrics
+from rlhf_jax.training.checkpoints import Checkpoints
+from rlhf_jax.training.progress import Progress
+from rlhf_jax.training.recipe import Recipe
+from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.writers import JsonlWriter, TensorBoardWriter, Writer
+
+
+class LoopConfig(NamedTuple):
+  """How long, and how often.
+
+  Attributes:
+    steps: iterations in all.
+    log_every: iterations merged into one row of metrics.
+    evaluate_every: iterations between evaluations; 0 evaluates at the start and at the end only.
+    checkpoint_every: iterations between checkpoints; 0 writes the last only.
+    checkpoint_evaluations: whether a checkpoint is written at each evaluation as well.
+    tensorboard: whether TensorBoard files are written beside the JSON lines.
+  """
+
+  steps: int
+  log_every: int
+  evaluate_every: int
+  checkpoint_every: int
+  checkpoint_evaluations: bool
+  tensorboard: bool
+
+
+class Outcome(NamedTuple):
+  """The state at the end; what was seen on the way; whether a signal ended it early."""
+
+  state: TrainState
+  tokens: int
+  seconds: float
+  stopped: bool
+
+
+class StopRequest:
+  """Turns SIGTERM and SIGINT into a request that is honoured at the end of the current step.
+
+  A second signal ends the process at once, as it would have without this.
+  """
+
+  def __init__(self) -> None:
+    self.requested = False
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self) -> 'StopRequest':
+    # Under several processes the coordination service handles preemption; a handler would hide it.
+    if jax.process_count() == 1:
+      for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+          self._previous[number] = signal.signal(number, self._handle)
+        except ValueError:  # not in the main thread: the owner of the process handles signals
+          break
+    return self
+
+  def _handle(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    self.requested = True
+    signal.signal(number, self._previous[number])
+
+  def __exit__(self, *unused: object) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+
+class _Pending(NamedTuple):
+  """A step whose metrics are still being computed."""
+
+  step: int
+  batch: Any
+  metrics: Metrics
+
+
+class _Run:
+  """The bookkeeping of one call of `train`."""
+
+  def __init__(
+    self,
+    name: str,
+    recipe: Recipe,
+    config: LoopConfig,
+    folder: pathlib.Path,
+    checkpoints: Checkpoints,
+  ):
+    self.recipe, self.config, self.folder, self.checkpoints = recipe, config, folder, checkpoints
+    self.tokens, self.seconds = 0, 0.0
+    self.start = 0
+    if checkpoints.latest_step is None:
+      self.state = recipe.init()
+    else:
+      self.state, facts = checkpoints.restore(recipe.abstract)
+      self.start = int(self.state.step)
+      self.tokens, self.seconds = int(facts['tokens']), float(facts['seconds'])
+      print(f'{name}: going on from step {self.start}', flush=True)
+    keep = self.start if self.start else -1
+    self.metrics: list[Writer] = [JsonlWriter(folder / 'metrics.jsonl', keep_through=keep)]
+    self.evaluations: list[Writer] = [JsonlWriter(folder / 'evaluations.jsonl', keep_through=keep)]
+    if config.tensorboard:
+      board = TensorBoardWriter(folder / 'tensorboard', keep_through=keep)
+      self.metrics.append(board)
+      self.evaluations.append(board)
+    self.progress = Progress(name, config.steps, self.start)
+    self.window: Metrics = {}
+    self.pending: collections.deque[_Pending] = collections.deque()
+    self.logged_tokens = self.tokens
+    self.clock = time.monotonic()
+
+  def step(self, step: int) -> None:
+    batch = self.recipe.batch(step)
+    prepared = self.recipe.prepare(self.state, batch)
+    self.state, metrics = self.recipe.update(
+      dataclasses.replace(self.state, carry=prepared.carry), prepared.batch
+    )
+    self.pending.append(_Pending(step + 1, prepared.batch, {**prepared.metrics, **metrics}))
+    if len(self.pending) > 1:  # one step behind, so that the host never waits for the device
+      self.settle(self.pending.popleft())
+
+  def settle_all(self) -> None:
+    while self.pending:
+      self.settle(self.pending.popleft())
+    now = time.monotonic()
+    self.seconds += now - self.clock
+    self.clock = now
+
+  def settle(self, done: _Pending) -> None:
+    values = metrics_lib.values(done.metrics)
+    if not all(np.isfinite(values[name]) for name in ('loss', 'gradient_norm')):
+      self.save_nonfinite(done, values)
+    self.tokens += int(values['tokens'])
+    self.window = metrics_lib.merge([self.window, done.metrics])
+
+  def save_nonfinite(self, done: _Pending, values: dict[str, float]) -> None:
+    folder = self.folder / 'nonfinite'
+    folder.mkdir(exist_ok=True)
+    batch = {name: np.asarray(leaf) for name, leaf in trees.flatten(done.batch).items()}
+    path = folder / f'step_{done.step:08}.npz'
+    np.savez(path, **batch)  # type: ignore[arg-type]
+    path.with_suffix('.json').write_text(json.dumps({'step': done.step, **values}, indent=1))
+    named = ', '.join(f'{name} {values[name]}' for name in ('loss', 'gradient_norm'))
+    raise NonFiniteError(
+      f'{self.folder}: step {done.step}: {named}. The batch and the metrics of that step are in '
+      f'{path} and {path.with_suffix(".json")}; the last good checkpoint is step '
+      f'{self.checkpoints.latest_step}. A lower learning rate or a smaller clip_norm may help.'
+    )
+
+  def log(self, step: int) -> None:
+    values = metrics_lib.values(self.window)
+    tokens = self.tokens - self.logged_tokens
+    row = {**values, 'tokens': self.tokens, 'seconds': round(self.seconds, 3)}
+    for writer in self.metrics:
+      writer.write(step, row)
+    shown = {name: values[name] for name in self.recipe.shown if name in values}
+    self.progress.line(step, tokens, shown)
+    self.window, self.logged_tokens = {}, self.tokens
+
+  def evaluate(self, step: int) -> dict[str, float]:
+    scalars, arrays = self.recipe.evaluate(self.state.params, step)
+    if arrays:
+      folder = self.folder / 'evaluations'
+      folder.mkdir(exist_ok=True)
+      temporary = folder / 'unfinished.npz'
+      np.savez(temporary, **arrays)  # type: ignore[arg-type]
+      temporary.replace(folder / f'{step:08}.npz')
+    row = {**scalars, 'tokens': self.tokens, 'seconds': round(self.seconds, 3)}
+    for writer in self.evaluations:
+      writer.write(step, row)
+    self.skip_time()
+    return scalars
+
+  def skip_time(self) -> None:
+    """Evaluation and checkpointing do not count as training time."""
+    self.clock = time.monotonic()
+    self.progress.skip()
+
+  def save(self, step: int, scalars: dict[str, float] | None) -> None:
+    facts = {'tokens': self.tokens, 'seconds': self.seconds}
+    self.checkpoints.save(step, self.state, facts, scalars)
+    self.skip_time()
+
+  def close(self) -> None:
+    for writer in {*self.metrics, *self.evaluations}:
+      writer.close()
+
+
+def _due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+def train(
+  name: str, recipe: Recipe, config: LoopConfig, folder: pathlib.Path, checkpoints: Checkpoints
+) -> Outcome:
+  """Runs a recipe from its latest checkpoint, or from the start, to the end.
+
+  The same call after an interruption goes on where the last checkpoint was written, and gives the
+  same bits as an undisturbed run.
+
+  Raises:
+    NonFiniteError: a loss or gradient was not finite; the step's batch and metrics were saved.
+  """
+  run = _Run(name, recipe, config, folder, checkpoints)
+  try:
+    with StopRequest() as stop:
+      if run.start == 0:
+        run.evaluate(0)
+      for step in range(run.start, config.steps):
+        run.step(step)
+        done = step + 1
+        last = done == config.steps
+        if step == run.start:
+          run.settle_all()
+          run.progress.compiled(done)
+        stopping = stop.requested and not last
+        if last or stopping or _due(done, config.log_every):
+          run.settle_all()
+          run.log(done)
+        scalars = None
+        if last or _due(done, config.evaluate_every):
+          run.settle_all()
+          scalars = run.evaluate(done)
+        if last:
+          run.state = recipe.finish(run.state)
+        if (
+          last
+          or stopping
+          or _due(done, config.checkpoint_every)
+          or (scalars is not None and config.checkpoint_evaluations)
+        ):
+          run.settle_all()
+          run.save(done, scalars)
+        if stopping:
+          return Outcome(run.state, run.tokens, run.seconds, stopped=True)
+    return Outcome(run.state, run.tokens, run.seconds, stopped=False)
+  finally:
+    run.close()

@@ -1,0 +1,55 @@
+"""A recipe: everything the loop needs to know of a stage."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.common.metrics import Metrics
+from rlhf_jax.training.state import TrainState
+
+
+class Evaluation(NamedTuple):
+  """Answers about a model: numbers for logs and plots, and the samples behind them.
+
+  Attributes:
+    scalars: by name.
+    arrays: by name, one entry a prompt or an example; what intervals are computed from.
+  """
+
+  scalars: dict[str, float]
+  arrays: dict[str, np.ndarray]
+
+
+class Prepared(NamedTuple):
+  """What an update trains on, the recipe's carry for the next step, and metrics."""
+
+  batch: Any
+  carry: dict[str, Any]
+  metrics: Metrics
+
+
+class Recipe(NamedTuple):
+  """A stage as the loop sees it.
+
+  Attributes:
+    abstract: the state's shapes, dtypes and shardings.
+    init: makes the initial state, in place on the mesh.
+    batch: the host batch of a step; a function of the step alone.
+    prepare: from `(state, host batch)` to what the update trains on: the identity for supervised
+      objectives, scoring with the frozen reference for DPO, a whole rollout for PPO. Frozen trees
+      are arguments of its jitted parts, never constants.
+    update: jitted `(state, batch) -> (state, metrics)`; the state is donated.
+    evaluate: from `(params, step)` to answers.
+    finish: the last touch to the state after the last step, e.g. a reward model's normalisation.
+    shown: metrics of the progress line.
+  """
+
+  abstract: TrainState
+  init: Callable[[], TrainState]
+  batch: Callable[[int], Any]
+  prepare: Callable[[TrainState, Any], Prepared]
+  update: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+  evaluate: Callable[[Any, int], Evaluation]
+  finish: Callable[[TrainState], TrainState]
+  shown: tuple[str, ...]

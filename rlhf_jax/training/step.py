@@ -1,0 +1,137 @@
+"""One iteration's update: epochs of minibatches of accumulated gradients, as one pure function."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.common import metrics as metrics_lib
+from rlhf_jax.common.metrics import First, Max, Mean, Metrics
+from rlhf_jax.common.prng import Stream
+from rlhf_jax.training.state import TrainState
+
+Array = jax.Array
+# (params, batch) -> (loss as total and weight, metrics)
+Loss = Callable[[Any, Any], tuple[Mean, Metrics]]
+
+
+class Schedule(NamedTuple):
+  """How an iteration's batch becomes optimizer updates.
+
+  Attributes:
+    epochs: passes over the batch.
+    minibatches: optimizer updates a pass; rows are shuffled when there is more than one update.
+    accumulation: microbatches a minibatch is split into, to save memory.
+  """
+
+  epochs: int = 1
+  minibatches: int = 1
+  accumulation: int = 1
+
+
+def split_rows(batch: Any, parts: int) -> Any:
+  """`[B, ...]` -> `[parts, B / parts, ...]`, row b to part b mod parts.
+
+  The stride keeps every part spread over all devices of a batch sharded by blocks of rows.
+  """
+
+  def split(x: Array) -> Array:
+    return x.reshape((x.shape[0] // parts, parts) + x.shape[1:]).swapaxes(0, 1)
+
+  return jax.tree.map(split, batch)
+
+
+def accumulate_gradients(
+  loss: Loss, params: Any, batch: Any, accumulation: int
+) -> tuple[Any, Mean, Metrics]:
+  """Gradient of (summed total / summed weight) over microbatches, whatever their number.
+
+  Returns gradients like `params`, the loss, and the merged metrics.
+  """
+
+  def total(params: Any, rows: Any) -> tuple[Array, tuple[Mean, Metrics]]:
+    mean, metrics = loss(params, rows)
+    return mean.total, (jax.lax.stop_gradient(mean), metrics)
+
+  gradient = jax.grad(total, has_aux=True)
+  if accumulation == 1:
+    gradients, (mean, metrics) = gradient(params, batch)
+  else:
+
+    def add(gradients: Any, rows: Any) -> tuple[Any, tuple[Mean, Metrics]]:
+      more, aux = gradient(params, rows)
+      return jax.tree.map(jnp.add, gradients, more), aux
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    gradients, (means, stacked) = jax.lax.scan(add, zeros, split_rows(batch, accumulation))
+    mean, metrics = means.reduce(), metrics_lib.reduce(stacked)
+  weight = jnp.where(mean.weight == 0, 1.0, mean.weight)
+  return jax.tree.map(lambda g: g / weight, gradients), mean, metrics
+
+
+def make_update(
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
+  schedule: Schedule,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+  """The pure function `(state, batch) -> (state, metrics)` of one iteration; the caller jits it.
+
+  Minibatch order comes from the state's `MINIBATCHES` stream. Metrics are merged over all updates;
+  'loss' and 'gradient_norm' (before clipping) are among them.
+  """
+  updates_per_step = schedule.epochs * schedule.minibatches
+
+  def update_once(
+    carry: tuple[Any, Any], batch: Any, count: Array
+  ) -> tuple[tuple[Any, Any], Metrics]:
+    params, opt_state = carry
+    gradients, mean, metrics = accumulate_gradients(loss, params, batch, schedule.accumulation)
+    norm = optax.global_norm(gradients)
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return (params, opt_state), {
+      **metrics,
+      'loss': mean,
+      'gradient_norm': Mean.of(norm),
+      'gradient_norm_max': Max(norm),
+      'learning_rate': First(learning_rate(count)),
+    }
+
+  def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    start = state.step * updates_per_step
+    carry = (state.params, state.opt_state)
+    if updates_per_step == 1:
+      carry, metrics = update_once(carry, batch, start)
+    else:
+      order = minibatch_order(
+        state.stream(Stream.MINIBATCHES), jax.tree.leaves(batch)[0].shape[0], schedule
+      )
+
+      def body(
+        carry: tuple[Any, Any], item: tuple[Array, Array]
+      ) -> tuple[tuple[Any, Any], Metrics]:
+        rows, number = item
+        return update_once(carry, jax.tree.map(lambda x: x[rows], batch), start + number)
+
+      carry, stacked = jax.lax.scan(body, carry, (order, jnp.arange(updates_per_step)))
+      metrics = metrics_lib.reduce(stacked)
+    params, opt_state = carry
+    return dataclasses.replace(
+      state, step=state.step + 1, params=params, opt_state=opt_state
+    ), metrics
+
+  return update
+
+
+def minibatch_order(key: Array, rows: int, schedule: Schedule) -> Array:
+  """Row numbers of each update, `[epochs * minibatches, rows / minibatches]` int32.
+
+  Every epoch is a permutation of its own: each row is seen exactly `epochs` times.
+  """
+  keys = jax.random.split(key, schedule.epochs)
+  order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)
+  return order.reshape(schedule.epochs * schedule.minibatches, rows // schedule.minibatches)

@@ -1,0 +1,48 @@
+"""What every test shares: the platform, eight simulated devices, compiled programs kept, the data.
+
+`RLHF_JAX_TEST_PLATFORM=cuda,cpu` runs the tests on another platform than the CPU, and
+`JAX_COMPILATION_CACHE_DIR` keeps compiled programs elsewhere than in `.cache/xla`.
+"""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Through the environment, before jax is imported, so that programs started by tests get them too.
+os.environ['JAX_PLATFORMS'] = os.environ.get('RLHF_JAX_TEST_PLATFORM', 'cpu')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'xla'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+# Not through the environment: a program that a test starts has one device, as a user's has.
+jax.config.update('jax_num_cpu_devices', 8)
+
+# Worker processes of grain read absl flags, which only a program's main would parse.
+flags.FLAGS.mark_as_parsed()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Skips tests marked `gpu` where there is none."""
+  marked = [item for item in items if item.get_closest_marker('gpu')]
+  if not marked:
+    return
+  backend = jax.default_backend()
+  if backend == 'gpu':
+    return
+  reason = f'needs a GPU, has {backend!r} (RLHF_JAX_TEST_PLATFORM=cuda,cpu makes tests use one)'
+  for item in marked:
+    item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> Path:
+  """The folder of real data sets beside the checkout; its tests are skipped where it is missing."""
+  folder = ROOT.parent / 'shared' / 'data'
+  if not folder.is_dir():
+    pytest.skip(f'no real data: {folder} does not exist')
+  return folder
