@@ -112,7 +112,7 @@ class Run:
   @property
   def params_sha256(self) -> str:
     """Of the final parameters."""
-    return self._require_result()['params_sha256']
+    return self.require_result()['params_sha256']
 
   def parents(self) -> dict[str, 'Run']:
     """The runs it started from, by role."""
@@ -121,13 +121,13 @@ class Run:
   @property
   def model(self) -> ModelConfig:
     """The decoder of the run, with its vocabulary size filled in."""
-    return from_dict(ModelConfig, self._require_result()['model'])
+    return from_dict(ModelConfig, self.require_result()['model'])
 
   def tokenizer(self) -> Tokenizer:
     """The tokenizer of the run."""
     return load_tokenizer(self.folder / 'tokenizer')
 
-  def _require_result(self) -> dict[str, Any]:
+  def require_result(self) -> dict[str, Any]:
     result = self.result
     if result is None:
       raise RunError(
@@ -138,7 +138,7 @@ class Run:
 
   def step(self, checkpoint: str) -> int:
     """The step of the 'final' or the 'best' parameters."""
-    result = self._require_result()
+    result = self.require_result()
     if checkpoint == 'best' and result['best_step'] is None:
       raise RunError(
         f"{self.folder}: no 'best' checkpoint was kept; that stage needs checkpoint.best_metric."

@@ -8,6 +8,7 @@ import jax
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.config import ExperimentConfig, InitConfig, load_config, to_dict
+from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.recipes import build
@@ -77,13 +78,20 @@ def run_stage(
 def resolve(config: ExperimentConfig, root: str | pathlib.Path) -> Stage:
   """Validates a config, runs the stages it depends on where needed, and loads its data."""
   config.validate()
-  feedback = load_feedback(config.data)
+  feedback = load_feedback(config.data, quarantine_file(config.data, root))
   parents = {}
   for role in ROLES:
     init: InitConfig = getattr(config, role)
     if init.init is not None:
       parents[role] = _parent(config, role, init.init, root)
   return Stage(config, parents, feedback, _identity(config, parents, feedback))
+
+
+def quarantine_file(data: DataConfig, root: str | pathlib.Path) -> pathlib.Path:
+  """Where bad records of a source go; the stages that read it under one root share the file."""
+  name = pathlib.Path(data.path).name if data.path is not None else data.source
+  digest = fingerprint([data.source, data.path, data.held_out_path])[:8]
+  return pathlib.Path(root) / 'quarantine' / f'{name.replace(":", "_")}-{digest}.jsonl'
 
 
 def _identity(
@@ -137,6 +145,7 @@ def _execute(stage: Stage, run: Run) -> StageOutcome:
   record = {
     **environment_record(),
     'data_fingerprint': stage.feedback.fingerprint,
+    'quarantined_records': stage.feedback.quarantined,
     'seeds': {'run': config.seed, 'evaluation': config.evaluation.seed},
   }
   write_json(run.folder / 'record.json', record)

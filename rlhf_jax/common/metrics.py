@@ -1,9 +1,11 @@
 """Metrics that know how to be merged: over microbatches, minibatches, devices and steps."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 Array = jax.Array
@@ -136,4 +138,29 @@ def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
     for name, value in jax.device_get(
       {name: metric.value() for name, metric in metrics.items()}
     ).items()
+  }
+
+
+_KINDS = {kind.__name__: kind for kind in (Mean, Max, Min, Sum, First)}
+
+
+def to_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+  """Metrics, not yet turned into values, as JSON values that `from_json` reads back exactly."""
+  return {
+    name: {'kind': type(metric).__name__, **{part: x.item() for part, x in vars(metric).items()}}
+    for name, metric in jax.device_get(dict(metrics)).items()
+  }
+
+
+def from_json(stored: Mapping[str, Mapping[str, Any]]) -> Metrics:
+  """The inverse of `to_json`; floats come back as float32, whole numbers as int32."""
+
+  def array(value: float) -> Any:
+    return np.asarray(value, np.int32 if isinstance(value, int) else np.float32)
+
+  return {
+    name: _KINDS[parts['kind']](
+      **{part: array(value) for part, value in parts.items() if part != 'kind'}
+    )
+    for name, parts in stored.items()
   }

@@ -27,7 +27,7 @@ def sha256(tree: Any) -> str:
   """SHA-256 over names, dtypes, shapes and little-endian bytes of the leaves in order of name."""
   digest = hashlib.sha256()
   for name, leaf in flatten(tree).items():
-    array = np.ascontiguousarray(jax.device_get(leaf))
+    array = np.asarray(jax.device_get(leaf))
     digest.update(f'{name}:{array.dtype.name}:{array.shape}\n'.encode())
     digest.update(array.astype(array.dtype.newbyteorder('<'), copy=False).tobytes())
   return digest.hexdigest()

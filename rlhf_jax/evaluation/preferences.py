@@ -3,6 +3,16 @@
 import numpy as np
 
 
+def verdicts_right(differences: np.ndarray, preference: np.ndarray) -> np.ndarray:
+  """`[N]`: 1 where the predicted verdict is the label's, 0.5 at predicted ties, 0 elsewhere.
+
+  Rows that are labelled ties (0.5) are left out: there is no verdict to be got right.
+  """
+  decided = preference != 0.5
+  right = np.where(differences == 0, 0.5, (differences > 0) == (preference > 0.5))
+  return right[decided].astype(np.float64)
+
+
 def preference_scores(
   differences: np.ndarray, preference: np.ndarray, bins: int = 10
 ) -> dict[str, float]:
@@ -21,16 +31,16 @@ def preference_scores(
   differences = np.asarray(differences, np.float64)
   preference = np.asarray(preference, np.float64)
   decided = preference != 0.5
-  right = np.where(differences == 0, 0.5, (differences > 0) == (preference > 0.5))
+  right = verdicts_right(differences, preference)
   log_loss = preference * np.logaddexp(0, -differences) + (1 - preference) * np.logaddexp(
     0, differences
   )
   confidence = 1 / (1 + np.exp(-np.abs(differences[decided])))
   bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-  gaps = [abs((right[decided][bin_of == b] - confidence[bin_of == b]).sum()) for b in range(bins)]
+  gaps = [abs((right[bin_of == b] - confidence[bin_of == b]).sum()) for b in range(bins)]
   count = max(int(decided.sum()), 1)
   return {
-    'accuracy': float(right[decided].sum() / count),
+    'accuracy': float(right.sum() / count),
     'log_loss': float(log_loss.mean()),
     'calibration_error': float(sum(gaps) / count),
   }

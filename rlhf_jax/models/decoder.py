@@ -108,6 +108,7 @@ def hidden_states(
   """
   check_shapes('tokens:BT mask:BT', tokens=tokens, mask=mask)
   length = tokens.shape[1]
+  _check_room(config, length, length if cache is None else cache.length)
   first: int | Array = 0
   keys = mask
   positions = _count_before(mask)
@@ -118,7 +119,6 @@ def hidden_states(
     positions = positions + cache.positions[:, None]
     seen = cache.positions + mask.sum(1, dtype=jnp.int32)
     cache = dataclasses.replace(cache, mask=keys, positions=seen)
-  _check_room(config, length, keys.shape[1])
   context = _context(config, keys, first, positions)
   x = constrain_batch(_embed(config, params, tokens, positions))
   run = _scan if config.scan_layers else _unroll

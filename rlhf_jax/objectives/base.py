@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common.types import Pairs, PolicyOutput, Sequences
@@ -51,6 +52,15 @@ class Objective(NamedTuple):
 def flatten_pairs(sequences: Sequences) -> Sequences:
   """`[B, 2, ...]` -> `[2B, ...]`: chosen and rejected in one forward pass."""
   return jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), sequences)
+
+
+def of_preferred(values: Array, preference: Array) -> Array:
+  """What `values` `[B, 2]` say of the preferred response, `[B]`; at a tie the mean of both.
+
+  Ties count half on each side, as in the released code of Hejna et al. 2023.
+  """
+  first = 0.5 * (jnp.sign(preference - 0.5) + 1)
+  return first * values[:, 0] + (1 - first) * values[:, 1]
 
 
 def pair_logprobs(actors: Actors, params: Params, pairs: Pairs) -> Array:

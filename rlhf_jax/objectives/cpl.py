@@ -10,7 +10,14 @@ from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.masked import masked_mean, masked_sum
 from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Pairs
-from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params, pair_logprobs
+from rlhf_jax.objectives.base import (
+  Actors,
+  LossOutput,
+  Objective,
+  Params,
+  of_preferred,
+  pair_logprobs,
+)
 from rlhf_jax.objectives.reward_model import preference_metrics
 from rlhf_jax.ops.advantages import discounted_sum
 
@@ -35,7 +42,7 @@ class CPLConfig:
   gamma: float = 1.0
   # Weight of a behaviour-cloning term (CPL-BC: 1).
   bc_coefficient: float = 0.0
-  # Which responses that term imitates: 'all' or 'chosen'.
+  # Which responses that term imitates: 'all' or 'chosen' (of a tie both).
   bc_responses: str = 'all'
   # CPL-KL: score log-ratios to the frozen initial policy instead of log-probs.
   use_reference: bool = False
@@ -99,7 +106,8 @@ def loss(config: CPLConfig, actors: Actors, params: Params, batch: Pairs) -> Los
   scores = segment_scores(config, logprobs, batch)
   losses = cpl(scores, batch.preference, lam=config.lam)
   nll = -masked_mean(logprobs, mask, axis=-1)
-  cloned = nll[:, 0] if config.bc_responses == 'chosen' else nll.mean(-1)
+  chosen_only = config.bc_responses == 'chosen'
+  cloned = of_preferred(nll, batch.preference) if chosen_only else nll.mean(-1)
   mean = Mean.of(losses + config.bc_coefficient * cloned)
   totals = masked_sum(logprobs, mask, axis=-1)
   return mean, {

@@ -10,7 +10,14 @@ from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.masked import masked_mean, masked_sum
 from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Pairs
-from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params, pair_logprobs
+from rlhf_jax.objectives.base import (
+  Actors,
+  LossOutput,
+  Objective,
+  Params,
+  of_preferred,
+  pair_logprobs,
+)
 from rlhf_jax.objectives.reward_model import preference_metrics
 
 Array = jax.Array
@@ -32,7 +39,8 @@ class DPOConfig:
   # How token log-ratios become a response's: 'sum' (the papers and the DPO authors' code) or 'mean'
   # over its tokens (TRL's IPO).
   reduction: str = 'sum'
-  # Weight of the chosen response's mean token negative log-likelihood (Pang et al. 2024, eq. 2).
+  # Weight of the chosen response's mean token negative log-likelihood (Pang et al. 2024, eq. 2);
+  # of a tie, both responses' mean.
   nll_coefficient: float = 0.0
   # 'online': the reference scores each batch; 'cached': it scores the whole dataset once, before
   # the first step. Same numbers, same order of data.
@@ -138,7 +146,7 @@ def loss(config: DPOConfig, actors: Actors, params: Params, batch: Pairs) -> Los
     variant=config.variant,
     label_smoothing=config.label_smoothing,
   )
-  nll = -masked_mean(logprobs, mask, axis=-1)[:, 0]
+  nll = of_preferred(-masked_mean(logprobs, mask, axis=-1), batch.preference)
   mean = Mean.of(losses + config.nll_coefficient * nll)
   totals = masked_sum(logprobs, mask, axis=-1)
   rewards = config.beta * logratios

@@ -14,6 +14,10 @@ from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params
 
 Array = jax.Array
 
+# Log-ratios are cut here: the gradient of a float32 ratio that overflows is nan even where the
+# ratio is clipped away (0 * inf).
+MAX_LOG_RATIO = 40.0
+
 
 @dataclasses.dataclass(kw_only=True)
 class PPOConfig:
@@ -89,6 +93,13 @@ class PPOConfig:
         'a number > 0 with a kl_target',
         'The adaptive controller multiplies the coefficient: 0 would stay 0.',
       )
+    if self.missing_stop == 'subtract' and self.missing_stop_value <= 0:
+      raise ConfigError(
+        f'{path}.missing_stop_value',
+        self.missing_stop_value,
+        "a number > 0 with missing_stop 'subtract'",
+        'Taking a negative number off would reward responses that never stop.',
+      )
     if self.value_model == 'reward_model' and self.reward == 'task':
       raise ConfigError(
         f'{path}.value_model',
@@ -106,7 +117,7 @@ def policy_loss(logprobs: Array, old_logprobs: Array, advantages: Array, *, clip
     'logprobs:BR old:BR advantages:BR', logprobs=logprobs, old=old_logprobs, advantages=advantages
   )
   check_float(advantages=advantages)
-  ratio = jnp.exp(logprobs - old_logprobs)
+  ratio = jnp.exp(jnp.minimum(logprobs - old_logprobs, MAX_LOG_RATIO))
   return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip))
 
 

@@ -7,11 +7,18 @@ import jax
 import numpy as np
 
 from rlhf_jax.common import prng
+from rlhf_jax.common.errors import DataError
 from rlhf_jax.common.masked import masked_sum
 from rlhf_jax.common.types import Prompts, Sequences
 from rlhf_jax.data import pipeline
-from rlhf_jax.evaluation.policy import Answers, PolicyProbes, answer_prompts, wins
-from rlhf_jax.evaluation.preferences import preference_scores
+from rlhf_jax.evaluation.policy import (
+  Answers,
+  PolicyProbes,
+  answer_prompts,
+  decode_sequences,
+  wins,
+)
+from rlhf_jax.evaluation.preferences import preference_scores, verdicts_right
 from rlhf_jax.generation.sample import Samples, generate, samples_to_sequences
 from rlhf_jax.models import roles
 from rlhf_jax.objectives import Actors, objective_of
@@ -25,7 +32,7 @@ Question = Callable[[Any, int], Evaluation]
 
 # The baseline answers the same prompts with random numbers of its own: were they the policy's, an
 # unchanged policy would tie with it everywhere.
-_POLICY, _BASELINE = 0, 1
+_POLICY, _BASELINE, _FRONTIER = 0, 1, 2
 
 
 def ask(questions: Sequence[Question], params: Any, step: int) -> Evaluation:
@@ -192,10 +199,11 @@ def preference_question(
       np.asarray(differences(params, prepare(batch)))[real]
       for batch, real in device_batches(parts, columns)
     ]
-    scores = preference_scores(np.concatenate(found), columns.extras['preference'])
+    differences_found, labels = np.concatenate(found), columns.extras['preference']
+    scores = preference_scores(differences_found, labels)
     return Evaluation(
       {f'held_out_{name}': value for name, value in scores.items()},
-      {'held_out_difference': np.concatenate(found)},
+      {'held_out_right': verdicts_right(differences_found, labels)},
     )
 
   return question
@@ -240,3 +248,21 @@ def sample_scores(
     ]
     found[number] = np.concatenate(scores)
   return found
+
+
+def reference_rewards(parts: Parts, samples: int) -> np.ndarray:
+  """Gold rewards of the reference's own responses to the evaluation prompts, `[prompts, samples]`.
+
+  What the optimal reward-KL frontier is estimated from. Raises DataError without a gold reward.
+  """
+  task, config = parts.feedback.task, parts.config.evaluation
+  if task is None:
+    raise DataError(f'{parts.feedback.source}: it has no gold reward, so no known optimum.')
+
+  def gold(sequences: Sequences) -> np.ndarray:
+    return task.gold_reward(*decode_sequences(jax.device_get(sequences), parts.tokenizer.decode))
+
+  columns = prompt_columns(parts, 'held_out', config.prompts)
+  key = prng.stream_key(prng.base_key(config.seed), prng.Stream.EVALUATION, _FRONTIER)
+  reference = init_decoder(parts)
+  return sample_scores(parts, gold, reference, key, columns, samples, len(columns)).T

@@ -104,12 +104,14 @@ class _Run:
     self.recipe, self.config, self.folder, self.checkpoints = recipe, config, folder, checkpoints
     self.tokens, self.seconds = 0, 0.0
     self.start = 0
+    self.window: Metrics = {}
     if checkpoints.latest_step is None:
       self.state = recipe.init()
     else:
       self.state, facts = checkpoints.restore(recipe.abstract)
       self.start = int(self.state.step)
       self.tokens, self.seconds = int(facts['tokens']), float(facts['seconds'])
+      self.window = metrics_lib.from_json(facts['window'])
       print(f'{name}: going on from step {self.start}', flush=True)
     keep = self.start if self.start else -1
     self.metrics: list[Writer] = [JsonlWriter(folder / 'metrics.jsonl', keep_through=keep)]
@@ -119,7 +121,6 @@ class _Run:
       self.metrics.append(board)
       self.evaluations.append(board)
     self.progress = Progress(name, config.steps, self.start)
-    self.window: Metrics = {}
     self.pending: collections.deque[_Pending] = collections.deque()
     self.logged_tokens = self.tokens
     self.clock = time.monotonic()
@@ -192,7 +193,9 @@ class _Run:
     self.progress.skip()
 
   def save(self, step: int, scalars: dict[str, float] | None) -> None:
-    facts = {'tokens': self.tokens, 'seconds': self.seconds}
+    # With the metrics of the steps since the last row: the next row is then as if undisturbed.
+    window = metrics_lib.to_json(self.window)
+    facts = {'tokens': self.tokens, 'seconds': self.seconds, 'window': window}
     self.checkpoints.save(step, self.state, facts, scalars)
     self.skip_time()
 
@@ -229,7 +232,7 @@ def train(
           run.settle_all()
           run.progress.compiled(done)
         stopping = stop.requested and not last
-        if last or stopping or _due(done, config.log_every):
+        if last or _due(done, config.log_every):
           run.settle_all()
           run.log(done)
         scalars = None

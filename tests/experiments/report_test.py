@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments import report
+from experiments.reporting import files
 from rlhf_jax.common.errors import DataError
 
 
@@ -39,12 +39,12 @@ def summary():
 
 
 def test_a_report_made_again_from_its_summary_is_the_same(summary, tmp_path):
-  report.write_report(summary, tmp_path)
+  files.write_report(summary, tmp_path)
   names = ['report.html', 'report.md', 'summary.json']
   assert sorted(path.name for path in tmp_path.iterdir()) == names
-  read = report.read_summary(tmp_path / 'summary.json')
+  read = files.read_summary(tmp_path / 'summary.json')
   assert read == summary
-  report.write_report(read, tmp_path / 'again')
+  files.write_report(read, tmp_path / 'again')
   for name in names:
     assert (tmp_path / 'again' / name).read_bytes() == (tmp_path / name).read_bytes()
 
@@ -52,7 +52,7 @@ def test_a_report_made_again_from_its_summary_is_the_same(summary, tmp_path):
 def test_a_bad_summary_is_refused_before_anything_is_written(summary, tmp_path):
   del summary['findings']
   with pytest.raises(DataError, match='findings'):
-    report.write_report(summary, tmp_path / 'new')
+    files.write_report(summary, tmp_path / 'new')
   assert not (tmp_path / 'new').exists()
 
 
@@ -64,7 +64,7 @@ def test_a_bad_file_is_named(content, message, tmp_path):
   if content is not None:
     path.write_text(content)
   with pytest.raises(DataError, match=f'summary.json: .*{message}'):
-    report.read_summary(path)
+    files.read_summary(path)
 
 
 def test_the_program_writes_beside_the_summary_and_exits_1_on_what_the_user_gave(summary, tmp_path):

@@ -1,0 +1,41 @@
+"""What the hh_harmless_* stages share: the file of human comparisons, how it is split, the model.
+
+The file is the *test* split of Anthropic's harmless-base comparisons (Bai et al. 2022, "Training a
+helpful and harmless assistant"), 2312 dialogues, re-split here: a quarter of the records, chosen by
+the SHA-256 of their prompts, is held out and the rest is learnt from. Numbers are therefore not
+comparable with those of models that learnt from the original 42,537 training comparisons.
+
+Four of its lines have an empty chosen response; they are set aside into a side file under --root,
+not learnt from and not evaluated on (data.on_error='quarantine').
+"""
+
+from rlhf_jax.config import EvaluationConfig
+from rlhf_jax.data.config import DataConfig
+from rlhf_jax.models.config import ModelConfig
+
+SFT = 'configs/hh_harmless_sft.py'
+REWARD_MODEL = 'configs/hh_harmless_reward_model.py'
+
+
+def data() -> DataConfig:
+  """A dialogue's last 96 tokens, and responses of up to 48, of a byte-level BPE trained in place."""
+  return DataConfig(
+    source='jsonl',
+    path='harmless_base_test.jsonl.gz',
+    held_out=0.25,
+    on_error='quarantine',
+    prompt_length=96,
+    response_length=48,
+    tokenizer='byte',
+    vocab_size=2048,
+  )
+
+
+def model() -> ModelConfig:
+  """A Llama-like decoder of 0.86 million parameters."""
+  return ModelConfig(width=128, layers=3, heads=4, mlp_width=344, tied_embeddings=True)
+
+
+def evaluation(every: int = 0) -> EvaluationConfig:
+  """All held-out comparisons, and sampled answers to 256 held-out prompts."""
+  return EvaluationConfig(every=every, prompts=256, records=1000)

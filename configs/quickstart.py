@@ -1,0 +1,31 @@
+"""SFT, PPO, DPO and CPL on the embedded reviews, three seeds, against the known optimum."""
+
+import dataclasses
+
+from configs import cpl, dpo, ppo, reward_model, sft
+from rlhf_jax.config import EvaluationConfig
+from rlhf_jax.study import StudyConfig
+
+
+def get_config(arg: str | None = None) -> StudyConfig:
+  """A study that a laptop finishes in minutes."""
+  del arg
+  objectives = {
+    'ppo': dataclasses.replace(
+      ppo.get_config(), evaluation=EvaluationConfig(every=20, prompts=256)
+    ),
+    'dpo': dataclasses.replace(
+      dpo.get_config(), evaluation=EvaluationConfig(every=60, prompts=256)
+    ),
+    'cpl': dataclasses.replace(
+      cpl.get_config(), evaluation=EvaluationConfig(every=60, prompts=256)
+    ),
+  }
+  return StudyConfig(
+    name='Quickstart: objectives on the embedded reviews',
+    sft=sft.get_config(),
+    reward_model=reward_model.get_config(),
+    objectives=objectives,
+    seeds=(0, 1, 2),
+    frontier_samples=1024,
+  )

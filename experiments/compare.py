@@ -1,0 +1,251 @@
+"""Compares objectives from one start, on the same preferences, by one command.
+
+  python -m experiments.compare --config=configs/quickstart.py --workdir=runs/quickstart
+
+A study trains the SFT start and the reward model once, then every objective with every seed,
+measures each along its run on the same held-out prompts, and writes summary.json, report.md and
+report.html into --workdir: each objective's reward-KL curve beside the best that any policy can have.
+
+Any field can be set: --config.objectives.dpo.objective.beta=0.3 --config.seeds=0,1,2,3,4. The same
+command again goes on where it was interrupted; finished stages are not run again.
+
+Exit codes: 0 done, 1 something given is wrong (one message says what), 75 stopped by SIGTERM or
+Ctrl-C with its state saved: run the same command again to go on.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import cli
+from experiments.reporting import tables
+from experiments.reporting.files import write_report
+from experiments.reporting.summary import Completion, Study, summarise
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.config import ExperimentConfig, InitConfig
+from rlhf_jax.data.sources import load as load_feedback
+from rlhf_jax.evaluation.frontier import FrontierPoint, optimal_frontier
+from rlhf_jax.evaluation.statistics import proportion_interval
+from rlhf_jax.recipes.parts import load_parts
+from rlhf_jax.recipes.probes import reference_rewards
+from rlhf_jax.runs import Run
+from rlhf_jax.stages import StoppedError, run_stage
+from rlhf_jax.study import StudyConfig
+from rlhf_jax.training.writers import read_rows
+
+CONFIG = cli.define_config(
+  'The study: a file that defines get_config(), such as configs/quickstart.py.'
+)
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'The folder of the study; made when it does not exist.', required=True
+)
+OVERWRITE = flags.DEFINE_bool(
+  'overwrite', False, 'Start stages over whose folder holds a run of another config.'
+)
+
+# Samples shown in the report.
+_SHOWN_PROMPTS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+  """The finished runs of a study."""
+
+  sft: Run
+  reward_model: Run
+  objectives: Mapping[tuple[str, int], Run]
+
+
+def run_stages(study: StudyConfig, folder: pathlib.Path, overwrite: bool) -> Stages:
+  """Runs what is not finished. Raises StoppedError when a signal ends a stage early."""
+  total = 2 + len(study.objectives) * len(study.seeds)
+  done = 0
+
+  def run(config: ExperimentConfig, name: str) -> Run:
+    nonlocal done
+    done += 1
+    print(f'[{done}/{total}] {name}', flush=True)
+    outcome = run_stage(config, folder / name, root=folder, overwrite=overwrite)
+    if outcome.stopped:
+      raise StoppedError
+    return outcome.run
+
+  sft = run(study.sft, 'sft')
+  start = InitConfig(init=str(sft.folder))
+  reward_model = run(dataclasses.replace(study.reward_model, policy=start), 'reward_model')
+  objectives = {}
+  for seed in study.seeds:
+    for name in study.objectives:
+      config = study.stage(name, seed, str(sft.folder), str(reward_model.folder))
+      objectives[name, seed] = run(config, f'{name}_seed{seed}')
+  return Stages(sft, reward_model, objectives)
+
+
+def read_evaluations(stages: Stages) -> Iterator[dict[str, Any]]:
+  """What the runs' evaluations measured, prompt by prompt; SFT is every run's step 0."""
+  for number, ((objective, seed), run) in enumerate(stages.objectives.items()):
+    for row in read_rows(run.folder / 'evaluations.jsonl'):
+      with np.load(run.folder / 'evaluations' / f'{row["step"]:08}.npz') as arrays:
+        measured = {
+          name: arrays[name] for name in ('gold_reward', 'proxy_reward', 'kl', 'win', 'length')
+        }
+      if row['step']:
+        yield {
+          'objective': objective,
+          'seed': seed,
+          'step': row['step'],
+          'tokens': row['tokens'],
+          'seconds': row['seconds'],
+          **measured,
+        }
+      elif number == 0:
+        result = stages.sft.require_result()
+        yield {
+          'objective': 'sft',
+          'seed': stages.sft.config.seed,
+          'step': result['step'],
+          'tokens': result['tokens'],
+          'seconds': result['seconds'],
+          **measured,
+        }
+
+
+def frontier(study: StudyConfig, stages: Stages, folder: pathlib.Path) -> list[FrontierPoint]:
+  """The optimal frontier of the SFT policy; the sampled rewards are kept for the next time."""
+  if not study.frontier_samples:
+    return []
+  (name, seed), _ = next(iter(stages.objectives.items()))
+  config = study.stage(name, seed, str(stages.sft.folder), str(stages.reward_model.folder))
+  path = folder / 'frontier' / f'{stages.sft.params_sha256[:12]}_{study.frontier_samples}.npy'
+  if not path.exists():
+    print(f'optimal frontier: {study.frontier_samples} responses of SFT to each prompt', flush=True)
+    parts = load_parts(config, {'policy': stages.sft}, load_feedback(config.data))
+    with jax.set_mesh(parts.mesh):
+      rewards = reference_rewards(parts, study.frontier_samples)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix('.tmp.npy')
+    np.save(temporary, rewards)
+    temporary.replace(path)
+  return optimal_frontier(np.load(path))
+
+
+def reward_model_facts(run: Run) -> dict[str, Any]:
+  """Held-out accuracy with its interval, beside the best that any judge could have."""
+  row = read_rows(run.folder / 'evaluations.jsonl')[-1]
+  with np.load(run.folder / 'evaluations' / f'{row["step"]:08}.npz') as arrays:
+    right = arrays['held_out_right']
+  return {
+    'accuracy': row['held_out_accuracy'],
+    'accuracy_interval': proportion_interval(right[None]).to_dict(),
+    'bayes_accuracy': load_feedback(run.config.data).bayes_accuracy,
+  }
+
+
+def completions(stages: Stages) -> Iterator[Completion]:
+  """The first prompts' responses, before and after, of each objective's first seed."""
+  shown: dict[str, tuple[Run, int]] = {}
+  for (objective, _), run in stages.objectives.items():
+    shown.setdefault('sft', (run, 0))
+    shown.setdefault(objective, (run, run.config.steps))
+  for number in range(_SHOWN_PROMPTS):
+    for objective, (run, step) in shown.items():
+      with np.load(run.folder / 'evaluations' / f'{step:08}.npz') as arrays:
+        if number < len(arrays['prompt']):
+          yield Completion(
+            prompt=str(arrays['prompt'][number]),
+            objective=objective,
+            response=str(arrays['response'][number]),
+            gold_reward=float(arrays['gold_reward'][number]),
+          )
+
+
+def describe(study: StudyConfig, stages: Stages) -> Study:
+  """What a reader must know beside the numbers."""
+  config = next(iter(study.objectives.values()))
+  record = json.loads((stages.sft.folder / 'record.json').read_text(encoding='utf-8'))
+  packages = record['packages']
+  reward_cost = stages.reward_model.require_result()
+  return Study(
+    title=study.name,
+    command=f'python -m experiments.compare {" ".join(sys.argv[1:])}',
+    matched=[
+      (
+        'Start',
+        f'one SFT policy (parameters {stages.sft.params_sha256[:12]}), also the reference of '
+        'every KL',
+      ),
+      (
+        'Preferences',
+        f'{config.data.source}, data {record["data_fingerprint"][:12]}, the same for '
+        'the reward model and the offline objectives',
+      ),
+      (
+        'Evaluation',
+        f'{config.evaluation.prompts} held-out prompts, one response each, the same '
+        'random numbers for every model; temperature '
+        f'{config.generation.temperature:g}, at most {config.data.response_length} tokens',
+      ),
+      (
+        'Cost',
+        "tokens and seconds are each objective's own training, without SFT; PPO also needs "
+        f'the reward model: {reward_cost["tokens"]:,} tokens, {reward_cost["seconds"]:.0f} s',
+      ),
+    ],
+    environment=[
+      ('rlhf_jax', f'{record["rlhf_jax"]}, revision {record["git_revision"]}'),
+      ('Packages', ', '.join(f'{name} {packages[name]}' for name in ('jax', 'flax', 'optax'))),
+      ('Python', record['python']),
+      ('Devices', f'{len(record["devices"])} x {record["devices"][0]} ({record["backend"]})'),
+    ],
+    kl_budget=study.kl_budget if study.kl_budget > 0 else None,
+  )
+
+
+def main() -> int:
+  study = CONFIG.value
+  if not isinstance(study, StudyConfig):
+    raise ConfigError(
+      '',
+      type(study).__name__,
+      'a StudyConfig from get_config()',
+      'A single stage is run by experiments.train.',
+    )
+  study.validate()
+  began = time.monotonic()
+  folder = pathlib.Path(WORKDIR.value)
+  stages = run_stages(study, folder, OVERWRITE.value)
+  summary = summarise(
+    list(read_evaluations(stages)),
+    optimum=frontier(study, stages, folder),
+    reward_model=reward_model_facts(stages.reward_model),
+    study=describe(study, stages),
+    completions=list(completions(stages)),
+  )
+  write_report(summary, folder)
+  print_summary(summary)
+  print(f'{study.name}: done in {time.monotonic() - began:.0f} s, {folder / "report.html"}')
+  return cli.DONE
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+  """The final table and the findings, for the terminal."""
+  table = tables.final_table(summary, pooled=True)
+  rows = [table.header, *table.rows]
+  widths = [max(len(str(row[column])) for row in rows) for column in range(len(table.header))]
+  for row in rows:
+    print('  '.join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)))
+  for finding in summary['findings']:
+    print(f'finding: {finding}')
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('config')
+  cli.run(main)
