@@ -18,22 +18,22 @@ REWARD_MODEL = 'configs/hh_harmless_reward_model.py'
 
 
 def data() -> DataConfig:
-  """A dialogue's last 96 tokens, and responses of up to 48, of a byte-level BPE trained in place."""
+  """A dialogue's last 64 tokens, the response's first 64; byte-level BPE trained in place."""
   return DataConfig(
     source='jsonl',
     path='harmless_base_test.jsonl.gz',
     held_out=0.25,
     on_error='quarantine',
-    prompt_length=96,
-    response_length=48,
+    prompt_length=64,
+    response_length=64,
     tokenizer='byte',
     vocab_size=2048,
   )
 
 
 def model() -> ModelConfig:
-  """A Llama-like decoder of 0.86 million parameters."""
-  return ModelConfig(width=128, layers=3, heads=4, mlp_width=344, tied_embeddings=True)
+  """A Llama-like decoder of 0.42 million parameters."""
+  return ModelConfig(width=96, layers=2, heads=4, mlp_width=256, tied_embeddings=True)
 
 
 def evaluation(every: int = 0) -> EvaluationConfig:

@@ -11,7 +11,7 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
   return ExperimentConfig(
     name='ppo',
     objective=PPOConfig(
-      epochs=2, minibatches=2, kl_coefficient=0.3, value_model='reward_model', lam=0.95
+      epochs=2, minibatches=2, kl_coefficient=0.8, value_model='reward_model', lam=0.95
     ),
     steps=100,
     batch_size=128,

@@ -11,9 +11,9 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
   return ExperimentConfig(
     name='reward_model',
     objective=RewardModelConfig(),
-    steps=500,
+    steps=800,
     batch_size=64,
     policy=InitConfig(init='configs/sft.py'),
-    optimizer=OptimizerConfig(learning_rate=1e-3, schedule='cosine', warmup_updates=20),
-    evaluation=EvaluationConfig(every=100),
+    optimizer=OptimizerConfig(learning_rate=3e-3, schedule='cosine', warmup_updates=20),
+    evaluation=EvaluationConfig(every=200, records=2000),
   )

@@ -1,9 +1,11 @@
 """What all programs share: flags, one clear message for the user's mistakes, exit codes."""
 
+import dataclasses
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -17,7 +19,7 @@ DONE, USER_ERROR, STOPPED = 0, 1, 75
 flags.DEFINE_bool('debug', False, 'Show tracebacks of errors, and check every operation for nan.')
 flags.DEFINE_string(
   'cache_dir',
-  os.path.join('~', '.cache', 'rlhf_jax', 'xla'),
+  os.environ.get('JAX_COMPILATION_CACHE_DIR', '~/.cache/rlhf_jax/xla'),
   'Folder of compiled programs, shared by runs; empty: compile anew every time.',
 )
 
@@ -25,6 +27,24 @@ flags.DEFINE_string(
 def define_config(help_text: str) -> flags.FlagHolder:
   """The --config flag; `--config.a.b=value` sets a field."""
   return config_flags.DEFINE_config_file('config', None, help_text)
+
+
+def given(flag: flags.FlagHolder) -> Any:
+  """The config of a --config flag; 'None' given for an optional field means None."""
+  config = flag.value
+  _restore_none(config)
+  return config
+
+
+def _restore_none(config: Any) -> None:
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    children = value.values() if isinstance(value, dict) else [value]
+    for child in children:
+      if dataclasses.is_dataclass(child):
+        _restore_none(child)
+    if value == 'None':
+      setattr(config, field.name, None)
 
 
 def run(main: Callable[[], int]) -> None:

@@ -4,7 +4,7 @@
 
 A study trains the SFT start and the reward model once, then every objective with every seed,
 measures each along its run on the same held-out prompts, and writes summary.json, report.md and
-report.html into --workdir: each objective's reward-KL curve beside the best that any policy can have.
+report.html into --workdir: each objective's reward-KL curve beside the best any policy can have.
 
 Any field can be set: --config.objectives.dpo.objective.beta=0.3 --config.seeds=0,1,2,3,4. The same
 command again goes on where it was interrupted; finished stages are not run again.
@@ -29,7 +29,7 @@ from experiments import cli
 from experiments.reporting import tables
 from experiments.reporting.files import write_report
 from experiments.reporting.summary import Completion, Study, summarise
-from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import ExperimentConfig, InitConfig
 from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.evaluation.frontier import FrontierPoint, optimal_frontier
@@ -209,19 +209,15 @@ def describe(study: StudyConfig, stages: Stages) -> Study:
   )
 
 
-def main() -> int:
-  study = CONFIG.value
-  if not isinstance(study, StudyConfig):
-    raise ConfigError(
-      '',
-      type(study).__name__,
-      'a StudyConfig from get_config()',
-      'A single stage is run by experiments.train.',
-    )
+def compare(study: StudyConfig, folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]:
+  """Runs what is not finished of a study, writes its report into `folder`, returns its summary.
+
+  Raises:
+    UserError: something in the study's configs, data or run directories cannot work.
+    StoppedError: a signal ended a stage early; the same call goes on.
+  """
   study.validate()
-  began = time.monotonic()
-  folder = pathlib.Path(WORKDIR.value)
-  stages = run_stages(study, folder, OVERWRITE.value)
+  stages = run_stages(study, folder, overwrite)
   summary = summarise(
     list(read_evaluations(stages)),
     optimum=frontier(study, stages, folder),
@@ -230,8 +226,21 @@ def main() -> int:
     completions=list(completions(stages)),
   )
   write_report(summary, folder)
-  print_summary(summary)
-  print(f'{study.name}: done in {time.monotonic() - began:.0f} s, {folder / "report.html"}')
+  return summary
+
+
+def main() -> int:
+  study = cli.given(CONFIG)
+  if not isinstance(study, StudyConfig):
+    raise UserError(
+      f'--config: expected a StudyConfig from get_config(), got {type(study).__name__}. '
+      'A single stage is run by experiments.train.'
+    )
+  began = time.monotonic()
+  folder = pathlib.Path(WORKDIR.value)
+  print_summary(compare(study, folder, OVERWRITE.value))
+  seconds = time.monotonic() - began
+  print(f'{study.name}: done in {seconds:.0f} s, {folder / "report.html"}')
   return cli.DONE
 
 

@@ -16,7 +16,7 @@ import pathlib
 from absl import flags
 
 from experiments import cli
-from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.stages import run_stage
 
@@ -33,13 +33,11 @@ OVERWRITE = flags.DEFINE_bool(
 
 
 def main() -> int:
-  config = CONFIG.value
+  config = cli.given(CONFIG)
   if not isinstance(config, ExperimentConfig):
-    raise ConfigError(
-      '',
-      type(config).__name__,
-      'an ExperimentConfig from get_config()',
-      'A study of several stages is run by experiments.compare.',
+    raise UserError(
+      f'--config: expected an ExperimentConfig from get_config(), got {type(config).__name__}. '
+      'A study of several stages is run by experiments.compare.'
     )
   root = ROOT.value or str(pathlib.Path(WORKDIR.value).parent)
   outcome = run_stage(config, WORKDIR.value, root=root, overwrite=OVERWRITE.value)

@@ -90,6 +90,10 @@ class Run:
     path = self.folder / 'result.json'
     return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
 
+  def finished(self, identity: dict[str, Any]) -> bool:
+    """Whether the directory holds the result of this very config."""
+    return self.result is not None and self._origin()['identity'] == identity
+
   def _origin(self) -> dict[str, Any]:
     """The content of config.json: 'identity' and 'parents'."""
     path = self.folder / 'config.json'
@@ -114,6 +118,11 @@ class Run:
     """Of the final parameters."""
     return self.require_result()['params_sha256']
 
+  @property
+  def data_fingerprint(self) -> str:
+    """Of the records it learnt from and was evaluated on."""
+    return self._origin()['identity']['data']
+
   def parents(self) -> dict[str, 'Run']:
     """The runs it started from, by role."""
     return {role: Run(folder) for role, folder in self._origin()['parents'].items()}
@@ -128,8 +137,10 @@ class Run:
     return load_tokenizer(self.folder / 'tokenizer')
 
   def require_result(self) -> dict[str, Any]:
+    """The content of result.json; raises RunError while the run is not finished."""
     result = self.result
     if result is None:
+      self._origin()  # a directory that is no run at all has its own message
       raise RunError(
         f'{self.folder}: the run is not finished (it has no result.json). Run its '
         'command again to go on.'

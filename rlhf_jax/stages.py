@@ -1,5 +1,7 @@
 """Runs one stage, after the stages it starts from: their results are cached and shared."""
 
+import functools
+import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -7,7 +9,14 @@ import jax
 
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.config import ExperimentConfig, InitConfig, load_config, to_dict
+from rlhf_jax.config import (
+  ExperimentConfig,
+  InitConfig,
+  canonical_json,
+  from_dict,
+  load_config,
+  to_dict,
+)
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.feedback.dataset import Feedback
@@ -69,7 +78,7 @@ def run_stage(
   stage = resolve(config, root)
   run = Run(workdir)
   run.check(stage.identity, overwrite=overwrite)
-  if run.result is not None:
+  if run.finished(stage.identity):
     print(f'{config.name}: finished already, in {run.folder}', flush=True)
     return StageOutcome(run, stopped=False)
   return _execute(stage, run)
@@ -78,13 +87,19 @@ def run_stage(
 def resolve(config: ExperimentConfig, root: str | pathlib.Path) -> Stage:
   """Validates a config, runs the stages it depends on where needed, and loads its data."""
   config.validate()
-  feedback = load_feedback(config.data, quarantine_file(config.data, root))
+  feedback = _load(canonical_json(to_dict(config.data)), quarantine_file(config.data, root))
   parents = {}
   for role in ROLES:
     init: InitConfig = getattr(config, role)
     if init.init is not None:
       parents[role] = _parent(config, role, init.init, root)
   return Stage(config, parents, feedback, _identity(config, parents, feedback))
+
+
+@functools.lru_cache(maxsize=2)
+def _load(data: str, quarantine: pathlib.Path) -> Feedback:
+  """The stages of a study read the same data: once is enough."""
+  return load_feedback(from_dict(DataConfig, json.loads(data)), quarantine)
 
 
 def quarantine_file(data: DataConfig, root: str | pathlib.Path) -> pathlib.Path:
@@ -127,11 +142,12 @@ def _parent(config: ExperimentConfig, role: str, init: str, root: str | pathlib.
   needed.mesh = config.mesh
   if needed.data.source == config.data.source:
     needed.data.path = config.data.path
+    needed.data.held_out_path = config.data.held_out_path
   stage = resolve(needed, root)
   folder = pathlib.Path(root) / 'stages' / f'{needed.name}-{fingerprint(stage.identity)[:12]}'
   run = Run(folder)
   run.check(stage.identity, overwrite=False)
-  if run.result is None:
+  if not run.finished(stage.identity):
     print(f'{config.name}: first its {role.replace("_", " ")}, {init}, in {folder}', flush=True)
     if _execute(stage, run).stopped:
       raise StoppedError

@@ -16,8 +16,8 @@ class StudyConfig:
   sft: ExperimentConfig
   # The proxy reward: PPO's reward, and measured for all.
   reward_model: ExperimentConfig
-  # What is compared, by the name it has in the report. Their policy.init, reward_model.init and seed
-  # are set by the study; data, generation and evaluation must be the same in all.
+  # What is compared, by the name it has in the report. Their policy.init, reward_model.init and
+  # seed are set by the study; data, generation and evaluation must be the same in all.
   objectives: dict[str, ExperimentConfig]
   # Seeds of each objective's data order, sampling and minibatches.
   seeds: tuple[int, ...] = (0, 1, 2)

@@ -46,3 +46,11 @@ def shared_data() -> Path:
   if not folder.is_dir():
     pytest.skip(f'no real data: {folder} does not exist')
   return folder
+
+
+@pytest.fixture(scope='session')
+def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A folder with a finished tiny SFT policy and reward model, `sft` and `reward_model`."""
+  from tests import tiny
+
+  return tiny.make_parents(tmp_path_factory.mktemp('parents'))

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
   ('root',),
   ('experiments',),
 )
-ROOT_UNIT = ('config', 'recipes', 'stages')
+ROOT_UNIT = ('config', 'recipes', 'runs', 'stages', 'study')
 LAYER_OF = {unit: layer for layer, units in enumerate(LAYERS) for unit in units}
 
 # Slow to import, heavy, optional, or missing on some machines: only functions that need them import
@@ -85,16 +85,18 @@ def sources(*folders: str) -> Iterator[tuple[Path, str, bool, ast.AST]]:
 def violations(tree: ast.AST, module: str, is_package: bool) -> list[tuple[int, str]]:
   """(line, what is wrong) of each import in a module that the order of the layers forbids."""
   unit = unit_of(module)
-  found = []
+  found: dict[tuple[int, str], str] = {}  # one message for all names of an import
   for line, imported in imported_modules(tree, module, is_package):
-    if imported.partition('.')[0] in ('configs', 'tests', 'benchmarks'):
-      found.append((line, f'{imported} is not for the library or the programs'))
+    first = imported.partition('.')[0]
+    if first in ('configs', 'tests', 'benchmarks'):
+      found.setdefault((line, first), f'{imported} is not for the library or the programs')
     other = unit_of(imported)
-    if unit is None or other is None or other == unit or other not in LAYER_OF:
+    if unit == other or unit not in LAYER_OF or other not in LAYER_OF:
       continue
     if LAYER_OF[other] >= LAYER_OF[unit]:
-      found.append((line, f'{unit} (layer {LAYER_OF[unit] + 1}) must not import {imported}'))
-  return found
+      layers = f'layer {LAYER_OF[unit] + 1} imports from layer {LAYER_OF[other] + 1}'
+      found.setdefault((line, other), f'{unit} must not import {imported}: {layers}')
+  return [(line, message) for (line, _), message in found.items()]
 
 
 def test_every_package_has_a_layer() -> None:
@@ -163,8 +165,13 @@ def test_heavy_libraries_are_imported_lazily() -> None:
   modules = [module for _, module, _, _ in sources('rlhf_jax')]
   code = f"""
 import importlib, sys
-for heavy in {LAZY!r}:
-  sys.modules[heavy] = None  # makes its import fail with the traceback of whoever tried
+
+class Refuse:
+  def find_spec(self, name, path=None, target=None):
+    if name.partition('.')[0] in {LAZY!r}:
+      raise ModuleNotFoundError(f'{{name}} is imported when the library is', name=name)
+
+sys.meta_path.insert(0, Refuse())
 for module in {modules!r}:
   importlib.import_module(module)
 """

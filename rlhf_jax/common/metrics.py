@@ -51,10 +51,10 @@ class Max:
     return cls(jnp.where(mask, values.astype(jnp.float32), -jnp.inf).max())
 
   def merge(self, other: 'Max') -> 'Max':
-    return Max(jnp.maximum(self.extreme, other.extreme))
+    return type(self)(jnp.maximum(self.extreme, other.extreme))
 
   def reduce(self) -> 'Max':
-    return Max(self.extreme.max(0))
+    return type(self)(self.extreme.max(0))
 
   def value(self) -> Array:
     return self.extreme
@@ -113,6 +113,11 @@ class First:
     return self.initial
 
 
+@struct.dataclass
+class FirstMax(Max):
+  """A maximum over all microbatches of an iteration's first update; later updates are left out."""
+
+
 Metric = Mean | Max | Min | Sum | First
 Metrics = dict[str, Metric]
 
@@ -131,6 +136,14 @@ def reduce(stacked: Mapping[str, Metric]) -> Metrics:
   return {name: metric.reduce() for name, metric in stacked.items()}
 
 
+def over_updates(stacked: Mapping[str, Metric]) -> Metrics:
+  """Merges the leading axis, an iteration's updates, of every metric away."""
+  return {
+    name: FirstMax(metric.extreme[0]) if isinstance(metric, FirstMax) else metric.reduce()
+    for name, metric in stacked.items()
+  }
+
+
 def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
   """Brings metrics to the host as plain floats, in one transfer."""
   return {
@@ -141,7 +154,7 @@ def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
   }
 
 
-_KINDS = {kind.__name__: kind for kind in (Mean, Max, Min, Sum, First)}
+_KINDS = {kind.__name__: kind for kind in (Mean, Max, Min, Sum, First, FirstMax)}
 
 
 def to_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:

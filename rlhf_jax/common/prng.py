@@ -14,7 +14,6 @@ class Stream(enum.Enum):
   INIT = 'init'
   SAMPLING = 'sampling'
   MINIBATCHES = 'minibatches'
-  DROPOUT = 'dropout'
   EVALUATION = 'evaluation'
   NORMALIZATION = 'normalization'
 

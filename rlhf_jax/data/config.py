@@ -20,8 +20,8 @@ class ReviewsConfig:
 
   # Records to learn from of each kind; the held-out ones (data.held_out) come on top.
   demonstrations: int = 6000
-  comparisons: int = 6000
-  prompts: int = 2048
+  comparisons: int = 16000
+  prompts: int = 4096
   labels: LabelConfig = dataclasses.field(default_factory=LabelConfig)
   # Seeds the texts and the labels: equal seeds give equal feedback, whatever the run's seed.
   seed: int = 0

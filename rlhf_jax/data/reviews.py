@@ -17,13 +17,13 @@ from rlhf_jax.data.hmm import ClassHMM
 Array = np.ndarray
 
 # P(a clause has the review's polarity): the first one, one after 'and', one after 'but'.
-LEAN = {'first': 0.8, 'and': 0.8, 'but': 0.92}
+LEAN = {'first': 0.9, 'and': 0.9, 'but': 0.95}
 # P('but' follows) a clause that has the review's polarity, and one that has not.
-BUT = {True: 0.15, False: 0.5}
+BUT = {True: 0.12, False: 0.5}
 # P(a review ends after a clause).
 STOP = 0.5
 # P(a word is drawn from the whole vocabulary, whatever the state).
-NOISE = 0.02
+NOISE = 0.01
 
 # The words of a state that speaks of neither side, all equally likely.
 NEUTRAL = {
@@ -31,8 +31,8 @@ NEUTRAL = {
   'determiner': 'the this our their',
   'noun': 'food service room staff place menu music soup view coffee garden bar',
   'copula': 'was seemed felt looked',
-  'negation': 'not never hardly',
-  'negator': 'never hardly',
+  'negation': 'not never',
+  'negator': 'never',
   'intensifier': 'very really so quite',
   'pronoun': 'i we they',
   'and': 'and also plus',
@@ -42,23 +42,19 @@ NEUTRAL = {
 # so that neither sentiment has stronger words.
 POLAR = {
   'adjective': (
-    ('superb', 'awful', 0.6, 0.01),
+    ('superb', 'awful', 0.7, 0.01),
     ('great', 'terrible', 1.0, 0.04),
-    ('lovely', 'horrible', 0.8, 0.03),
     ('good', 'bad', 1.5, 0.15),
     ('clean', 'dirty', 0.8, 0.1),
-    ('fresh', 'stale', 0.7, 0.06),
     ('tasty', 'bland', 0.8, 0.12),
     ('warm', 'cold', 0.7, 0.2),
     ('quick', 'slow', 0.7, 0.2),
     ('cheap', 'pricey', 0.6, 0.3),
-    ('quiet', 'noisy', 0.5, 0.3),
   ),
   'verb': (
     ('loved', 'hated', 1.0, 0.02),
     ('enjoyed', 'disliked', 1.0, 0.08),
     ('liked', 'avoided', 1.0, 0.15),
-    ('praised', 'endured', 0.5, 0.1),
   ),
 }
 
@@ -80,13 +76,13 @@ STATES = {
   'but': State('but', False, CLAUSE),
   'determiner': State('determiner', False, {'noun': 1.0}),
   'noun': State('noun', False, {'copula': 1.0}),
-  'copula': State('copula', False, {'adjective': 0.5, 'intensifier': 0.3, 'negation': 0.2}),
+  'copula': State('copula', False, {'adjective': 0.65, 'intensifier': 0.28, 'negation': 0.07}),
   'intensifier': State('intensifier', False, {'adjective': 1.0}),
   'adjective': State('adjective', False, {END: 1.0}),
   'negation': State('negation', False, {'turned_adjective': 0.8, 'turned_intensifier': 0.2}),
   'turned_intensifier': State('intensifier', False, {'turned_adjective': 1.0}),
   'turned_adjective': State('adjective', True, {END: 1.0}),
-  'pronoun': State('pronoun', False, {'verb': 0.85, 'negator': 0.15}),
+  'pronoun': State('pronoun', False, {'verb': 0.95, 'negator': 0.05}),
   'verb': State('verb', False, {'object_determiner': 1.0}),
   'negator': State('negator', False, {'turned_verb': 1.0}),
   'turned_verb': State('verb', True, {'object_determiner': 1.0}),

@@ -13,6 +13,15 @@ def verdicts_right(differences: np.ndarray, preference: np.ndarray) -> np.ndarra
   return right[decided].astype(np.float64)
 
 
+def log_losses(differences: np.ndarray, preference: np.ndarray) -> np.ndarray:
+  """`[N]` float64 negative log-likelihoods of the labels, in nats."""
+  differences = np.asarray(differences, np.float64)
+  preference = np.asarray(preference, np.float64)
+  return preference * np.logaddexp(0, -differences) + (1 - preference) * np.logaddexp(
+    0, differences
+  )
+
+
 def preference_scores(
   differences: np.ndarray, preference: np.ndarray, bins: int = 10
 ) -> dict[str, float]:
@@ -32,15 +41,12 @@ def preference_scores(
   preference = np.asarray(preference, np.float64)
   decided = preference != 0.5
   right = verdicts_right(differences, preference)
-  log_loss = preference * np.logaddexp(0, -differences) + (1 - preference) * np.logaddexp(
-    0, differences
-  )
   confidence = 1 / (1 + np.exp(-np.abs(differences[decided])))
   bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
   gaps = [abs((right[bin_of == b] - confidence[bin_of == b]).sum()) for b in range(bins)]
   count = max(int(decided.sum()), 1)
   return {
     'accuracy': float(right.sum() / count),
-    'log_loss': float(log_loss.mean()),
+    'log_loss': float(log_losses(differences, preference).mean()),
     'calibration_error': float(sum(gaps) / count),
   }

@@ -95,6 +95,25 @@ def proportion_interval(samples: np.ndarray, level: float = LEVEL) -> Interval:
   return Interval(rate, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
 
 
+def ratio_interval(totals: np.ndarray, counts: np.ndarray, level: float = LEVEL) -> Interval:
+  """Interval of sum(totals) / sum(counts) over records, such as nats over tokens; both `[N]`.
+
+  Student's t at the linearised variance N / (N - 1) sum (total - ratio count)^2 / sum(counts)^2
+  (Cochran 1977, Sampling Techniques, section 6.4). ValueError for fewer than two records, or counts
+  that sum to nothing.
+  """
+  totals, counts = np.asarray(totals, np.float64), np.asarray(counts, np.float64)
+  if totals.ndim != 1 or totals.shape != counts.shape or len(totals) < 2:
+    raise ValueError(f'expected two [N] with N >= 2, got shapes {totals.shape}, {counts.shape}.')
+  if not counts.sum() > 0:
+    raise ValueError('expected counts that sum to more than 0.')
+  ratio = float(totals.sum() / counts.sum())
+  number = len(totals)
+  variance = number / (number - 1) * np.square(totals - ratio * counts).sum() / counts.sum() ** 2
+  half = float(stats.t.ppf(0.5 + level / 2, number - 1) * np.sqrt(variance))
+  return Interval(ratio, ratio - half, ratio + half)
+
+
 def bootstrap_means(values: np.ndarray, replicates: int, seed: int) -> np.ndarray:
   """`[P, ...]` -> `[replicates, ...]` means over prompts drawn with replacement.
 

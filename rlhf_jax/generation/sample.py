@@ -1,6 +1,5 @@
 """Sampling of responses: prefill, then a decode loop that ends when every row has."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -40,9 +39,10 @@ class Samples:
 
 @struct.dataclass
 class _State:
-  """What the decode loop carries: `step` tokens are sampled, the last not yet in the cache."""
+  """What the decode loop carries: `step` tokens are sampled, `last` `[B]` is not yet read."""
 
   step: Array
+  last: Array
   samples: Samples
   cache: Cache
 
@@ -93,39 +93,33 @@ def generate(
   keys = prng.row_keys(key, prompts.index)
   rows, shape = sizes['B'], (sizes['B'], max_new_tokens)
 
-  def extend(state: _State, hidden: Array) -> _State:
-    """Samples one more token from the last hidden states `[B, T, D]`."""
-    logits = decoder.logits(model, params, hidden[:, -1])
+  def extend(state: _State) -> _State:
+    """Reads the last token of each row and samples the next."""
+    tokens, mask = state.last[:, None], ~state.samples.finished[:, None]
+    hidden, cache = decoder.hidden_states(model, params, tokens, mask, cache=state.cache)
+    logits = decoder.logits(model, params, hidden[:, 0])
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
     drawn, logprobs = sample_tokens(logits, step_keys, config)
-    return dataclasses.replace(
-      state,
-      step=state.step + 1,
-      samples=_append(state.samples, state.step, drawn, logprobs, stops, pad_id),
-    )
-
-  def body(state: _State) -> _State:
-    samples = state.samples
-    tokens = jax.lax.dynamic_slice_in_dim(samples.tokens, state.step - 1, 1, axis=1)
-    hidden, cache = decoder.hidden_states(
-      model, params, tokens, ~samples.finished[:, None], cache=state.cache
-    )
-    return extend(dataclasses.replace(state, cache=cache), hidden)
+    samples = _append(state.samples, state.step, drawn, logprobs, stops, pad_id)
+    return _State(state.step + 1, drawn, samples, cache)
 
   def unfinished(state: _State) -> Array:
     return (state.step < max_new_tokens) & ~state.samples.finished.all()
 
-  # The last token sampled is never read, so the cache needs no column for it.
+  # The last token sampled is never read, so the cache needs no column for it. The prompt's last
+  # token is left to the loop, which then holds the only copy of a step: half as much to compile.
   cache = init_cache(model, rows, sizes['P'] + max_new_tokens - 1)
-  hidden, cache = decoder.hidden_states(model, params, prompts.tokens, prompts.mask, cache=cache)
+  if sizes['P'] > 1:
+    start = (prompts.tokens[:, :-1], prompts.mask[:, :-1])
+    _, cache = decoder.hidden_states(model, params, *start, cache=cache)
   samples = Samples(
     tokens=jnp.full(shape, pad_id, jnp.int32),
     mask=jnp.zeros(shape, bool),
     logprobs=jnp.zeros(shape, jnp.float32),
     finished=jnp.zeros(rows, bool),
   )
-  state = extend(_State(jnp.zeros((), jnp.int32), samples, cache), hidden)
-  return jax.lax.while_loop(unfinished, body, state).samples
+  state = _State(jnp.zeros((), jnp.int32), prompts.tokens[:, -1], samples, cache)
+  return jax.lax.while_loop(unfinished, extend, state).samples
 
 
 def sample_tokens(logits: Array, keys: Array, config: GenerationConfig) -> tuple[Array, Array]:

@@ -217,6 +217,13 @@ def _check_attention(config: ModelConfig, path: str) -> None:
       f'a divisor of {path}.heads={config.heads}',
       'Each key head serves the same number of query heads.',
     )
+  if config.window is None and config.window_pattern != 'L':
+    raise ConfigError(
+      f'{path}.window_pattern',
+      config.window_pattern,
+      f"'L' without {path}.window: no layer is windowed",
+      f'Set {path}.window.',
+    )
   if not config.window_pattern or set(config.window_pattern) - {'L', 'G'}:
     raise ConfigError(
       f'{path}.window_pattern',
@@ -246,6 +253,13 @@ def _check_positions(config: ModelConfig, path: str) -> None:
   for name in names:
     if not getattr(config, name) > 0:
       raise ConfigError(f'{path}.{name}', getattr(config, name), 'a positive number')
+  if config.rotary_scaling == 'none' and config.rotary_scaling_factor != 1.0:
+    raise ConfigError(
+      f'{path}.rotary_scaling_factor',
+      config.rotary_scaling_factor,
+      f"1.0 with {path}.rotary_scaling='none'",
+      f"Choose {path}.rotary_scaling 'linear' or 'llama3'.",
+    )
   if config.rotary_scaling_factor < 1.0:
     raise ConfigError(
       f'{path}.rotary_scaling_factor', config.rotary_scaling_factor, 'a factor of at least 1'

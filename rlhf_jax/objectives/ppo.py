@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rlhf_jax.common.checks import check_float, check_shapes
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.masked import masked_sum
-from rlhf_jax.common.metrics import First, Max, Mean
+from rlhf_jax.common.metrics import FirstMax, Max, Mean
 from rlhf_jax.common.types import Rollouts
 from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params
 
@@ -171,7 +171,7 @@ def loss(config: PPOConfig, actors: Actors, params: Params, batch: Rollouts) -> 
     'entropy': Mean.of(output.entropy, mask),
     'ratio': Mean.of(ratio, mask),
     'ratio_max': Max.of(ratio, mask),
-    'first_ratio_deviation': First(jnp.where(mask, moved, 0.0).max()),
+    'first_ratio_deviation': FirstMax.of(moved, mask),
   }
 
 

@@ -93,10 +93,15 @@ def preference_metrics(difference: Array, preference: Array) -> dict[str, Mean]:
   return {'accuracy': Mean.of(right, preference != 0.5), 'log_loss': Mean.of(log_loss)}
 
 
+def pair_scores(actors: Actors, params: Params, batch: Pairs) -> Array:
+  """Scores of both responses, `[B, 2]` float32."""
+  assert actors.reward is not None
+  return actors.reward(params, flatten_pairs(batch.sequences)).reshape(-1, 2).astype(jnp.float32)
+
+
 def loss(config: RewardModelConfig, actors: Actors, params: Params, batch: Pairs) -> LossOutput:
   """Bradley-Terry loss with optional margin and centring, mean over comparisons."""
-  assert actors.reward is not None
-  scores = actors.reward(params, flatten_pairs(batch.sequences)).reshape(-1, 2)
+  scores = pair_scores(actors, params, batch)
   losses = bradley_terry(
     scores, batch.preference, batch.margin, margin_coefficient=config.margin_coefficient
   )
@@ -113,8 +118,7 @@ def loss(config: RewardModelConfig, actors: Actors, params: Params, batch: Pairs
 def difference(config: RewardModelConfig, actors: Actors, params: Params, batch: Pairs) -> Array:
   """`[B]` score of the first response minus score of the second."""
   del config
-  assert actors.reward is not None
-  scores = actors.reward(params, flatten_pairs(batch.sequences)).reshape(-1, 2)
+  scores = pair_scores(actors, params, batch)
   return scores[:, 0] - scores[:, 1]
 
 

@@ -86,6 +86,13 @@ def cache_reference(parts: Parts, scorer: Scorer, columns: Columns) -> Columns:
   return columns.attach(reference_logprobs=np.concatenate(rows))
 
 
+def reference_adder(scorer: Scorer | None) -> Callable[[Any], Any]:
+  """Adds the reference's log-probs to a batch on the mesh; without a scorer it adds nothing."""
+  if scorer is None:
+    return lambda batch: batch
+  return lambda batch: scorer.score(scorer.reference, batch)
+
+
 def build_offline(parts: Parts) -> Recipe:
   """The recipe of SFT, a reward model, DPO or CPL."""
   config = parts.config
@@ -99,8 +106,7 @@ def build_offline(parts: Parts) -> Recipe:
   batches = pipeline.batches(columns, config.batch_size, config.seed)
   count = jax.jit(count_tokens)
 
-  def add_reference(batch: Any) -> Any:
-    return batch if scorer is None else scorer.score(scorer.reference, batch)
+  add_reference = reference_adder(scorer)
 
   def prepare(state: TrainState, batch: Any) -> Prepared:
     batch = put_batch(batch, parts.mesh)
@@ -135,6 +141,16 @@ def build_offline(parts: Parts) -> Recipe:
     finish,
     ('loss', 'accuracy') if objective.difference else ('loss', 'entropy'),
   )
+
+
+def offline_questions(parts: Parts) -> list[Question]:
+  """What is asked of a stage, apart from its training."""
+  scorer = (
+    make_scorer(parts)
+    if objective_of(parts.config.objective).reference(parts.config.objective)
+    else None
+  )
+  return questions_of(parts, make_actors(parts), reference_adder(scorer))
 
 
 def questions_of(

@@ -115,6 +115,12 @@ def make_reward(
   return probes.make_score(reward_model)
 
 
+def online_questions(parts: Parts, reward_model: FrozenRewardModel | None) -> list[probes.Question]:
+  """What the policy answers; nothing when no prompts are asked for."""
+  policy = probes.policy_question(parts, reward_model)
+  return [policy] if policy else []
+
+
 def build_ppo(parts: Parts) -> Recipe:
   """The recipe of PPO: every step is a rollout and its epochs of minibatch updates."""
   config = parts.config
@@ -172,7 +178,7 @@ def build_ppo(parts: Parts) -> Recipe:
     {'kl_coefficient': objective.kl_coefficient},
     loss,
   )
-  questions = [question for question in [probes.policy_question(parts, reward_model)] if question]
+  questions = online_questions(parts, reward_model)
   return Recipe(
     trainer.abstract,
     trainer.init,

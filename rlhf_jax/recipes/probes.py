@@ -18,7 +18,7 @@ from rlhf_jax.evaluation.policy import (
   decode_sequences,
   wins,
 )
-from rlhf_jax.evaluation.preferences import preference_scores, verdicts_right
+from rlhf_jax.evaluation.preferences import log_losses, preference_scores, verdicts_right
 from rlhf_jax.generation.sample import Samples, generate, samples_to_sequences
 from rlhf_jax.models import roles
 from rlhf_jax.objectives import Actors, objective_of
@@ -53,7 +53,7 @@ def temperature_of(parts: Parts) -> float:
 
 
 def make_sampler(parts: Parts) -> Callable[[Any, Prompts, Array], tuple[Sequences, Samples]]:
-  """Samples responses, `(policy params, prompts, key)`, at the generation settings; to be jitted."""
+  """`(policy params, prompts, key) -> responses` at the generation settings; to be jitted."""
   config = parts.config
 
   def sample(params: Any, prompts: Prompts, key: Array) -> tuple[Sequences, Samples]:
@@ -203,7 +203,10 @@ def preference_question(
     scores = preference_scores(differences_found, labels)
     return Evaluation(
       {f'held_out_{name}': value for name, value in scores.items()},
-      {'held_out_right': verdicts_right(differences_found, labels)},
+      {
+        'held_out_right': verdicts_right(differences_found, labels),
+        'held_out_log_loss': log_losses(differences_found, labels),
+      },
     )
 
   return question
@@ -219,11 +222,15 @@ def likelihood_question(parts: Parts, actors: Actors, columns: pipeline.Columns)
 
   def question(params: Any, step: int) -> Evaluation:
     del step
-    total, tokens = 0.0, 0
-    for batch, real in device_batches(parts, columns):
-      total += float(np.asarray(totals(params, batch))[real].sum())
-      tokens += int(np.asarray(batch.response_mask)[real].sum())
-    return Evaluation({'held_out_nll': -total / max(tokens, 1)}, {})
+    found = [
+      (-np.asarray(totals(params, batch))[real], np.asarray(batch.response_mask.sum(-1))[real])
+      for batch, real in device_batches(parts, columns)
+    ]
+    total, tokens = (np.concatenate(rows) for rows in zip(*found, strict=True))
+    return Evaluation(
+      {'held_out_nll': float(total.sum(dtype=np.float64) / max(tokens.sum(), 1))},
+      {'held_out_nll_total': total, 'held_out_tokens': tokens},
+    )
 
   return question
 

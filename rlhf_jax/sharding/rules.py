@@ -81,12 +81,20 @@ def opt_state_shardings(
   """
   state = jax.eval_shape(optimizer.init, params)
 
-  def place(moment: Any, param: Any, sharding: NamedSharding) -> NamedSharding:
+  def place(moment: Any, param: Any, sharding: NamedSharding) -> Any:
+    if isinstance(moment, optax.MaskedNode):  # a parameter that this transformation leaves alone
+      return moment
     # Factored moments (Adafactor) have other shapes than their parameters.
     return sharding if moment.shape == param.shape else replicated(mesh)
 
   return optax.tree_map_params(
-    optimizer, place, state, params, shardings, transform_non_params=lambda _: replicated(mesh)
+    optimizer,
+    place,
+    state,
+    params,
+    shardings,
+    transform_non_params=lambda _: replicated(mesh),
+    is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
   )
 
 

@@ -90,7 +90,7 @@ def make_update(
   ) -> tuple[tuple[Any, Any], Metrics]:
     params, opt_state = carry
     gradients, mean, metrics = accumulate_gradients(loss, params, batch, schedule.accumulation)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, opt_state, params)
     params = optax.apply_updates(params, updates)
     return (params, opt_state), {
@@ -118,7 +118,7 @@ def make_update(
         return update_once(carry, jax.tree.map(lambda x: x[rows], batch), start + number)
 
       carry, stacked = jax.lax.scan(body, carry, (order, jnp.arange(updates_per_step)))
-      metrics = metrics_lib.reduce(stacked)
+      metrics = metrics_lib.over_updates(stacked)
     params, opt_state = carry
     return dataclasses.replace(
       state, step=state.step + 1, params=params, opt_state=opt_state

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from rlhf_jax.evaluation import statistics
-from rlhf_jax.evaluation.statistics import Interval
+from rlhf_jax.evaluation.statistics import Interval, mean_interval, ratio_interval
 
 
 def test_mean_interval_is_scipys_t_interval():
@@ -120,3 +120,31 @@ def test_overlap_is_symmetric_and_closed():
   assert low.overlaps(high) and high.overlaps(low)
   assert not low.overlaps(Interval(1.5, 1.01, 2.0))
   assert Interval.from_dict(low.to_dict()) == low
+
+
+def test_a_ratio_with_equal_counts_is_a_mean() -> None:
+  """With c in every denominator the interval is that of the mean of total / c."""
+  totals = np.random.default_rng(5).normal(2.0, 1.0, size=25)
+  found = ratio_interval(totals, np.full(25, 4))
+  expected = mean_interval(totals / 4)
+  np.testing.assert_allclose(
+    [found.mean, found.low, found.high], [expected.mean, expected.low, expected.high]
+  )
+
+
+def test_the_ratio_interval_covers() -> None:
+  """Of 400 samples of 60 sequences, about 95% of the intervals hold the true nats a token."""
+  rng = np.random.default_rng(6)
+  counts = rng.integers(1, 20, size=(400, 60))
+  # A level of its own for each sequence: its tokens are not independent.
+  totals = counts * rng.gamma(4.0, 0.5, size=(400, 60))
+  found = [ratio_interval(*row) for row in zip(totals, counts, strict=True)]
+  covered = np.mean([interval.low <= 2.0 <= interval.high for interval in found])
+  assert 0.92 <= covered <= 0.98
+
+
+def test_a_ratio_of_nothing_is_refused() -> None:
+  """Counts that sum to 0, one record, or unequal lengths."""
+  for totals, counts in (([1.0, 2.0], [0, 0]), ([1.0], [1]), ([1.0, 2.0], [1, 2, 3])):
+    with pytest.raises(ValueError):
+      ratio_interval(np.array(totals), np.array(counts))

@@ -66,12 +66,16 @@ def test_padding_on_either_side_changes_nothing(name: str) -> None:
     np.testing.assert_allclose(actual[row, start : start + 7], expected[row, :7], atol=1e-5)
 
 
-SCANNED = ('default', 'gpt2', 'gemma3')
-
-
 @pytest.mark.parametrize(
   ('name', 'scan_layers'),
-  [(name, False) for name in ARCHITECTURES] + [(name, True) for name in SCANNED],
+  [
+    ('gpt2', False),
+    ('gpt2', True),
+    ('llama3', False),
+    ('gemma2', False),
+    ('gemma3', False),
+    ('gemma3', True),
+  ],
 )
 def test_cached_decoding_equals_reading_at_once(name: str, scan_layers: bool) -> None:
   """A left-padded prompt, then as many tokens again, then one by one: the same logits."""
@@ -214,7 +218,7 @@ VISIBLE: dict[str, tuple[str, Any]] = {
   'rotary_fraction': ('default', 0.5),
   'rotary_theta': ('default', 50.0),
   'rotary_local_theta': ('mistral', 50.0),
-  'rotary_scaling': ('default', 'linear'),
+  'rotary_scaling': ('llama3', 'linear'),
   'rotary_scaling_factor': ('llama3', 2.0),
   'rotary_low_factor': ('llama3', 2.0),
   'rotary_high_factor': ('llama3', 9.0),
@@ -257,9 +261,8 @@ def traced(config: ModelConfig) -> tuple[str, list[np.ndarray]]:
 def test_every_field_is_read(field: str) -> None:
   """Changing any field changes the program; what the change must be is for the tests above."""
   name, value = VISIBLE[field]
-  extra = {'rotary_scaling_factor': 4.0} if field == 'rotary_scaling' else {}
-  program, constants = traced(make_config(name, **extra))
-  other_program, other_constants = traced(make_config(name, **(extra | {field: value})))
+  program, constants = traced(make_config(name))
+  other_program, other_constants = traced(make_config(name, **{field: value}))
   same_constants = len(constants) == len(other_constants) and all(
     np.array_equal(a, b) for a, b in zip(constants, other_constants, strict=True)
   )

@@ -15,6 +15,16 @@ Array = np.ndarray
 
 def logits(config: ModelConfig, params: Any, tokens: Array) -> Array:
   """`[T]` token ids -> `[T, V]`."""
+  x = hidden_states(config, params, tokens)
+  table = params['embedding'].T if config.tied_embeddings else params['unembedding']
+  scores = x @ table[:, : config.vocab_size]
+  if config.logit_softcap is not None:
+    scores = config.logit_softcap * np.tanh(scores / config.logit_softcap)
+  return scores
+
+
+def hidden_states(config: ModelConfig, params: Any, tokens: Array) -> Array:
+  """`[T]` token ids -> `[T, D]`, after the final norm."""
   x = params['embedding'][tokens] * config.embedding_scale
   if config.positions == 'learned':
     x = x + params['positions'][: len(tokens)]
@@ -22,11 +32,7 @@ def logits(config: ModelConfig, params: Any, tokens: Array) -> Array:
     x = layer(config, take(params['layers'], number), number, x)
   if config.norm_placement != 'post':
     x = norm(config, config.norm, params['final_norm'], x)
-  table = params['embedding'].T if config.tied_embeddings else params['unembedding']
-  scores = x @ table[:, : config.vocab_size]
-  if config.logit_softcap is not None:
-    scores = config.logit_softcap * np.tanh(scores / config.logit_softcap)
-  return scores
+  return x
 
 
 def take(tree: Any, number: int) -> Any:

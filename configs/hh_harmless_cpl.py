@@ -1,0 +1,26 @@
+"""Contrastive preference learning on human comparisons, from the SFT policy (hh_harmless.py).
+
+  python -m experiments.train --config=configs/hh_harmless_cpl.py --workdir=runs/hh_cpl \\
+    --config.data.path=harmless_base_test.jsonl.gz
+"""
+
+from configs import hh_harmless
+from rlhf_jax.config import ExperimentConfig, InitConfig
+from rlhf_jax.objectives import CPLConfig
+from rlhf_jax.training.optimizer import OptimizerConfig
+
+
+def get_config(arg: str | None = None) -> ExperimentConfig:
+  """CPL with log-ratios to the SFT policy (CPL-KL), which is its behaviour-cloning warm start."""
+  del arg
+  return ExperimentConfig(
+    name='hh_harmless_cpl',
+    objective=CPLConfig(alpha=0.1, lam=0.75, use_reference=True),
+    steps=108,
+    batch_size=32,
+    data=hh_harmless.data(),
+    policy=InitConfig(init=hh_harmless.SFT),
+    reward_model=InitConfig(init=hh_harmless.REWARD_MODEL),
+    optimizer=OptimizerConfig(learning_rate=2e-4, schedule='linear', warmup_updates=20),
+    evaluation=hh_harmless.evaluation(every=54),
+  )

@@ -1,0 +1,26 @@
+"""Direct preference optimisation on human comparisons, from the SFT policy (hh_harmless.py).
+
+  python -m experiments.train --config=configs/hh_harmless_dpo.py --workdir=runs/hh_dpo \\
+    --config.data.path=harmless_base_test.jsonl.gz
+"""
+
+from configs import hh_harmless
+from rlhf_jax.config import ExperimentConfig, InitConfig
+from rlhf_jax.objectives import DPOConfig
+from rlhf_jax.training.optimizer import OptimizerConfig
+
+
+def get_config(arg: str | None = None) -> ExperimentConfig:
+  """Sigmoid DPO with the reference's log-probs computed once; the reward model only measures."""
+  del arg
+  return ExperimentConfig(
+    name='hh_harmless_dpo',
+    objective=DPOConfig(beta=0.1, reference='cached'),
+    steps=108,
+    batch_size=32,
+    data=hh_harmless.data(),
+    policy=InitConfig(init=hh_harmless.SFT),
+    reward_model=InitConfig(init=hh_harmless.REWARD_MODEL),
+    optimizer=OptimizerConfig(learning_rate=2e-4, schedule='linear', warmup_updates=20),
+    evaluation=hh_harmless.evaluation(every=54),
+  )

@@ -1,0 +1,27 @@
+"""A Bradley-Terry reward model of human comparisons; trunk from the SFT policy (hh_harmless.py).
+
+  python -m experiments.train --config=configs/hh_harmless_reward_model.py --workdir=runs/hh_rm \\
+    --config.data.path=harmless_base_test.jsonl.gz
+"""
+
+from configs import hh_harmless
+from rlhf_jax.config import ExperimentConfig, InitConfig
+from rlhf_jax.objectives import RewardModelConfig
+from rlhf_jax.training.optimizer import OptimizerConfig
+
+
+def get_config(arg: str | None = None) -> ExperimentConfig:
+  """Few epochs and weight decay: 1.7 thousand comparisons are soon learnt by heart."""
+  del arg
+  return ExperimentConfig(
+    name='hh_harmless_reward_model',
+    objective=RewardModelConfig(),
+    steps=160,
+    batch_size=32,
+    data=hh_harmless.data(),
+    policy=InitConfig(init=hh_harmless.SFT),
+    optimizer=OptimizerConfig(
+      learning_rate=3e-4, schedule='cosine', warmup_updates=20, weight_decay=0.1
+    ),
+    evaluation=hh_harmless.evaluation(every=54),
+  )

@@ -1,0 +1,191 @@
+"""Asks a finished run's own evaluation questions of its saved parameters, with 95% intervals.
+
+  python -m experiments.evaluate --run=runs/dpo --prompts=1000
+  python -m experiments.evaluate --run=runs/dpo --reward_model=runs/other_rm --json=dpo.json
+  python -m experiments.evaluate --run=runs/rm --data_path=harmless_base_test.jsonl.gz
+
+A reward model, DPO or CPL: does it prefer what people preferred, on held-out comparisons? SFT: how
+likely are held-out demonstrations? Every policy answers held-out prompts: KL to its reference, in
+nats a response; the reward model's score (proxy); the gold reward where the task has one; the win
+rate against the reference's own answers, judged by gold reward, else by the proxy.
+
+Intervals are over prompts or records, of these parameters: they say nothing of how training varies
+between seeds (experiments.compare does). With the run's own settings the numbers are those of its
+last row of evaluations.jsonl. Data must be the records that the run learnt from and held out.
+
+--json writes {"schema": 1, "run", "name", "objective", "checkpoint", "step", "params_sha256" (of
+the final parameters), "reference", "reward_model" (directories or null), "data_fingerprint",
+"evaluation": {"prompts", "records", "batch_size", "seed"}, "metrics": {...}}; a metric is {"mean",
+"low", "high", "count"}: the ends of its interval and the number of prompts or records, null where
+a number has no interval (calibration error).
+
+Exit codes: 0 done, 1 something given is wrong (one message says what).
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import cli
+from rlhf_jax.common.errors import RunError, UserError
+from rlhf_jax.config import CHECKPOINTS, ExperimentConfig, InitConfig
+from rlhf_jax.data.sources import load as load_feedback
+from rlhf_jax.evaluation.intervals import Measured, measured
+from rlhf_jax.feedback.dataset import Feedback
+from rlhf_jax.objectives import RewardModelConfig, objective_of
+from rlhf_jax.recipes.finished import open_run, own_questions
+from rlhf_jax.recipes.probes import ask
+from rlhf_jax.runs import Run, write_json
+from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
+from rlhf_jax.stages import quarantine_file
+
+RUN = flags.DEFINE_string('run', None, 'The directory of a finished run.', required=True)
+CHECKPOINT = flags.DEFINE_enum('checkpoint', 'final', CHECKPOINTS, 'Which parameters.')
+REWARD_MODEL = flags.DEFINE_string(
+  'reward_model', None, "The run of another reward model. Default: the run's own."
+)
+REFERENCE = flags.DEFINE_string(
+  'reference',
+  None,
+  'The run of another reference, for KL, win rate, and what DPO implies. Default: its own.',
+)
+DATA_PATH = flags.DEFINE_string(
+  'data_path', None, 'Where the data file lies now. Default: where the run found it.'
+)
+HELD_OUT_PATH = flags.DEFINE_string(
+  'held_out_path', None, 'Where a held-out file of its own lies now, if the run had one.'
+)
+PROMPTS = flags.DEFINE_integer('prompts', None, 'Held-out prompts to answer; 0: none.', 0)
+RECORDS = flags.DEFINE_integer('records', None, 'Held-out records to score; 0: none.', 0)
+BATCH_SIZE = flags.DEFINE_integer('batch_size', None, 'Rows a forward pass.', 1)
+SEED = flags.DEFINE_integer('seed', None, 'Seeds the sampled responses.', 0)
+JSON = flags.DEFINE_string('json', None, 'A file to write the numbers to.')
+
+
+def main() -> int:
+  path = None if JSON.value is None else pathlib.Path(JSON.value)
+  if path is not None and not path.parent.is_dir():
+    raise UserError(f'--json={path}: there is no folder {path.parent}.')
+  run = Run(RUN.value)
+  run.require_result()
+  config, parents = configure(run)
+  mesh = make_mesh(MeshConfig())
+  devices = mesh.shape['data']
+  if config.evaluation.batch_size % devices:
+    raise UserError(
+      f'--batch_size={config.evaluation.batch_size}: expected a multiple of the {devices} devices.'
+    )
+  opened = open_run(
+    run, config, load_data(run, config), mesh, parents=parents, checkpoint=CHECKPOINT.value
+  )
+  with jax.set_mesh(mesh):
+    questions = own_questions(opened.parts)
+    if not questions:
+      raise UserError(f'{run.folder}: nothing to ask; give --prompts or --records.')
+    answers = ask(questions, opened.params, run.step(CHECKPOINT.value))
+  metrics = measured(answers.scalars, answers.arrays)
+  print_table(run, config, metrics)
+  if path is not None:
+    write_json(path, to_json(run, config, parents, metrics))
+  return cli.DONE
+
+
+def configure(run: Run) -> tuple[ExperimentConfig, dict[str, Run]]:
+  """The run's config with what flags give, and the runs it is measured against, by role."""
+  config, parents = run.config, run.parents()
+  given = {
+    'prompts': PROMPTS.value,
+    'records': RECORDS.value,
+    'batch_size': BATCH_SIZE.value,
+    'seed': SEED.value,
+  }
+  paths = {'path': DATA_PATH.value, 'held_out_path': HELD_OUT_PATH.value}
+  config = dataclasses.replace(
+    config,
+    evaluation=dataclasses.replace(config.evaluation, **_not_none(given)),
+    data=dataclasses.replace(config.data, **_not_none(paths)),
+  )
+  config.data.validate('data')
+  for role, folder in (('policy', REFERENCE.value), ('reward_model', REWARD_MODEL.value)):
+    if folder is None:
+      continue
+    other = Run(folder)
+    scores = isinstance(other.config.objective, RewardModelConfig)
+    if scores != (role == 'reward_model'):
+      flag = 'reward_model' if role == 'reward_model' else 'reference'
+      wanted = 'a reward model' if role == 'reward_model' else 'a policy'
+      raise RunError(f'--{flag}={folder}: expected the run of {wanted}.')
+    parents[role] = other
+    setattr(config, role, InitConfig(init=folder))
+  return config, parents
+
+
+def _not_none(values: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in values.items() if value is not None}
+
+
+def load_data(run: Run, config: ExperimentConfig) -> Feedback:
+  """The records of the run; raises RunError for others."""
+  feedback = load_feedback(config.data, quarantine_file(config.data, run.folder.parent))
+  if feedback.fingerprint != run.data_fingerprint:
+    raise RunError(
+      f'{run.folder}: {feedback.source} holds other records than the run learnt from: what it saw '
+      'in training might now be held out. Name the same file with --data_path.'
+    )
+  return feedback
+
+
+def print_table(run: Run, config: ExperimentConfig, metrics: Mapping[str, Measured]) -> None:
+  """The numbers, for the terminal."""
+  print(
+    f'{run.folder}: {objective_of(config.objective).name}, {CHECKPOINT.value} parameters, '
+    f'step {run.step(CHECKPOINT.value)}'
+  )
+  width = max(map(len, metrics))
+  print(f'{"":{width}}  {"mean":>9}  {"95% interval":^21}  {"count":>6}')
+  for name, (mean, interval, count) in metrics.items():
+    ends = '' if interval is None else f'{interval.low:9.4g} .. {interval.high:<9.4g}'
+    print(f'{name:{width}}  {mean:9.4g}  {ends:^21}  {"" if count is None else count:>6}')
+
+
+def to_json(
+  run: Run, config: ExperimentConfig, parents: Mapping[str, Run], metrics: Mapping[str, Measured]
+) -> dict[str, Any]:
+  """What --json writes; the schema is in the program's description."""
+  folders = {role: str(parent.folder) for role, parent in parents.items()}
+  asked = config.evaluation
+  return {
+    'schema': 1,
+    'run': str(run.folder),
+    'name': config.name,
+    'objective': objective_of(config.objective).name,
+    'checkpoint': CHECKPOINT.value,
+    'step': run.step(CHECKPOINT.value),
+    'params_sha256': run.params_sha256,
+    'reference': folders.get('policy'),
+    'reward_model': folders.get('reward_model'),
+    'data_fingerprint': run.data_fingerprint,
+    'evaluation': {
+      'prompts': asked.prompts,
+      'records': asked.records,
+      'batch_size': asked.batch_size,
+      'seed': asked.seed,
+    },
+    'metrics': {
+      name: {
+        'mean': mean,
+        'low': None if interval is None else interval.low,
+        'high': None if interval is None else interval.high,
+        'count': count,
+      }
+      for name, (mean, interval, count) in metrics.items()
+    },
+  }
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,215 @@
+r"""Completes prompts, or chats, with the policy of a finished run.
+
+  python -m experiments.sample --run=runs/dpo --prompt="the plot was" --temperature=0
+  python -m experiments.sample --run=runs/dpo --prompt=a --prompt=b --num_samples=4 --json=ab.json
+  python -m experiments.sample --run=runs/hh_dpo               # a terminal: one line, one prompt
+  python -m experiments.sample --run=runs/hh_dpo --chat        # a dialogue, with its history
+
+Only the run directory is needed, not the data. Settings that are not given are the run's own. A
+response depends on its prompt's text, its number and --seed, not on the other prompts.
+
+--json writes {"schema": 1, "run", "checkpoint", "step", "params_sha256" (of the final parameters),
+"settings": {"temperature", "top_k", "top_p", "max_new_tokens", "prompt_length", "seed"},
+"samples": [...]}, a sample for each response, in the order of the prompts:
+  "prompt"             the text completed          "sample"         its number, 0 to num_samples - 1
+  "text"               the response                "finished"       ended by itself, not by length
+  "tokens"             its ids, the stop included  "logprobs"       theirs, in nats, unfiltered
+  "prompt_tokens"      the ids that were read      "prompt_tokens_cut"  ids that did not fit
+
+Exit codes: 0 done, 1 something given is wrong (one message says what).
+"""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import cli
+from rlhf_jax.common import prng
+from rlhf_jax.common.errors import ConfigError, RunError, UserError
+from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
+from rlhf_jax.feedback.dataset import Feedback, Split
+from rlhf_jax.objectives import RewardModelConfig
+from rlhf_jax.recipes.completions import Completer, Completion, make_completer
+from rlhf_jax.recipes.finished import open_run
+from rlhf_jax.runs import Run, write_json
+from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
+
+RUN = flags.DEFINE_string('run', None, 'The directory of a finished run.', required=True)
+PROMPT = flags.DEFINE_multi_string(
+  'prompt', [], 'A text to complete; given several times, they are one batch. None: a terminal.'
+)
+CHAT = flags.DEFINE_bool(
+  'chat', False, 'Prompts are what a person says in a dialogue; a terminal keeps its history.'
+)
+CHECKPOINT = flags.DEFINE_enum('checkpoint', 'final', CHECKPOINTS, 'Which parameters.')
+TEMPERATURE = flags.DEFINE_float(
+  'temperature', None, '0: the likeliest token, always. Default: as the run sampled.', 0.0
+)
+TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k likeliest tokens; 0: all.', 0)
+TOP_P = flags.DEFINE_float(
+  'top_p', None, 'Draw from the likeliest tokens that hold this probability; 1: all.', 0.0, 1.0
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+  'max_new_tokens', None, "The longest response. Default: the run's data.response_length.", 1
+)
+PROMPT_LENGTH = flags.DEFINE_integer(
+  'prompt_length',
+  None,
+  "Tokens of a prompt that are read; longer ones are cut. Default: the run's data.prompt_length.",
+  2,
+)
+SEED = flags.DEFINE_integer('seed', 0, 'Seeds the sampling.', 0)
+NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Responses to each prompt.', 1)
+JSON = flags.DEFINE_string('json', None, 'A file to write the responses to; needs --prompt.')
+TENSOR = flags.DEFINE_integer(
+  'tensor', 1, "Devices that share the model's matrices; it must divide its heads.", 1
+)
+
+_HUMAN, _ASSISTANT = '\n\nHuman: ', '\n\nAssistant:'
+
+
+def main() -> int:
+  if CHAT.value and NUM_SAMPLES.value > 1 and not PROMPT.value:
+    raise UserError(
+      f'--num_samples={NUM_SAMPLES.value}: a dialogue goes on from one response. Leave it, or give '
+      '--prompt.'
+    )
+  if JSON.value is not None:
+    _check_json(pathlib.Path(JSON.value))
+  run = Run(RUN.value)
+  config = configure(run.config)
+  if isinstance(config.objective, RewardModelConfig):
+    raise RunError(
+      f'{run.folder}: a reward model scores responses and cannot write any. Name a run of SFT, '
+      'PPO, DPO or CPL; experiments.evaluate says what this one is worth.'
+    )
+  devices = jax.devices()
+  if TENSOR.value > len(devices):
+    raise UserError(f'--tensor={TENSOR.value}: there are {len(devices)} devices.')
+  mesh = make_mesh(MeshConfig(data=1, tensor=TENSOR.value), devices[: TENSOR.value])
+  nothing = Feedback('--prompt', Split(), Split())
+  opened = open_run(run, config, nothing, mesh, parents={}, checkpoint=CHECKPOINT.value)
+  completer = make_completer(opened)
+  if not PROMPT.value:
+    return converse(completer, config)
+  completions = completer(
+    [turn(text) if CHAT.value else text for text in PROMPT.value], key(0), NUM_SAMPLES.value
+  )
+  for completion in completions:
+    show(completion, config)
+  if JSON.value is not None:
+    write_json(pathlib.Path(JSON.value), to_json(run, config, completions))
+  return cli.DONE
+
+
+def configure(config: ExperimentConfig) -> ExperimentConfig:
+  """The run's config with the settings given by flags."""
+  given = {'temperature': TEMPERATURE.value, 'top_k': TOP_K.value, 'top_p': TOP_P.value}
+  lengths = {'response_length': MAX_NEW_TOKENS.value, 'prompt_length': PROMPT_LENGTH.value}
+  config = dataclasses.replace(
+    config,
+    generation=dataclasses.replace(config.generation, **_not_none(given)),
+    data=dataclasses.replace(config.data, **_not_none(lengths)),
+  )
+  try:
+    config.generation.validate('generation')
+  except ConfigError as error:
+    raise UserError(str(error).replace('--config.generation.', '--')) from error
+  return config
+
+
+def _not_none(values: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_json(path: pathlib.Path) -> None:
+  if not PROMPT.value:
+    raise UserError(f'--json={path}: only the responses to --prompt are written; give one.')
+  if not path.parent.is_dir():
+    raise UserError(f'--json={path}: there is no folder {path.parent}.')
+
+
+def key(turns: int) -> jax.Array:
+  """The sampling key of a batch; in a terminal every turn draws anew."""
+  return prng.stream_key(prng.base_key(SEED.value), prng.Stream.SAMPLING, turns)
+
+
+def turn(text: str, history: str = '') -> str:
+  """A dialogue in which a person has just spoken and the assistant is to answer."""
+  return f'{history}{_HUMAN}{text}{_ASSISTANT}'
+
+
+def converse(completer: Completer, config: ExperimentConfig) -> int:
+  """Reads a line, answers, until the input ends."""
+  terminal = sys.stdin.isatty()
+  if terminal:
+    import readline  # noqa: F401  (input() then has line editing and a history)
+
+    commands = '/reset begins anew, ' if CHAT.value else ''
+    print(f'{commands}/quit or Ctrl-D ends.')
+  history, turns = '', 0
+  while True:
+    try:
+      line = input('> ' if terminal else '')
+      if line.strip() == '/quit':
+        return cli.DONE
+      if CHAT.value and line.strip() == '/reset':
+        history = ''
+        continue
+      if not line.strip():
+        continue
+      prompt = turn(line, history) if CHAT.value else line
+      completions = completer([prompt], key(turns), NUM_SAMPLES.value)
+    except (EOFError, KeyboardInterrupt):
+      print()
+      return cli.DONE
+    for completion in completions:
+      show(completion, config)
+    turns += 1
+    # A policy that does not stop may go on to speak for the person.
+    history = prompt + completions[-1].text.partition(_HUMAN.rstrip())[0]
+
+
+def show(completion: Completion, config: ExperimentConfig) -> None:
+  """Prints a response, how it ended, and its token ids."""
+  if completion.prompt_tokens_cut:
+    begun = 'end' if config.data.truncation == 'keep_end' else 'start'
+    print(
+      f'note: {completion.prompt_tokens_cut} tokens of the prompt were left out; its {begun} is '
+      f'read, {len(completion.prompt_tokens)} tokens (--prompt_length).',
+      file=sys.stderr,
+    )
+  if PROMPT.value:
+    print(f'prompt: {completion.prompt}')
+  print(completion.text)
+  ended = 'stopped by itself' if completion.finished else 'cut (--max_new_tokens)'
+  ids = ' '.join(map(str, completion.tokens))
+  print(f'  [{len(completion.tokens)} tokens, {ended}: {ids}]\n', flush=True)
+
+
+def to_json(run: Run, config: ExperimentConfig, completions: list[Completion]) -> dict[str, Any]:
+  """What --json writes; the schema is in the program's description."""
+  return {
+    'schema': 1,
+    'run': str(run.folder),
+    'checkpoint': CHECKPOINT.value,
+    'step': run.step(CHECKPOINT.value),
+    'params_sha256': run.params_sha256,
+    'settings': {
+      'temperature': config.generation.temperature,
+      'top_k': config.generation.top_k,
+      'top_p': config.generation.top_p,
+      'max_new_tokens': config.data.response_length,
+      'prompt_length': config.data.prompt_length,
+      'seed': SEED.value,
+    },
+    'samples': [completion._asdict() for completion in completions],
+  }
+
+
+if __name__ == '__main__':
+  cli.run(main)

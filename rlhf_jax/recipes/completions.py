@@ -1,0 +1,106 @@
+"""Completes texts with a finished run's policy."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax.common.types import Prompts
+from rlhf_jax.data import pipeline
+from rlhf_jax.feedback.records import Prompt
+from rlhf_jax.generation.sample import Samples
+from rlhf_jax.recipes.finished import Finished
+from rlhf_jax.recipes.parts import put_batch
+from rlhf_jax.recipes.probes import make_sampler
+
+Array = jax.Array
+
+
+class Completion(NamedTuple):
+  """One sampled response.
+
+  Attributes:
+    prompt: the text that was to be completed.
+    sample: the number of the response among those to this prompt, from 0.
+    text: the response, special tokens left out.
+    tokens: its ids, the stop token included.
+    logprobs: their log-probs in nats, at the sampling temperature (at 1 where that is 0).
+    finished: whether a stop token ended it; else it was cut at the longest length.
+    prompt_tokens: the ids the policy read, `<bos>` included.
+    prompt_tokens_cut: how many ids of the prompt did not fit and were left out.
+  """
+
+  prompt: str
+  sample: int
+  text: str
+  tokens: list[int]
+  logprobs: list[float]
+  finished: bool
+  prompt_tokens: list[int]
+  prompt_tokens_cut: int
+
+
+# (prompts, key, samples a prompt) -> completions, prompt after prompt
+Completer = Callable[[Sequence[str], Array, int], list[Completion]]
+
+
+def make_completer(opened: Finished) -> Completer:
+  """What completes a batch of texts by an opened policy, at its config's lengths and settings.
+
+  A response is a function of the parameters, the settings, the key, the prompt's text and the
+  number of the response: not of the other prompts of the batch, nor of its place among them.
+  (Hardware may round products of other batch sizes otherwise, some 1e-7: enough to part two tokens
+  that are as good as equally likely.)
+  """
+  parts = opened.parts
+  sampler = jax.jit(make_sampler(parts))
+  room = parts.config.data.prompt_length - (parts.tokenizer.bos_id is not None)
+
+  def complete(texts: Sequence[str], key: Array, samples: int) -> list[Completion]:
+    rows = [(text, number) for text in texts for number in range(samples)]
+    columns = pipeline.encode_prompts(
+      [Prompt(text) for text, _ in rows], parts.tokenizer, parts.config.data
+    )
+    prompts: Any = columns.take(np.arange(len(rows)))
+    prompts = dataclasses.replace(prompts, index=np.array([_number(*row) for row in rows]))
+    with jax.set_mesh(parts.mesh):
+      _, drawn = sampler(opened.params['policy'], put_batch(prompts, parts.mesh), key)
+    lengths = [len(row) for row in parts.tokenizer.encode_batch([text for text, _ in rows])]
+    return _completions(parts.tokenizer.decode, rows, prompts, jax.device_get(drawn), lengths, room)
+
+  return complete
+
+
+def _number(text: str, sample: int) -> np.int32:
+  """What seeds a row's sampling."""
+  return np.int32(zlib.crc32(f'{sample}\n{text}'.encode()) & 0x7FFFFFFF)
+
+
+def _completions(
+  decode: Callable[[list[int]], str],
+  rows: list[tuple[str, int]],
+  prompts: Prompts,
+  drawn: Samples,
+  lengths: list[int],
+  room: int,
+) -> list[Completion]:
+  found = []
+  for row, (text, number) in enumerate(rows):
+    mask = drawn.mask[row]
+    tokens = drawn.tokens[row][mask].tolist()
+    found.append(
+      Completion(
+        prompt=text,
+        sample=number,
+        text=decode(tokens),
+        tokens=tokens,
+        logprobs=drawn.logprobs[row][mask].tolist(),
+        finished=bool(drawn.finished[row]),
+        prompt_tokens=prompts.tokens[row][prompts.mask[row]].tolist(),
+        prompt_tokens_cut=max(lengths[row] - room, 0),
+      )
+    )
+  return found

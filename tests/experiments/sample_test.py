@@ -1,0 +1,123 @@
+"""The program that samples from a finished run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.data import tokenizers
+from tests.experiments.programs import message, run_program
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def greedy(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, dict]:
+  """What a batch of prompts prints, says and writes; the last prompt is too long."""
+  out = tmp_path_factory.mktemp('sample') / 'out.json'
+  done = run_program(
+    'sample',
+    f'--run={parents / "sft"}',
+    '--prompt=the soup was',
+    '--prompt=we',
+    '--prompt=we the soup was the soup was',
+    '--temperature=0',
+    '--max_new_tokens=5',
+    f'--json={out}',
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout, done.stderr, json.loads(out.read_text())
+
+
+def test_the_json_has_the_documented_fields(greedy: tuple[str, str, dict], parents: Path) -> None:
+  """One sample a prompt in the order given; its ids decode to its text; settings are recorded."""
+  _, _, written = greedy
+  assert written['schema'] == 1 and written['checkpoint'] == 'final' and written['step'] == 3
+  assert (
+    written['params_sha256']
+    == json.loads((parents / 'sft' / 'result.json').read_text())['params_sha256']
+  )
+  assert written['settings'] == {
+    'temperature': 0.0,
+    'top_k': 0,
+    'top_p': 1.0,
+    'max_new_tokens': 5,
+    'prompt_length': 4,
+    'seed': 0,
+  }
+  tokenizer = tokenizers.load(parents / 'sft' / 'tokenizer')
+  samples = written['samples']
+  assert [row['prompt'] for row in samples] == [
+    'the soup was',
+    'we',
+    'we the soup was the soup was',
+  ]
+  for row in samples:
+    assert tokenizer.decode(row['tokens']) == row['text']
+    assert len(row['tokens']) == len(row['logprobs']) <= 5
+    assert row['finished'] == (row['tokens'][-1] == tokenizer.eos_id)
+    assert row['sample'] == 0
+
+
+def test_text_and_ids_are_printed(greedy: tuple[str, str, dict]) -> None:
+  """Every response stands on the terminal with its ids."""
+  printed, _, written = greedy
+  for row in written['samples']:
+    assert row['text'] in printed
+    assert ' '.join(map(str, row['tokens'])) in printed
+
+
+def test_a_long_prompt_is_cut_and_said_so(greedy: tuple[str, str, dict]) -> None:
+  """7 words where <bos> and 3 fit: 4 are left out, the end is read, and one note says so."""
+  _, said, written = greedy
+  assert [row['prompt_tokens_cut'] for row in written['samples']] == [0, 0, 4]
+  assert said.count('note: 4 tokens of the prompt were left out') == 1
+  # What is left of the long prompt is the first one: equal tokens, equal greedy answer.
+  assert written['samples'][2]['prompt_tokens'] == written['samples'][0]['prompt_tokens']
+  assert written['samples'][2]['tokens'] == written['samples'][0]['tokens']
+
+
+def test_a_chat_keeps_its_history(parents: Path) -> None:
+  """The second turn's prompt holds the first turn and its answer, whose length is printed."""
+  done = run_program(
+    'sample', f'--run={parents / "sft"}', '--chat', '--temperature=0', typed='good\ngood\n/quit\n'
+  )
+  assert done.returncode == 0, done.stderr
+  first = int(done.stdout.partition('[')[2].partition(' tokens')[0])
+  stopped = 'stopped by itself' in done.stdout.partition(']')[0]
+  words = first - stopped  # <eos> is not text
+  # 'Human: good Assistant:' is three words, as many as fit; the second turn has three more.
+  assert f'note: {3 + words} tokens of the prompt were left out' in done.stderr
+  assert done.stdout.count(' tokens, ') == 2
+
+
+def test_lines_are_completed_until_the_input_ends(parents: Path) -> None:
+  """Without --prompt and --chat every line is a prompt of its own."""
+  done = run_program('sample', f'--run={parents / "sft"}', typed='the\n\nthe\n')
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count(' tokens, ') == 2
+  assert 'left out' not in done.stderr
+
+
+def test_a_reward_model_writes_nothing(parents: Path) -> None:
+  """It has no policy: the error says what it is and what to name."""
+  said = message(run_program('sample', f'--run={parents / "reward_model"}', '--prompt=x'))
+  assert 'a reward model scores responses' in said
+
+
+def test_an_unfinished_run_is_refused(parents: Path, tmp_path: Path) -> None:
+  """A run without result.json may still change."""
+  shutil.copytree(parents / 'sft', tmp_path / 'run')
+  (tmp_path / 'run' / 'result.json').unlink()
+  assert 'not finished' in message(run_program('sample', f'--run={tmp_path / "run"}', '--prompt=x'))
+
+
+def test_no_run_and_no_place_for_the_json(parents: Path, tmp_path: Path) -> None:
+  """Each mistake is told before anything is computed."""
+  said = message(run_program('sample', f'--run={tmp_path}', '--prompt=x'))
+  assert 'not a run directory' in said
+  said = message(
+    run_program('sample', f'--run={parents / "sft"}', '--prompt=x', '--json=/nowhere/out.json')
+  )
+  assert '/nowhere' in said

@@ -1,0 +1,143 @@
+"""Meshes change where the decoder is computed, not what."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.common.types import Prompts, Sequences
+from rlhf_jax.generation.config import GenerationConfig
+from rlhf_jax.generation.sample import Samples, generate
+from rlhf_jax.models import decoder, roles
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.sharding.mesh import MeshConfig, make_mesh, put_batch
+from rlhf_jax.sharding.rules import param_shardings
+from tests.models.architectures import make_config, make_tokens
+
+MESHES = {
+  'data': MeshConfig(data=8),
+  'all': MeshConfig(data=2, fsdp=2, tensor=2),
+  'fsdp-tensor': MeshConfig(data=1, fsdp=4, tensor=2),
+}
+P, R = 4, 5
+# Every kind of parameter; 19 ids rounded up to 20, so that two tensor shards share them.
+CONFIG = make_config('qwen2', qk_norm=True, vocab_multiple=2, window=4, window_pattern='LG')
+
+
+def make_sequences() -> Sequences:
+  """Eight rows, padded differently."""
+  start, end = np.arange(8)[:, None] % P, 1 + np.arange(8)[:, None] % R
+  return Sequences(
+    prompt=make_tokens(8, P),
+    prompt_mask=jnp.arange(P) >= start,
+    response=make_tokens(8, R, seed=3),
+    response_mask=jnp.arange(R) < end,
+  )
+
+
+def loss(config: ModelConfig, params: Any, sequences: Sequences) -> jax.Array:
+  """Minus the mean log-prob of the response tokens."""
+  output = roles.policy_output(config, params, sequences, temperature=1.0)
+  mask = sequences.response_mask
+  return -jnp.where(mask, output.logprobs, 0.0).sum() / mask.sum()
+
+
+@functools.cache
+def single_device() -> Any:
+  """Parameters, loss and gradients on one device."""
+  params = jax.jit(lambda key: decoder.init(CONFIG, key))(jax.random.key(0))
+  value, gradients = jax.jit(jax.value_and_grad(functools.partial(loss, CONFIG)))(
+    params, make_sequences()
+  )
+  return jax.device_get((params, value, gradients))
+
+
+@pytest.mark.parametrize('name', MESHES)
+def test_loss_and_gradients_do_not_depend_on_the_mesh(name: str) -> None:
+  """Equal to float error; gradients lie where their parameters do."""
+  mesh = make_mesh(MESHES[name])
+  params, expected_loss, expected_gradients = single_device()
+  shardings = param_shardings(decoder.logical_axes(CONFIG), params, mesh)
+  with jax.set_mesh(mesh):
+    step = jax.value_and_grad(functools.partial(loss, CONFIG))
+    value, gradients = jax.jit(step, out_shardings=(None, shardings))(
+      jax.device_put(params, shardings), put_batch(make_sequences(), mesh)
+    )
+  assert jax.tree.map(lambda leaf: leaf.sharding, gradients) == shardings
+  np.testing.assert_allclose(value, expected_loss, rtol=1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5),
+    gradients,
+    expected_gradients,
+  )
+
+
+def test_parameters_are_made_in_place() -> None:
+  """Initialised on a mesh they are the same bits, each where its rules say."""
+  mesh = make_mesh(MESHES['all'])
+  expected = single_device()[0]
+  shardings = param_shardings(decoder.logical_axes(CONFIG), expected, mesh)
+  with jax.set_mesh(mesh):
+    init = jax.jit(lambda key: decoder.init(CONFIG, key), out_shardings=shardings)
+    params = init(jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
+
+
+def test_scanned_and_rematerialised_layers_on_a_mesh() -> None:
+  """The other way to run the layers gives the same there."""
+  config = make_config(
+    'qwen2',
+    qk_norm=True,
+    vocab_multiple=2,
+    window=4,
+    window_pattern='LG',
+    scan_layers=True,
+    remat='full',
+  )
+  mesh = make_mesh(MESHES['all'])
+  params, expected_loss, expected_gradients = single_device()
+  shardings = param_shardings(decoder.logical_axes(config), params, mesh)
+  with jax.set_mesh(mesh):
+    value, gradients = jax.jit(jax.value_and_grad(functools.partial(loss, config)))(
+      jax.device_put(params, shardings), put_batch(make_sequences(), mesh)
+    )
+  np.testing.assert_allclose(value, expected_loss, rtol=1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5),
+    gradients,
+    expected_gradients,
+  )
+
+
+def test_samples_do_not_depend_on_the_mesh() -> None:
+  """The same tokens, their log-probs to float error, with parameters and rows split."""
+  params = single_device()[0]
+  sequences = make_sequences()
+  prompts = Prompts(
+    tokens=sequences.prompt, mask=sequences.prompt_mask, index=jnp.arange(8, dtype=jnp.int32)
+  )
+
+  def sample(params: Any, prompts: Prompts) -> Samples:
+    return generate(
+      CONFIG,
+      params,
+      prompts,
+      jax.random.key(7),
+      config=GenerationConfig(temperature=0.7, top_k=9),
+      max_new_tokens=R,
+      eos_id=3,
+      pad_id=0,
+    )
+
+  expected = jax.jit(sample)(params, prompts)
+  mesh = make_mesh(MESHES['all'])
+  shardings = param_shardings(decoder.logical_axes(CONFIG), params, mesh)
+  with jax.set_mesh(mesh):
+    actual = jax.jit(sample)(jax.device_put(params, shardings), put_batch(prompts, mesh))
+  np.testing.assert_array_equal(actual.tokens, expected.tokens)
+  np.testing.assert_array_equal(actual.mask, expected.mask)
+  np.testing.assert_allclose(actual.logprobs, expected.logprobs, atol=1e-5)

@@ -1,0 +1,80 @@
+"""Completing texts with an opened policy."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.common import prng
+from rlhf_jax.feedback.dataset import Feedback, Split
+from rlhf_jax.generation.config import GenerationConfig
+from rlhf_jax.models import decoder
+from rlhf_jax.recipes.completions import Completer, make_completer
+from rlhf_jax.recipes.finished import Finished, open_run
+from rlhf_jax.runs import Run
+from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
+
+PROMPTS = ['the soup was', 'we', 'the', 'not very good']
+
+
+def opened(parents: Path, tensor: int = 1, **generation: float) -> Finished:
+  """The tiny SFT policy, on the first devices."""
+  run = Run(parents / 'sft')
+  config = dataclasses.replace(run.config, generation=GenerationConfig(**generation))
+  mesh = make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])
+  return open_run(run, config, Feedback('', Split(), Split()), mesh, parents={})
+
+
+@pytest.fixture(scope='module')
+def completer(parents: Path) -> Completer:
+  return make_completer(opened(parents, temperature=1.5))
+
+
+def test_a_sample_does_not_depend_on_the_batch(completer: Completer) -> None:
+  """Alone, among others and in another order: the same tokens of the same prompt and number."""
+  key = prng.base_key(3)
+  together = completer(PROMPTS, key, 2)
+  found = {(row.prompt, row.sample): row for row in together}
+  assert len({tuple(row.tokens) for row in together}) > 4
+  for row in completer(PROMPTS[::-1], key, 2) + completer(PROMPTS[1:2], key, 1):
+    other = found[row.prompt, row.sample]
+    assert row.tokens == other.tokens
+    np.testing.assert_allclose(row.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_samples_of_a_prompt_and_keys_differ(completer: Completer) -> None:
+  """Another number or another key draws anew."""
+  first = completer(['we'], prng.base_key(0), 4)
+  second = completer(['we'], prng.base_key(1), 4)
+  assert [row.sample for row in first] == [0, 1, 2, 3]
+  assert len({tuple(row.tokens) for row in first + second}) > 4
+
+
+def test_greedy_tokens_are_the_likeliest(parents: Path) -> None:
+  """Each is the argmax of the whole decoder's next-token logits, computed without a cache."""
+  policy = opened(parents, temperature=0.0)
+  model, params = policy.parts.model, policy.params['policy']
+  eos = policy.parts.tokenizer.eos_id
+  limit = policy.parts.config.data.response_length
+  for row in make_completer(policy)(PROMPTS[:2], prng.base_key(0), 1):
+    tokens = list(row.prompt_tokens)
+    for token in row.tokens:
+      whole = jnp.array([tokens])
+      hidden, _ = decoder.hidden_states(model, params, whole, jnp.ones_like(whole, bool))
+      assert token == int(decoder.logits(model, params, hidden[0, -1]).argmax())
+      tokens.append(token)
+    assert row.finished == (row.tokens[-1] == eos)
+    assert row.finished or len(row.tokens) == limit
+
+
+def test_two_devices_complete_like_one(parents: Path) -> None:
+  """Matrices shared over a tensor axis give the same greedy tokens."""
+  key = prng.base_key(0)
+  one, two = (
+    make_completer(opened(parents, tensor=count, temperature=0.0))(PROMPTS, key, 1)
+    for count in (1, 2)
+  )
+  assert [row.tokens for row in one] == [row.tokens for row in two]
