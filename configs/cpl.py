@@ -11,10 +11,10 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
   return ExperimentConfig(
     name='cpl',
     objective=CPLConfig(alpha=0.5, lam=0.75, use_reference=True),
-    steps=300,
+    steps=200,
     batch_size=64,
     policy=InitConfig(init='configs/sft.py'),
     reward_model=InitConfig(init='configs/reward_model.py'),
-    optimizer=OptimizerConfig(learning_rate=3e-4, schedule='linear', warmup_updates=20),
+    optimizer=OptimizerConfig(learning_rate=5e-4, schedule='linear', warmup_updates=20),
     evaluation=EvaluationConfig(every=50),
   )

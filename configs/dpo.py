@@ -10,8 +10,8 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
   del arg
   return ExperimentConfig(
     name='dpo',
-    objective=DPOConfig(beta=0.5),
-    steps=300,
+    objective=DPOConfig(beta=0.7),
+    steps=200,
     batch_size=64,
     policy=InitConfig(init='configs/sft.py'),
     reward_model=InitConfig(init='configs/reward_model.py'),

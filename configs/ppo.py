@@ -11,12 +11,12 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
   return ExperimentConfig(
     name='ppo',
     objective=PPOConfig(
-      epochs=2, minibatches=2, kl_coefficient=0.8, value_model='reward_model', lam=0.95
+      epochs=2, minibatches=2, kl_coefficient=1.0, value_model='reward_model', lam=0.95
     ),
-    steps=100,
+    steps=60,
     batch_size=128,
     policy=InitConfig(init='configs/sft.py'),
     reward_model=InitConfig(init='configs/reward_model.py'),
-    optimizer=OptimizerConfig(learning_rate=3e-4, epsilon=1e-5),
-    evaluation=EvaluationConfig(every=20),
+    optimizer=OptimizerConfig(learning_rate=3e-4, schedule='linear', epsilon=1e-5),
+    evaluation=EvaluationConfig(every=15),
   )

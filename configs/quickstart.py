@@ -12,13 +12,13 @@ def get_config(arg: str | None = None) -> StudyConfig:
   del arg
   objectives = {
     'ppo': dataclasses.replace(
-      ppo.get_config(), evaluation=EvaluationConfig(every=20, prompts=256)
+      ppo.get_config(), evaluation=EvaluationConfig(every=15, prompts=256)
     ),
     'dpo': dataclasses.replace(
-      dpo.get_config(), evaluation=EvaluationConfig(every=60, prompts=256)
+      dpo.get_config(), evaluation=EvaluationConfig(every=50, prompts=256)
     ),
     'cpl': dataclasses.replace(
-      cpl.get_config(), evaluation=EvaluationConfig(every=60, prompts=256)
+      cpl.get_config(), evaluation=EvaluationConfig(every=50, prompts=256)
     ),
   }
   return StudyConfig(
@@ -27,5 +27,5 @@ def get_config(arg: str | None = None) -> StudyConfig:
     reward_model=reward_model.get_config(),
     objectives=objectives,
     seeds=(0, 1, 2),
-    frontier_samples=1024,
+    frontier_samples=512,
   )

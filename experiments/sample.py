@@ -171,7 +171,8 @@ def converse(completer: Completer, config: ExperimentConfig) -> int:
       show(completion, config)
     turns += 1
     # A policy that does not stop may go on to speak for the person.
-    history = prompt + completions[-1].text.partition(_HUMAN.rstrip())[0]
+    answer = completions[-1].text.partition(_HUMAN.rstrip())[0]
+    history = f'{prompt} {answer.strip()}'
 
 
 def show(completion: Completion, config: ExperimentConfig) -> None:

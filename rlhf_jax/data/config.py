@@ -87,8 +87,8 @@ class DataConfig:
   response_length: int = 16
   # The part of a longer prompt that is kept; dialogues want the end (Rafailov et al. 2023's code).
   truncation: str = 'keep_end'
-  # 'word' (split at white space) or 'byte' (byte-level BPE), trained on the training records; else a
-  # folder with a tokenizer of ours or of Hugging Face's.
+  # 'word' (split at white space) or 'byte' (byte-level BPE), trained on the training records;
+  # else a folder with a tokenizer of ours or of Hugging Face's.
   tokenizer: str = 'word'
   # The most tokens a trained tokenizer may have.
   vocab_size: int = 8192

@@ -47,8 +47,8 @@ class ClassHMM:
       log_likelihood: `[C, N]`, log p(words so far | class), in nats.
 
     Returns:
-      The updated belief and log-likelihood (Rabiner 1989, eqs. 91-92: scaled at every word, so that
-      nothing underflows however long the string).
+      The updated belief and log-likelihood (Rabiner 1989, section V.A: scaled at every word, so
+      that nothing underflows however long the string).
     """
     belief, log_likelihood = belief.copy(), log_likelihood.copy()
     for t in range(words.shape[1]):
@@ -68,8 +68,8 @@ class ClassHMM:
     The class and the present state come from their posterior, the rest of the chain from the model.
 
     Returns:
-      words `[N, max_words]` (V where there is none), lengths `[N]`, finished `[N]` bool: False where
-      `max_words` words came before the end.
+      words `[N, max_words]` (V where there is none), lengths `[N]`, finished `[N]` bool: False
+      where `max_words` words came before the end.
     """
     classes, rows, states = belief.shape
     posterior = np.exp(log_likelihood - log_likelihood.max(0))[..., None] * belief

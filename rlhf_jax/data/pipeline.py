@@ -12,7 +12,8 @@ from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.records import Comparison, Demonstration, Prompt
 
-Array = np.ndarray
+# Batches are declared for jax arrays; here, on the host, they hold numpy ones.
+Array = Any
 Batch = Prompts | Sequences | Pairs
 
 

@@ -1,10 +1,9 @@
 """The embedded task: reviews from a small probabilistic grammar whose sentiment is known exactly.
 
-A review has a latent sentiment. Its clauses ('the soup was not very good', 'we loved the view') each
-have a polarity, which leans towards the sentiment; 'and' tends to keep the polarity and 'but' to
-turn it, and a clause at odds with the sentiment tends to be answered by a 'but'. A negation turns
-the adjective or verb that follows. So the reward is no sum over words: 'not' and 'but' matter, and
-so does the order of clauses.
+A review has a latent sentiment. Each of its clauses ('the soup was not very good', 'we loved the
+view') has a polarity, which leans towards the sentiment, most of all after a 'but'; and a 'but'
+mostly answers a clause at odds with it. A negation turns the adjective or verb that follows. So the
+reward is no sum over words: negations, conjunctions and the order of clauses matter.
 """
 
 from collections.abc import Iterable, Sequence
@@ -60,7 +59,7 @@ POLAR = {
 
 
 class State(NamedTuple):
-  """A place in a clause: the class of its word, whether a negation turns it, and what may follow."""
+  """A place in a clause: the class of its words, whether a negation turns them, what may follow."""
 
   words: str
   negated: bool
@@ -145,7 +144,7 @@ def _transition(sentiment: int) -> Array:
 
 
 def grammar() -> ClassHMM:
-  """The grammar as a hidden Markov model: classes negative, positive; a state a place and polarity."""
+  """The grammar as a hidden Markov model: classes negative, positive; states (place, polarity)."""
   emissions = [np.zeros(len(VOCABULARY) + 1)]
   emissions += [
     _emission(state, polarity) for polarity in (NEGATIVE, POSITIVE) for state in STATES.values()

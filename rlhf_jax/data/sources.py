@@ -117,6 +117,7 @@ def _complete(split: Split, responses: str) -> Split:
       demonstrations.append(Demonstration(pair.prompt, pair.chosen))
       if responses == 'all':
         demonstrations.append(Demonstration(pair.prompt, pair.rejected))
-  texts = dict.fromkeys(record.prompt for record in (*demonstrations, *split.comparisons))
-  prompts = split.prompts if split.prompts else tuple(map(Prompt, texts))
+  texts = [record.prompt for record in demonstrations]
+  texts += [pair.prompt for pair in split.comparisons]
+  prompts = split.prompts if split.prompts else tuple(map(Prompt, dict.fromkeys(texts)))
   return Split(prompts, tuple(demonstrations), split.comparisons)

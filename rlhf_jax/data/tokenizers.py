@@ -101,7 +101,9 @@ def train(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
     raise ValueError(f'kind: expected one of {TRAINED_TOKENIZERS}, got {kind!r}.')
   backend.train_from_iterator(texts, trainer)
   backend.encode_special_tokens = True
-  return Tokenizer(backend, *(SPECIAL.index(token) for token in (PAD, BOS, EOS)), literal=True)
+  return Tokenizer(
+    backend, SPECIAL.index(PAD), SPECIAL.index(BOS), SPECIAL.index(EOS), literal=True
+  )
 
 
 def load(folder: pathlib.Path) -> Tokenizer:
@@ -134,7 +136,7 @@ def _load_slow(folder: pathlib.Path) -> Tokenizer:
   """Folders without `tokenizer.json`: transformers knows how to convert their vocabularies."""
   if not folder.is_dir():
     raise DataError(
-      f"{folder}: no such folder. --config.data.tokenizer is 'word', 'byte' or a tokenizer's folder."
+      f"{folder}: no such folder. --config.data.tokenizer is 'word', 'byte' or a folder."
     )
   import transformers
 

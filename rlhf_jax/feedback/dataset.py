@@ -1,6 +1,7 @@
 """A set of feedback: records to learn from, records held out, and what is known about them."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -36,16 +37,12 @@ class Split:
 
   def texts(self) -> Iterator[str]:
     """Every prompt and response, records in order, repeats included (to train a tokenizer)."""
-    for record in (*self.prompts, *self.demonstrations, *self.comparisons):
-      if isinstance(record, Prompt):
-        yield record.text
-        continue
-      yield record.prompt
-      if isinstance(record, Demonstration):
-        yield record.response
-      else:
-        yield record.chosen
-        yield record.rejected
+    for prompt in self.prompts:
+      yield prompt.text
+    for demonstration in self.demonstrations:
+      yield from (demonstration.prompt, demonstration.response)
+    for pair in self.comparisons:
+      yield from (pair.prompt, pair.chosen, pair.rejected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +78,9 @@ class Feedback:
     )
     raise DataError(f'{self.source}: no {split} {kind}; found {found}. {remedy}')
 
-  @property
+  @functools.cached_property
   def fingerprint(self) -> str:
-    """SHA-256 over all records in order: equal content, equal fingerprint, wherever it came from."""
+    """SHA-256 over all records in order: equal content has equal fingerprints."""
     digest = hashlib.sha256()
     for split in (self.train, self.held_out):
       for kind in KINDS:

@@ -86,7 +86,7 @@ class Comparison(_Record):
     if not 0.5 <= self.preference <= 1:
       raise RecordError(
         'preference',
-        f'{self.preference!r} is not a probability in [0.5, 1]; below 0.5, swap chosen and rejected',
+        f'{self.preference!r} is not in [0.5, 1]; below 0.5, swap chosen and rejected',
       )
     _check_number('margin', self.margin)
     if self.margin < 0:

@@ -1,5 +1,6 @@
 """Wires a stage's models and data to the questions that evaluations ask."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ Question = Callable[[Any, int], Evaluation]
 # The baseline answers the same prompts with random numbers of its own: were they the policy's, an
 # unchanged policy would tie with it everywhere.
 _POLICY, _BASELINE, _FRONTIER = 0, 1, 2
+# Many samples are cheaper in large batches.
+_FRONTIER_BATCHES = 16
 
 
 def ask(questions: Sequence[Question], params: Any, step: int) -> Evaluation:
@@ -244,17 +247,18 @@ def sample_scores(
   rounds: int,
   batch_size: int | None = None,
 ) -> np.ndarray:
-  """`[rounds, N]` float64: scores of a response to each prompt, sampled anew in every round."""
+  """`[rounds, N]` float64: scores of `rounds` independent responses to each prompt."""
   sample = jax.jit(make_sampler(parts))
-  found = np.zeros((rounds, len(columns)))
-  for number in range(rounds):
-    round_key = jax.random.fold_in(key, number)
-    scores = [
-      np.asarray(score(sample(params, batch, round_key)[0]))[real]
-      for batch, real in device_batches(parts, columns, batch_size)
-    ]
-    found[number] = np.concatenate(scores)
-  return found
+  size = parts.config.evaluation.batch_size if batch_size is None else batch_size
+  count = len(columns)
+  found = np.zeros(rounds * count)
+  for start in range(0, len(found), size):
+    rows = np.arange(start, start + size)
+    # Each response has a number of its own, and so its own random numbers; some fill up the batch.
+    batch = dataclasses.replace(columns.take(rows % count), index=rows.astype(np.int32))
+    scores = np.asarray(score(sample(params, put_batch(batch, parts.mesh), key)[0]))
+    found[start : start + size] = scores[: len(found) - start]
+  return found.reshape(rounds, count)
 
 
 def reference_rewards(parts: Parts, samples: int) -> np.ndarray:
@@ -272,4 +276,5 @@ def reference_rewards(parts: Parts, samples: int) -> np.ndarray:
   columns = prompt_columns(parts, 'held_out', config.prompts)
   key = prng.stream_key(prng.base_key(config.seed), prng.Stream.EVALUATION, _FRONTIER)
   reference = init_decoder(parts)
-  return sample_scores(parts, gold, reference, key, columns, samples, len(columns)).T
+  batch_size = _FRONTIER_BATCHES * config.batch_size
+  return sample_scores(parts, gold, reference, key, columns, samples, batch_size).T

@@ -87,13 +87,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-  """Lays a host batch, the same on every process, on the mesh: rows over data and fsdp."""
-  sharding = batch_sharding(mesh)
-  if jax.process_count() == 1:
-    return jax.device_put(batch, sharding)
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index]), batch
-  )
+  """Lays a host batch, the same on every process, on the mesh: rows over data and fsdp.
+
+  Rows that the mesh does not divide, like one prompt given by hand, are put whole on every device.
+  """
+  devices = mesh.shape['data'] * mesh.shape['fsdp']
+
+  def put(x: Any) -> Array:
+    sharding = replicated(mesh) if len(x) % devices else batch_sharding(mesh)
+    if jax.process_count() == 1:
+      return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index])
+
+  return jax.tree.map(put, batch)
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:

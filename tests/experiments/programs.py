@@ -22,7 +22,7 @@ def run_program(name: str, *flags: str, typed: str = '') -> subprocess.Completed
 
 
 def message(done: subprocess.CompletedProcess[str]) -> str:
-  """The message of a program that the user called wrongly: one, without a traceback, exit code 1."""
+  """What a program said to a mistake: one message, without a traceback, exit code 1."""
   assert done.returncode == 1, (done.returncode, done.stderr)
   assert 'Traceback' not in done.stderr
   assert done.stderr.count('error: ') == 1, done.stderr

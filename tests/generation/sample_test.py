@@ -1,5 +1,6 @@
 """Samples are what the model says, end where they should, and do not depend on their neighbours."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_rows_with_other_numbers_draw_other_tokens() -> None:
   prompts = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), prompts)
   same = sample(model, prompts, eos_id=-1).tokens
   assert np.all(same == same[0])
-  others = sample(model, prompts.replace(index=jnp.arange(B)), eos_id=-1).tokens
+  others = sample(model, dataclasses.replace(prompts, index=jnp.arange(B)), eos_id=-1).tokens
   assert len({tuple(row) for row in others.tolist()}) == B
 
 
@@ -179,7 +180,7 @@ def test_stop_tokens_end_responses_too() -> None:
 
 
 def test_decoding_ends_with_the_longest_response(monkeypatch: pytest.MonkeyPatch) -> None:
-  """The model reads the prompt but its last token, then a token for each of the longest response."""
+  """The model reads the prompt but its last token, then once for each token of the longest."""
   calls: list[int] = []
   original = decoder.hidden_states
 

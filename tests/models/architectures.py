@@ -114,7 +114,7 @@ def make_tokens(rows: int = ROWS, length: int = COLUMNS, seed: int = 2) -> jax.A
   return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, (rows, length)), jnp.int32)
 
 
-def run(config: ModelConfig, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+def run(config: ModelConfig, params: Any, tokens: Any, mask: Any) -> jax.Array:
   """Logits `[B, T, V]`; each config is compiled once for all tests."""
   return _compiled(dataclasses.astuple(config))(params, tokens, mask)
 

@@ -113,7 +113,7 @@ def loss_and_gradient(config: ModelConfig, params: Any) -> Any:
 )
 def test_how_layers_run_changes_nothing(scan_layers: bool, remat: str) -> None:
   """Scanned, unrolled, rematerialised: one loss, one gradient; windows differ between layers."""
-  kind = dict(layers=3, window=3, window_pattern='LG', rotary_local_theta=50.0)
+  kind: dict[str, Any] = dict(layers=3, window=3, window_pattern='LG', rotary_local_theta=50.0)
   params = make_params(make_config(**kind))
   expected = loss_and_gradient(make_config(**kind), params)
   config = make_config(**kind, scan_layers=scan_layers, remat=remat)

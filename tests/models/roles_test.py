@@ -1,5 +1,6 @@
 """Policies, value functions and reward models against the same sums written out."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -145,8 +146,8 @@ def test_an_empty_response_is_scored_at_the_end_of_its_prompt() -> None:
   """Padding is never read, not even when there is nothing else."""
   config, sequences = make_config(), make_sequences()
   params = reward_model(config)
-  empty = sequences.replace(response_mask=jnp.zeros_like(sequences.response_mask))
-  other = empty.replace(response=(empty.response + 1) % VOCAB)
+  empty = dataclasses.replace(sequences, response_mask=jnp.zeros_like(sequences.response_mask))
+  other = dataclasses.replace(empty, response=(empty.response + 1) % VOCAB)
   scores = score(params, empty)
   np.testing.assert_array_equal(scores, score(params, other))
   tokens, _ = row_tokens(empty, 0)
@@ -175,7 +176,7 @@ def test_a_new_reward_model_changes_nothing_by_normalising() -> None:
   ranks = jax.tree.map(lambda leaf: len(leaf.shape), shapes)
   assert ranks == jax.tree.map(len, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
   params = roles.reward_model_from_trunk(config, make_params(config), jax.random.key(0))
-  assert jax.tree.structure(params) == jax.tree.structure(shapes)
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
   sequences = make_sequences()
   np.testing.assert_array_equal(
     score(params, sequences),

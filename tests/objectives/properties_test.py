@@ -30,9 +30,7 @@ CASES: dict[str, Any] = {
     margin_coefficient=0.7, center_coefficient=0.01
   ),
   'dpo': DPOConfig(),
-  'cdpo': DPOConfig(label_smoothing=0.1),
   'robust': DPOConfig(variant='robust', label_smoothing=0.1),
-  'ipo': DPOConfig(variant='ipo'),
   'ipo mean': DPOConfig(variant='ipo', reduction='mean', nll_coefficient=0.5),
   'hinge': DPOConfig(variant='hinge', beta=0.7),
   'cpl': CPLConfig(),
@@ -60,7 +58,7 @@ def data_of(case: str) -> str:
 
 def assert_same(first: Any, second: Any, rtol: float = 0.0, atol: float = 0.0) -> None:
   """Equal trees, to the bit unless a tolerance is given."""
-  assert jax.tree.structure(first) == jax.tree.structure(second)
+  assert str(jax.tree.structure(first)) == str(jax.tree.structure(second))
   for (path, a), b in zip(
     jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True
   ):
@@ -148,7 +146,7 @@ def test_swapping_negates_the_predicted_difference(case: str) -> None:
 
 @every_case
 def test_splitting_rows_changes_nothing(case: str) -> None:
-  """Totals, weights, metrics and gradients of two halves, unequal in tokens, add up to the whole's."""
+  """Totals, weights, metrics and gradients of two halves of unequal length make up the whole's."""
   batch, tables = tabular.make_batch(data_of(case)), tabular.make_tables()
   evaluate = evaluator(case, TABLES)
   whole = evaluate(tables, batch)

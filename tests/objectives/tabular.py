@@ -36,7 +36,7 @@ def make_sequences(rng: np.random.Generator, shape: tuple[int, ...]) -> Sequence
 
 
 def make_batch(data: str, seed: int = 0) -> Any:
-  """What an objective eats, as float32 and int NumPy arrays; pairs are a label, a soft one, ties."""
+  """What an objective eats, as NumPy arrays; the pairs have hard labels, a soft one and a tie."""
   rng = np.random.default_rng(seed)
 
   def normal(*shape: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Attention against a slow loop, and what it does at its edges."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.ops.attention import attention
 
 
-def make_inputs(heads: int = 4, kv_heads: int = 2, dtype: str = 'float32') -> dict[str, jax.Array]:
+def make_inputs(heads: int = 4, kv_heads: int = 2, dtype: str = 'float32') -> dict[str, Any]:
   """Random queries, keys and values, and a causal mask with some keys taken out."""
   rng = np.random.default_rng(0)
   B, T, S, D = 2, 5, 7, 8
@@ -51,8 +53,7 @@ def test_equals_a_slow_loop(kv_heads: int, softcap: float | None) -> None:
   """Grouped heads, mask, scale and soft-cap as the definition says."""
   inputs = make_inputs(kv_heads=kv_heads)
   expected = slow_attention(
-    *(np.asarray(x, np.float64) for x in list(inputs.values())[:3]),
-    np.asarray(inputs['mask']),
+    **{name: np.asarray(x, bool if name == 'mask' else float) for name, x in inputs.items()},
     scale=0.3,
     softcap=softcap,
   )

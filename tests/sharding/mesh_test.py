@@ -76,6 +76,13 @@ def test_a_batch_is_split_over_data_and_fsdp() -> None:
   assert jax.device_put(rows, replicated(mesh)).sharding.is_fully_replicated
 
 
+def test_rows_that_do_not_divide_are_put_whole() -> None:
+  """One prompt on eight devices is answered on all of them."""
+  mesh = make_mesh(MeshConfig())
+  batch = put_batch({'tokens': np.ones((3, 5), np.int32), 'index': np.arange(3)}, mesh)
+  assert all(leaf.sharding == replicated(mesh) for leaf in jax.tree.leaves(batch))
+
+
 def test_without_a_mesh_nothing_is_constrained() -> None:
   """The same object comes back, inside and outside of jit."""
   x = jnp.ones((4, 2))
