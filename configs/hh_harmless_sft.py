@@ -16,12 +16,12 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
   return ExperimentConfig(
     name='hh_harmless_sft',
     objective=SFTConfig(),
-    steps=110,
-    batch_size=64,
+    steps=260,
+    batch_size=32,
     data=hh_harmless.data(),
     model=hh_harmless.model(),
     optimizer=OptimizerConfig(
-      learning_rate=2e-3, schedule='cosine', warmup_updates=20, weight_decay=0.1
+      learning_rate=3e-3, schedule='cosine', warmup_updates=20, weight_decay=0.1
     ),
-    evaluation=hh_harmless.evaluation(every=55),
+    evaluation=hh_harmless.evaluation(every=130),
   )

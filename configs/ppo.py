@@ -13,10 +13,10 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
     objective=PPOConfig(
       epochs=2, minibatches=2, kl_coefficient=1.0, value_model='reward_model', lam=0.95
     ),
-    steps=60,
+    steps=80,
     batch_size=128,
     policy=InitConfig(init='configs/sft.py'),
     reward_model=InitConfig(init='configs/reward_model.py'),
-    optimizer=OptimizerConfig(learning_rate=3e-4, schedule='linear', epsilon=1e-5),
-    evaluation=EvaluationConfig(every=15),
+    optimizer=OptimizerConfig(learning_rate=1.5e-4, schedule='linear', epsilon=1e-5),
+    evaluation=EvaluationConfig(every=10),
   )

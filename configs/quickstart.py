@@ -12,13 +12,13 @@ def get_config(arg: str | None = None) -> StudyConfig:
   del arg
   objectives = {
     'ppo': dataclasses.replace(
-      ppo.get_config(), evaluation=EvaluationConfig(every=15, prompts=256)
+      ppo.get_config(), evaluation=EvaluationConfig(every=10, prompts=256)
     ),
     'dpo': dataclasses.replace(
-      dpo.get_config(), evaluation=EvaluationConfig(every=50, prompts=256)
+      dpo.get_config(), evaluation=EvaluationConfig(every=40, prompts=256)
     ),
     'cpl': dataclasses.replace(
-      cpl.get_config(), evaluation=EvaluationConfig(every=50, prompts=256)
+      cpl.get_config(), evaluation=EvaluationConfig(every=40, prompts=256)
     ),
   }
   return StudyConfig(

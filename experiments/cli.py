@@ -5,13 +5,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rlhf_jax.common.errors import UserError
+from rlhf_jax.config import load_config, suggestion
 from rlhf_jax.stages import StoppedError
 
 DONE, USER_ERROR, STOPPED = 0, 1, 75
@@ -77,18 +78,39 @@ def parse(argv: Sequence[str]) -> list[str]:
   """Parses flags; unknown config fields and wrong types end with a message, not a traceback."""
   try:
     return app.parse_flags_with_usage(list(argv))
-  except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+  except (KeyError, AttributeError, TypeError, ValueError, OSError, UserError) as error:
     if '--debug' in argv:
       traceback.print_exc()
-    text = error.args[0] if isinstance(error, KeyError) else str(error)
-    fail(f'{text}\nThe flags were: {" ".join(argv[1:])}')
-    raise AssertionError from error  # fail does not return
+    fail(_what_was_wrong(argv) or f'{error}\nThe flags were: {" ".join(argv[1:])}')
+
+
+def _what_was_wrong(argv: Sequence[str]) -> str | None:
+  """A better message than the flag library's, where there is one."""
+  try:
+    return unknown_field(argv)
   except UserError as error:
-    fail(str(error))
-    raise AssertionError from error
+    return str(error)
 
 
-def fail(message: str) -> None:
+def unknown_field(argv: Sequence[str]) -> str | None:
+  """Says which `--config.a.b=` names nothing in the config, and what was probably meant."""
+  files = [text.partition('=')[2] for text in argv if text.startswith('--config=')]
+  if not files:
+    return None
+  for text in argv:
+    if not text.startswith('--config.'):
+      continue
+    holder: Any = load_config(files[-1])
+    path = text.partition('=')[0]
+    for name in path.split('.')[1:]:
+      fields = holder if isinstance(holder, dict) else getattr(holder, '__dataclass_fields__', {})
+      if name not in fields:
+        return f'{path}: {type(holder).__name__} has no {name!r}; {suggestion(name, fields)}'
+      holder = holder[name] if isinstance(holder, dict) else getattr(holder, name)
+  return None
+
+
+def fail(message: str) -> NoReturn:
   """Prints a message and exits with the code of a user's mistake."""
   if flags.FLAGS.is_parsed() and flags.FLAGS.debug:
     traceback.print_exc()

@@ -69,7 +69,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 def _parse(line: bytes) -> dict[str, Any]:
   try:
-    fields = json.loads(line.decode('utf-8'))
+    fields = json.loads(line.rstrip(b'\r\n').decode('utf-8'))
   except UnicodeDecodeError as error:
     raise RecordError('', f'not UTF-8 at byte {error.start + 1} of the line') from None
   except json.JSONDecodeError as error:

@@ -30,10 +30,12 @@ class LabelConfig:
   annotators: int = 1
   # Standard deviation of the logarithm of the annotators' own temperatures.
   annotator_spread: float = 0.0
-  # Temperature of the soft-optimal value that the regret model adds, in nats; 'regret' only.
-  regret_beta: float = 1.0
-  # Continuations drawn to estimate each such value; 'regret' only.
-  regret_samples: int = 32
+  # Temperature of the soft-optimal value that the regret model adds, in nats; 'regret' only. Below
+  # about 3 the embedded task's values do not converge (`data.reviews.soft_value`).
+  regret_beta: float = 4.0
+  # Continuations drawn to estimate each such value, the error being part of what annotators see;
+  # 'regret' only.
+  regret_samples: int = 64
 
   def validate(self, path: str) -> None:
     """Raises ConfigError for values that cannot work."""

@@ -87,8 +87,7 @@ def generate(
   )
   if max_new_tokens < 1:
     raise ValueError(f'max_new_tokens={max_new_tokens}: expected at least 1.')
-  if not model.scan_layers:
-    params = decoder.unstack_layers(params)
+  params = decoder.decoding_params(model, params)
   stops = config.stop_tokens if eos_id < 0 else (eos_id, *config.stop_tokens)
   keys = prng.row_keys(key, prompts.index)
   rows, shape = sizes['B'], (sizes['B'], max_new_tokens)

@@ -65,6 +65,21 @@ def unstack_layers(params: Params) -> Params:
   return params | {'layers': tuple(parts)}
 
 
+def decoding_params(config: ModelConfig, params: Params) -> Params:
+  """Parameters as a decode loop wants them, for `hidden_states` and `logits` of the same config.
+
+  What the loop would do at every step is done once: matrices get the compute type, and blocks that
+  are unrolled are parted. Every result is the same.
+  """
+
+  def cast(path: Any, leaf: Array) -> Array:
+    # Norms compute in float32, with float32 weights; they are the next to last name of a path.
+    return leaf if path[-2:][0].key.endswith('norm') else leaf.astype(config.dtype)
+
+  params = jax.tree_util.tree_map_with_path(cast, params)
+  return params if config.scan_layers else unstack_layers(params)
+
+
 @overload
 def hidden_states(
   config: ModelConfig, params: Params, tokens: Array, mask: Array, *, cache: None = None

@@ -121,6 +121,19 @@ def online_questions(parts: Parts, reward_model: FrozenRewardModel | None) -> li
   return [policy] if policy else []
 
 
+def make_judges(parts: Parts, policy: Callable[[Any, Sequences], PolicyOutput]) -> Judges:
+  """Policy, reference and logits, all at the one sampling temperature."""
+  temperature = probes.temperature_of(parts)
+
+  def reference(params: Any, rows: Sequences) -> PolicyOutput:
+    return roles.policy_output(parts.model, params, rows, temperature=temperature)
+
+  def logits(params: Any, rows: Sequences) -> Array:
+    return roles.response_logits(parts.model, params, rows, temperature=temperature)
+
+  return Judges(policy, reference, logits)
+
+
 def build_ppo(parts: Parts) -> Recipe:
   """The recipe of PPO: every step is a rollout and its epochs of minibatch updates."""
   config = parts.config
@@ -128,7 +141,6 @@ def build_ppo(parts: Parts) -> Recipe:
   assert isinstance(objective, PPOConfig)
   reward_model = load_reward_model(parts)
   value_model = value_model_of(parts, reward_model)
-  temperature = probes.temperature_of(parts)
   policy = make_policy(parts, value_model)
   reference = init_decoder(parts)
   batches = pipeline.batches(
@@ -144,15 +156,7 @@ def build_ppo(parts: Parts) -> Recipe:
     scored = truncate_for_scoring(sequences, samples.finished, objective)
     return Sampled(sequences, samples.logprobs, scored.stopped), scored.sequences
 
-  judges = Judges(
-    policy=policy,
-    reference=lambda params, rows: roles.policy_output(
-      parts.model, params, rows, temperature=temperature
-    ),
-    logits=lambda params, rows: roles.response_logits(
-      parts.model, params, rows, temperature=temperature
-    ),
-  )
+  judges = make_judges(parts, policy)
 
   @jax.jit
   def complete(

@@ -255,7 +255,9 @@ def sample_scores(
   for start in range(0, len(found), size):
     rows = np.arange(start, start + size)
     # Each response has a number of its own, and so its own random numbers; some fill up the batch.
-    batch = dataclasses.replace(columns.take(rows % count), index=rows.astype(np.int32))
+    prompts = columns.take(rows % count)
+    assert isinstance(prompts, Prompts)
+    batch = dataclasses.replace(prompts, index=rows.astype(np.int32))
     scores = np.asarray(score(sample(params, put_batch(batch, parts.mesh), key)[0]))
     found[start : start + size] = scores[: len(found) - start]
   return found.reshape(rounds, count)

@@ -93,16 +93,7 @@ def assemble(
     returns=returns,
     value_mask=shaped.value_mask,
   )
-  sequence_kl = masked_sum(log_ratio, mask, axis=-1)
-  following = coefficient
-  if config.kl_target > 0:
-    following = update_coefficient(
-      coefficient,
-      sequence_kl.mean(),
-      target=config.kl_target,
-      horizon=config.kl_horizon,
-      sequences=mask.shape[0],
-    )
+  following = next_coefficient(config, coefficient, masked_sum(log_ratio, mask, axis=-1))
   metrics = rollout_metrics(rollouts, sampled, scores, coefficient)
   if config.exact_kl:
     exact = kl_lib.exact_kl(
@@ -110,6 +101,19 @@ def assemble(
     )
     metrics['exact_kl'] = Mean.of(masked_sum(exact, mask, axis=-1))
   return rollouts, following, metrics
+
+
+def next_coefficient(config: PPOConfig, coefficient: Array, sequence_kl: Array) -> Array:
+  """The KL coefficient of the next iteration, given the `[B]` sequence KLs of this one."""
+  if config.kl_target == 0:
+    return coefficient
+  return update_coefficient(
+    coefficient,
+    sequence_kl.mean(),
+    target=config.kl_target,
+    horizon=config.kl_horizon,
+    sequences=sequence_kl.shape[0],
+  )
 
 
 def rollout_metrics(

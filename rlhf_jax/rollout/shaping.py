@@ -44,7 +44,11 @@ def truncate_for_scoring(sequences: Sequences, finished: Array, config: PPOConfi
 
 
 def handle_missing_stop(scores: Array, stopped: Array, config: PPOConfig) -> Array:
-  """Scores `[B]` float32 with the named treatment of responses that never stopped."""
+  """Scores `[B]` float32 with the named treatment of responses that never stopped.
+
+  Raises `ShapeError` for integer scores, which were truncated somewhere before.
+  """
+  check_float(scores=scores)
   scores = scores.astype(jnp.float32)
   if config.missing_stop == 'replace':
     return jnp.where(stopped, scores, config.missing_stop_value)

@@ -126,6 +126,7 @@ class _Run:
     self.clock = time.monotonic()
 
   def step(self, step: int) -> None:
+    """Dispatches one iteration, and settles the one before."""
     batch = self.recipe.batch(step)
     prepared = self.recipe.prepare(self.state, batch)
     self.state, metrics = self.recipe.update(
@@ -136,6 +137,7 @@ class _Run:
       self.settle(self.pending.popleft())
 
   def settle_all(self) -> None:
+    """Waits for the metrics of every step that was dispatched."""
     while self.pending:
       self.settle(self.pending.popleft())
     now = time.monotonic()
@@ -143,6 +145,7 @@ class _Run:
     self.clock = now
 
   def settle(self, done: _Pending) -> None:
+    """Reads the metrics of a step: stops at what is not finite, counts tokens."""
     values = metrics_lib.values(done.metrics)
     if not all(np.isfinite(values[name]) for name in ('loss', 'gradient_norm')):
       self.save_nonfinite(done, values)
@@ -150,6 +153,7 @@ class _Run:
     self.window = metrics_lib.merge([self.window, done.metrics])
 
   def save_nonfinite(self, done: _Pending, values: dict[str, float]) -> None:
+    """Saves what is needed to study the step, and raises."""
     folder = self.folder / 'nonfinite'
     folder.mkdir(exist_ok=True)
     batch = {name: np.asarray(leaf) for name, leaf in trees.flatten(done.batch).items()}
@@ -164,6 +168,7 @@ class _Run:
     )
 
   def log(self, step: int) -> None:
+    """Writes and shows the metrics merged since the last row."""
     values = metrics_lib.values(self.window)
     tokens = self.tokens - self.logged_tokens
     row = {**values, 'tokens': self.tokens, 'seconds': round(self.seconds, 3)}
@@ -174,6 +179,7 @@ class _Run:
     self.window, self.logged_tokens = {}, self.tokens
 
   def evaluate(self, step: int) -> dict[str, float]:
+    """Asks the recipe's questions and writes the answers."""
     scalars, arrays = self.recipe.evaluate(self.state.params, step)
     if arrays:
       folder = self.folder / 'evaluations'
@@ -193,6 +199,7 @@ class _Run:
     self.progress.skip()
 
   def save(self, step: int, scalars: dict[str, float] | None) -> None:
+    """Writes a checkpoint."""
     # With the metrics of the steps since the last row: the next row is then as if undisturbed.
     window = metrics_lib.to_json(self.window)
     facts = {'tokens': self.tokens, 'seconds': self.seconds, 'window': window}

@@ -33,6 +33,7 @@ class TrainState:
   def create(
     cls, params: Any, optimizer: optax.GradientTransformation, seed: int, carry: dict[str, Array]
   ) -> 'TrainState':
+    """The state before the first step."""
     return cls(
       step=jnp.zeros([], jnp.int32),
       params=params,

@@ -1,5 +1,7 @@
 """Masked statistics against NumPy over the unmasked entries, and against garbage under the mask."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,8 @@ import pytest
 from rlhf_jax.common.masked import last_true, masked_mean, masked_sum, masked_variance, whiten
 
 RNG = np.random.default_rng(0)
-VALUES = RNG.normal(3.0, 2.0, (8, 6)).astype(np.float32)
-MASK = RNG.random((8, 6)) < 0.6
+VALUES: Any = RNG.normal(3.0, 2.0, (8, 6)).astype(np.float32)
+MASK: Any = RNG.random((8, 6)) < 0.6
 BAD = [np.nan, np.inf, -np.inf, 1e30]
 
 
@@ -23,7 +25,7 @@ def test_statistics_are_those_of_the_unmasked_entries() -> None:
 
 def test_statistics_along_an_axis() -> None:
   """Row by row; a row without any entry has sum and mean 0."""
-  mask = MASK.copy()
+  mask: Any = MASK.copy()
   mask[2] = False
   sums = [row[keep].sum(dtype=np.float64) for row, keep in zip(VALUES, mask, strict=True)]
   means = [total / max(keep.sum(), 1) for total, keep in zip(sums, mask, strict=True)]
@@ -42,7 +44,8 @@ def test_sums_are_in_float32() -> None:
 @pytest.mark.parametrize('bad', BAD)
 def test_masked_garbage_reaches_neither_value_nor_gradient(bad: float) -> None:
   """Statistics and their gradients are those with zeros under the mask; masked gradients are 0."""
-  clean, dirty = np.where(MASK, VALUES, 0.0), np.where(MASK, VALUES, np.float32(bad))
+  clean: Any = np.where(MASK, VALUES, 0.0)
+  dirty: Any = np.where(MASK, VALUES, np.float32(bad))
 
   def statistics(values: jax.Array) -> jax.Array:
     return (

@@ -14,7 +14,7 @@ WORDS = 16
 
 def _config(**changes):
   return dataclasses.replace(
-    ReviewsConfig(demonstrations=2000, comparisons=2000, prompts=200), **changes
+    ReviewsConfig(demonstrations=800, comparisons=800, prompts=200), **changes
   )
 
 
@@ -34,11 +34,11 @@ def test_more_of_one_kind_leaves_the_others_as_they_are(made):
   assert other.train.prompts == made.train.prompts
 
 
-@pytest.mark.parametrize('held_out, sizes', [(0.0, (0, 0)), (0.1, (20, 200)), (50.0, (50, 50))])
+@pytest.mark.parametrize('held_out, sizes', [(0.0, (0, 0)), (0.1, (20, 80)), (50.0, (50, 50))])
 def test_held_out_records_are_a_share_or_a_count_and_come_on_top(held_out, sizes):
   made = embedded.make(_config(), held_out, WORDS)
   assert (len(made.held_out.prompts), len(made.held_out.comparisons)) == sizes
-  assert (len(made.train.prompts), len(made.train.comparisons)) == (200, 2000)
+  assert (len(made.train.prompts), len(made.train.comparisons)) == (200, 800)
   assert (made.bayes_accuracy is None) == (held_out == 0)
 
 
@@ -49,9 +49,7 @@ def test_prompts_are_two_to_four_words_and_never_a_whole_review(made):
 
 def test_responses_have_one_to_max_words_and_pairs_differ(made):
   lengths = [
-    len(text.split())
-    for pair in made.train.comparisons
-    for text in (pair.chosen, pair.rejected)
+    len(text.split()) for pair in made.train.comparisons for text in (pair.chosen, pair.rejected)
   ]
   assert min(lengths) >= 1 and max(lengths) == WORDS
   assert np.mean(np.array(lengths) < WORDS) > 0.8  # most reviews end before the limit
@@ -69,26 +67,34 @@ def test_the_generator_leaves_room_for_alignment(made):
 
 
 def test_default_labels_are_noisy_but_worth_learning_from():
-  made = embedded.make(_config(comparisons=10), 4000.0, WORDS)
+  made = embedded.make(_config(comparisons=10, demonstrations=1), 4000.0, WORDS)
   assert 0.85 < made.bayes_accuracy < 0.92
 
 
-@pytest.mark.parametrize('model', ['bradley_terry', 'regret'])
-def test_the_gold_order_attains_the_bayes_accuracy(model):
-  """With either label model; regret scores differ from rewards at unfinished responses only."""
-  config = _config(
-    comparisons=1, labels=LabelConfig(model=model, temperature=1.0, flip_rate=0.1, regret_samples=8)
-  )
+def test_the_gold_order_attains_the_bayes_accuracy():
+  """Within 4 standard errors; responses of equal reward (to rounding) count half."""
+  config = _config(demonstrations=1, labels=LabelConfig(temperature=1.0, flip_rate=0.1))
   made = embedded.make(config, 3000.0, WORDS)
-  pairs = [x for x in made.held_out.comparisons if max(map(_words, (x.chosen, x.rejected))) < WORDS]
+  pairs = made.held_out.comparisons
   prompts = [pair.prompt for pair in pairs]
   chosen = made.task.gold_reward(prompts, [pair.chosen for pair in pairs])
   rejected = made.task.gold_reward(prompts, [pair.rejected for pair in pairs])
-  assert np.mean(chosen > rejected) == pytest.approx(made.bayes_accuracy, abs=0.04)
+  right = (1 + np.sign((chosen - rejected).round(9))) / 2
+  assert right.mean() == pytest.approx(made.bayes_accuracy, abs=4 * 0.5 / np.sqrt(len(pairs)))
 
 
-def _words(text: str) -> int:
-  return len(text.split())
+def test_regret_labels_order_finished_responses_by_reward():
+  labels = LabelConfig(model='regret', temperature=0.0, regret_samples=2)
+  made = embedded.make(_config(demonstrations=1, comparisons=500, labels=labels), 0.0, WORDS)
+  finished = [
+    pair
+    for pair in made.train.comparisons
+    if max(len(text.split()) for text in (pair.chosen, pair.rejected)) < WORDS
+  ]
+  prompts = [pair.prompt for pair in finished]
+  chosen = made.task.gold_reward(prompts, [pair.chosen for pair in finished])
+  rejected = made.task.gold_reward(prompts, [pair.rejected for pair in finished])
+  assert len(finished) > 300 and (chosen - rejected > -1e-9).all()
 
 
 def test_a_lower_temperature_and_fewer_flips_raise_the_bayes_accuracy():
@@ -96,9 +102,10 @@ def test_a_lower_temperature_and_fewer_flips_raise_the_bayes_accuracy():
     embedded.make(_config(labels=LabelConfig(**labels)), 500.0, WORDS).bayes_accuracy
     for labels in ({'temperature': 2.0}, {'temperature': 0.5}, {'temperature': 0.0})
   ]
-  assert found[0] < found[1] < found[2] == 1.0
+  assert found[0] < found[1] < found[2]
+  assert found[2] > 0.93  # all but pairs that differ in words that say nothing
   flipped = embedded.make(_config(labels=LabelConfig(temperature=0, flip_rate=0.2)), 500.0, WORDS)
-  assert flipped.bayes_accuracy == pytest.approx(0.8)
+  assert flipped.bayes_accuracy - 0.5 == pytest.approx(0.6 * (found[2] - 0.5))
 
 
 def test_annotators_are_named():

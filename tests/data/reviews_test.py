@@ -55,9 +55,7 @@ def test_mirrored_texts_have_mirrored_rewards():
   """Swapping every polar word for its opposite negates the log-odds: neither side is stronger."""
   texts = reviews.sample_reviews(200, np.random.default_rng(0))
   mirrored = [' '.join(MIRROR.get(word, word) for word in text.split()) for text in texts]
-  np.testing.assert_allclose(
-    reviews.gold_reward(mirrored), -reviews.gold_reward(texts), atol=1e-9
-  )
+  np.testing.assert_allclose(reviews.gold_reward(mirrored), -reviews.gold_reward(texts), atol=1e-9)
 
 
 def test_negation_conjunction_and_order_matter():
@@ -97,7 +95,7 @@ def test_the_posterior_is_calibrated():
   gold = reviews.gold_reward([' '.join(reviews.VOCABULARY[w] for w in row) for row in words])
   share = 1 / (1 + np.exp(-gold))
   positive = np.arange(2 * count) < count
-  for low, high in ((0.0, 0.1), (0.1, 0.3), (0.3, 0.7), (0.7, 0.9), (0.9, 1.0)):
+  for low, high in ((0.0, 0.2), (0.2, 0.5), (0.5, 0.7), (0.7, 0.8), (0.8, 1.0)):
     inside = (share >= low) & (share < high)
     assert inside.sum() > 100
     error = 4 * 0.5 / math.sqrt(inside.sum())
@@ -125,12 +123,12 @@ def test_continuations_end_where_reviews_do():
 
 
 def test_the_soft_value_equals_that_of_continuations_read_from_scratch():
-  """V = beta log E exp((gold(final) - gold(x)) / beta), by the public functions one after another."""
-  text, beta, draws = 'the food was good but', 1.0, 4000
+  """V = beta log E exp((gold(final) - gold(x)) / beta), by the public functions in turn."""
+  text, beta, draws = 'the food was', 8.0, 6000
   found = reviews.soft_value([text], np.random.default_rng(0), beta=beta, samples=draws)[0]
   rest, _ = reviews.continuations([text] * draws, np.random.default_rng(1), 64)
   gained = reviews.gold_reward([f'{text} {end}' for end in rest]) - reviews.gold_reward([text])
-  assert found == pytest.approx(beta * np.log(np.exp(gained / beta).mean()), abs=0.25)
+  assert found == pytest.approx(beta * np.log(np.exp(gained / beta).mean()), abs=0.35)
   flat = reviews.soft_value([text], np.random.default_rng(0), beta=1e6, samples=draws)[0]
   assert flat == pytest.approx(gained.mean(), abs=4 * 2 * gained.std() / math.sqrt(draws))
   assert found > flat  # Jensen

@@ -18,7 +18,9 @@ def test_records_that_are_there_are_given():
 
 def test_a_source_without_comparisons_says_so_and_what_it_has():
   feedback = Feedback('jsonl:x', dataclasses.replace(TRAIN, comparisons=()), Split())
-  with pytest.raises(DataError, match="jsonl:x: no train comparisons; found {'prompts': 1") as caught:
+  with pytest.raises(
+    DataError, match="jsonl:x: no train comparisons; found {'prompts': 1"
+  ) as caught:
     feedback.require('train', 'comparisons')
   assert 'Name a source that has comparisons' in str(caught.value)
 

@@ -324,15 +324,25 @@ def test_initial_scale() -> None:
   assert np.abs(layers_differ).reshape(7, -1).max(1).min() > 0.1
 
 
-def test_unstacked_layers_give_the_same() -> None:
-  """Parted blocks are read as stacked ones are, and parting twice changes nothing."""
-  config = make_config()
+@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize('name', ['gpt2', 'gemma2'])
+def test_decoding_params_give_the_same_bits(name: str, scan_layers: bool) -> None:
+  """Casting once and parting the blocks changes no result, not even in low precision."""
+  config = make_config(name, scan_layers=scan_layers, dtype='bfloat16')
   params = make_params(config)
-  parted = decoder.unstack_layers(params)
-  assert len(parted['layers']) == 2 and decoder.unstack_layers(parted) is parted
+  decoding = decoder.decoding_params(config, params)
+  assert decoding['embedding'].dtype == jnp.bfloat16
+  assert decoding['final_norm']['scale'].dtype == jnp.float32
+  assert isinstance(decoding['layers'], dict if scan_layers else tuple)
   np.testing.assert_array_equal(
-    run(config, parted, make_tokens(), FULL), run(config, params, make_tokens(), FULL)
+    run(config, decoding, make_tokens(), FULL), run(config, params, make_tokens(), FULL)
   )
+
+
+def test_unstacking_twice_changes_nothing() -> None:
+  """Parted blocks stay as they are."""
+  parted = decoder.unstack_layers(make_params(make_config()))
+  assert len(parted['layers']) == 2 and decoder.unstack_layers(parted) is parted
 
 
 def test_refuses_what_cannot_be_computed() -> None:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.common.types import Sequences
 from rlhf_jax.objectives import OBJECTIVES, CPLConfig, DPOConfig, PPOConfig, objective_of
 from rlhf_jax.objectives.base import flatten_pairs, of_preferred, pair_logprobs
 from tests.objectives import tabular
@@ -31,9 +32,7 @@ def test_a_stranger_selects_nothing() -> None:
 
 def test_which_objectives_need_the_reference() -> None:
   """DPO and PPO always; CPL when it scores log-ratios; SFT and reward models never."""
-  needs = {
-    name: objective.reference(objective.config()) for name, objective in OBJECTIVES.items()
-  }
+  needs = {name: objective.reference(objective.config()) for name, objective in OBJECTIVES.items()}
   assert needs == {'sft': False, 'reward_model': False, 'dpo': True, 'cpl': False, 'ppo': True}
   assert objective_of(CPLConfig()).reference(CPLConfig(use_reference=True))
   assert objective_of(PPOConfig()).data == 'prompts'
@@ -55,13 +54,13 @@ def test_pair_logprobs_equal_those_of_single_responses() -> None:
   logprobs = pair_logprobs(tabular.TABLES, tables, pairs)
   assert logprobs.shape == (B, 2, R)
   for b in range(B):
-    alone = tabular.table_policy(tables, jax_row(pairs.sequences, b)).logprobs
+    alone = tabular.table_policy(tables, row_of(pairs.sequences, b)).logprobs
     np.testing.assert_allclose(logprobs[b], alone, rtol=1e-6)
 
 
-def jax_row(sequences, b):  # type: ignore[no-untyped-def]
+def row_of(sequences: Sequences, b: int) -> Sequences:
   """Pair b alone, `[2, ...]`."""
-  return type(sequences)(**{name: values[b] for name, values in vars(sequences).items()})
+  return Sequences(**{name: values[b] for name, values in vars(sequences).items()})
 
 
 def test_of_preferred_takes_the_preferred_and_halves_ties() -> None:

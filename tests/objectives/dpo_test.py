@@ -44,7 +44,9 @@ EQUATIONS: dict[tuple[str, float], Callable[[float], float]] = {
 every_equation = pytest.mark.parametrize(('variant', 'smoothing'), EQUATIONS)
 
 
-def slow(variant: str, smoothing: float, logratios: np.ndarray, preference: np.ndarray) -> np.ndarray:
+def slow(
+  variant: str, smoothing: float, logratios: np.ndarray, preference: np.ndarray
+) -> np.ndarray:
   """Pair by pair: the loss of either verdict, weighted with its labelled probability."""
   verdict = EQUATIONS[variant, smoothing]
   return np.array(
@@ -74,9 +76,7 @@ def test_values_and_gradients_equal_the_papers(variant: str, smoothing: float) -
   expected = slow(variant, smoothing, LOGRATIOS, PREFERENCE)
   np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
   slopes = jax.grad(lambda x: fast(variant, smoothing, x).sum())(LOGRATIOS.astype(np.float32))
-  by_hand = numerical.gradient(
-    lambda x: slow(variant, smoothing, x, PREFERENCE).sum(), LOGRATIOS
-  )
+  by_hand = numerical.gradient(lambda x: slow(variant, smoothing, x, PREFERENCE).sum(), LOGRATIOS)
   np.testing.assert_allclose(slopes, by_hand, rtol=1e-4, atol=1e-6)
 
 
@@ -91,7 +91,7 @@ def test_the_gradient_of_dpo_by_hand() -> None:
 
 @every_equation
 def test_exchanging_responses_and_labels_changes_nothing(variant: str, smoothing: float) -> None:
-  """The loss of (1, 2, p) is that of (2, 1, 1 - p), to the bit for hard labels and ties."""
+  """The loss of (1, 2, p) is that of (2, 1, 1 - p)."""
   mirrored = fast(variant, smoothing, LOGRATIOS[:, ::-1], 1 - PREFERENCE)
   np.testing.assert_allclose(mirrored, fast(variant, smoothing, LOGRATIOS), rtol=1e-5, atol=1e-6)
 
@@ -129,7 +129,7 @@ def test_robust_is_unbiased_and_conservative_is_not() -> None:
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('size', [1e4, -1e4])
 def test_gradients_are_finite_at_extreme_log_ratios(variant: str, size: float) -> None:
-  """No overflow at 10,000 nats; a lost DPO pair keeps its full gradient beta, a won one has none."""
+  """No overflow at 10,000 nats; a lost pair keeps its full gradient beta, a won one has none."""
   far = jnp.array([[size, -size]], jnp.float32)
   losses, slopes = jax.value_and_grad(lambda x: fast(variant, 0.0, x, np.ones(1)).sum())(far)
   assert np.isfinite(losses) and np.isfinite(slopes).all()

@@ -69,7 +69,7 @@ def test_only_the_difference_of_scores_matters(shift: float) -> None:
 
 
 def test_the_loss_adds_centring_and_averages_over_pairs() -> None:
-  """Bradley-Terry with margin + coefficient (r1 + r2)^2, total over pairs and weight their number."""
+  """Bradley-Terry with margin + coefficient (r1 + r2)^2, summed over pairs; their number."""
   config = RewardModelConfig(margin_coefficient=0.7, center_coefficient=0.01)
   batch, outputs = tabular.make_batch('comparisons'), tabular.make_outputs('comparisons')
 
@@ -85,16 +85,16 @@ def test_the_loss_adds_centring_and_averages_over_pairs() -> None:
   np.testing.assert_allclose(
     slopes['scores'], numerical.gradient(slow, outputs['scores']), rtol=1e-4, atol=1e-6
   )
-  np.testing.assert_allclose(metrics['chosen_score'].value(), outputs['scores'][:, 0].mean(), rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics['chosen_score'].value(), outputs['scores'][:, 0].mean(), rtol=1e-5
+  )
   centring = (outputs['scores'].sum(-1) ** 2).mean()
   np.testing.assert_allclose(metrics['centring'].value(), centring, rtol=1e-5)
 
 
 def test_accuracy_counts_predicted_ties_half_and_leaves_labelled_ties_out() -> None:
   """Right, wrong, a predicted tie, and a labelled tie: (1 + 0 + 1/2) / 3; a reversed label too."""
-  metrics = preference_metrics(
-    jnp.array([2.0, -1.0, 0.0, 5.0]), jnp.array([1.0, 0.9, 1.0, 0.5])
-  )
+  metrics = preference_metrics(jnp.array([2.0, -1.0, 0.0, 5.0]), jnp.array([1.0, 0.9, 1.0, 0.5]))
   np.testing.assert_allclose(metrics['accuracy'].value(), 0.5)
   assert metrics['accuracy'].weight == 3
   reversed_labels = preference_metrics(jnp.array([-2.0, 3.0]), jnp.array([0.0, 0.2]))

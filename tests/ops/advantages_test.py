@@ -1,5 +1,7 @@
 """Generalised advantage estimation and discounted sums against slow loops over single rows."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,9 @@ from tests import numerical
 RNG = np.random.default_rng(0)
 LENGTHS = np.array([5, 3, 1, 0])
 B, R = len(LENGTHS), 5
-MASK = np.arange(R) < LENGTHS[:, None]
-REWARDS, VALUES = RNG.normal(0, 1, (2, B, R))
+MASK: Any = np.arange(R) < LENGTHS[:, None]
+REWARDS: Any = RNG.normal(0, 1, (B, R))
+VALUES: Any = RNG.normal(0, 1, (B, R))
 
 
 def slow_advantages(
@@ -90,7 +93,8 @@ def test_undiscounted_returns_are_rewards_to_go() -> None:
 @pytest.mark.parametrize('bad', [np.nan, np.inf, 1e30])
 def test_masked_garbage_is_never_read(bad: float) -> None:
   """Rewards and values behind the end of a row, whatever they hold, change nothing."""
-  rewards, values = (np.where(MASK, x, bad).astype(np.float32) for x in (REWARDS, VALUES))
+  rewards: Any = np.where(MASK, REWARDS, bad).astype(np.float32)
+  values: Any = np.where(MASK, VALUES, bad).astype(np.float32)
   clean = gae(
     jnp.asarray(REWARDS, jnp.float32), jnp.asarray(VALUES, jnp.float32), MASK, gamma=1.0, lam=0.9
   )
@@ -100,12 +104,15 @@ def test_masked_garbage_is_never_read(bad: float) -> None:
 
 def test_more_padding_changes_nothing() -> None:
   """Three more masked columns leave the old ones as they were."""
-  wide = [np.pad(x, ((0, 0), (0, 3)), constant_values=9.0) for x in (REWARDS, VALUES)]
-  mask = np.pad(MASK, ((0, 0), (0, 3)))
+  rewards, values = (
+    jnp.asarray(np.pad(x, ((0, 0), (0, 3)), constant_values=9.0), jnp.float32)
+    for x in (REWARDS, VALUES)
+  )
+  mask: Any = np.pad(MASK, ((0, 0), (0, 3)))
   narrow = gae(
     jnp.asarray(REWARDS, jnp.float32), jnp.asarray(VALUES, jnp.float32), MASK, gamma=0.9, lam=0.9
   )
-  padded = gae(*(jnp.asarray(x, jnp.float32) for x in wide), mask, gamma=0.9, lam=0.9)
+  padded = gae(rewards, values, mask, gamma=0.9, lam=0.9)
   for few, many in zip(narrow, padded, strict=True):
     np.testing.assert_array_equal(few, np.asarray(many)[:, :R])
     np.testing.assert_array_equal(np.asarray(many)[:, R:], 0.0)
@@ -123,7 +130,7 @@ def test_integer_rewards_are_refused() -> None:
 @pytest.mark.parametrize('gamma', [1.0, 0.9, 0.5])
 def test_discounted_sum_equals_a_loop(gamma: float) -> None:
   """sum_t gamma^t x_t over unmasked steps, any leading axes, garbage under the mask unread."""
-  dirty = np.where(MASK, REWARDS, np.nan).astype(np.float32).reshape(2, 2, R)
+  dirty: Any = np.where(MASK, REWARDS, np.nan).astype(np.float32).reshape(2, 2, R)
   expected = [sum(gamma**t * REWARDS[b, t] for t in range(LENGTHS[b])) for b in range(B)]
   actual = discounted_sum(dirty, MASK.reshape(2, 2, R), gamma)
   np.testing.assert_allclose(actual, np.reshape(expected, (2, 2)), rtol=1e-5, atol=1e-6)

@@ -1,5 +1,7 @@
 """Token log-probs and entropies against float64 NumPy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,8 @@ from rlhf_jax.ops.logprobs import entropy, token_logprobs
 from tests import numerical
 
 RNG = np.random.default_rng(0)
-LOGITS = RNG.normal(0, 3, (2, 3, 7))
-TOKENS = RNG.integers(0, 7, (2, 3))
+LOGITS: Any = RNG.normal(0, 3, (2, 3, 7))
+TOKENS: Any = RNG.integers(0, 7, (2, 3))
 
 
 def slow_logprobs(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:

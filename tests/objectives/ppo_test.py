@@ -1,0 +1,241 @@
+"""PPO's policy and value losses, values and gradients, against float64 NumPy."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.common.checks import ShapeError
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.types import Rollouts
+from rlhf_jax.objectives import PPOConfig
+from rlhf_jax.objectives.ppo import policy_loss, value_loss
+from tests import numerical
+from tests.objectives import tabular
+
+RNG = np.random.default_rng(0)
+SHAPE = (5, 6)
+OLD: Any = -2 + 0.5 * RNG.normal(0, 1, SHAPE)
+NEW: Any = OLD + 0.4 * RNG.normal(0, 1, SHAPE)
+ADVANTAGES: Any = RNG.normal(0, 1, SHAPE)
+CLIP = 0.2
+
+
+def slow_policy_loss(new: float, old: float, advantage: float) -> float:
+  """-min(rho A, clip(rho) A) for one token (Schulman et al. 2017, eq. 7)."""
+  ratio = np.exp(new - old)
+  clipped = min(max(ratio, 1 - CLIP), 1 + CLIP)
+  return -min(ratio * advantage, clipped * advantage)
+
+
+def slow_value_loss(value: float, old: float, target: float) -> float:
+  """Half the larger of the two squared errors, of the value and of the value kept near the old."""
+  near = min(max(value, old - CLIP), old + CLIP)
+  return 0.5 * max((value - target) ** 2, (near - target) ** 2)
+
+
+def every(function: Any, *arrays: np.ndarray) -> np.ndarray:
+  """The scalar function at every entry."""
+  return np.vectorize(function, otypes=[np.float64])(*arrays)
+
+
+def floats(*arrays: np.ndarray) -> list[jax.Array]:
+  """As float32 arrays of jax."""
+  return [jnp.asarray(array, jnp.float32) for array in arrays]
+
+
+def test_policy_loss_equals_equation_7() -> None:
+  """Values and gradients with ratios on both sides of both clips and advantages of both signs."""
+  ratio = np.exp(NEW - OLD)
+  for outside in (ratio < 1 - CLIP, ratio > 1 + CLIP):
+    assert (outside & (ADVANTAGES > 0)).any() and (outside & (ADVANTAGES < 0)).any()
+  expected = every(slow_policy_loss, NEW, OLD, ADVANTAGES)
+  losses = policy_loss(*floats(NEW, OLD, ADVANTAGES), clip=CLIP)
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)
+  slopes = jax.grad(lambda x: policy_loss(x, *floats(OLD, ADVANTAGES), clip=CLIP).sum())(
+    jnp.asarray(NEW, jnp.float32)
+  )
+  by_hand = numerical.gradient(lambda x: every(slow_policy_loss, x, OLD, ADVANTAGES).sum(), NEW)
+  np.testing.assert_allclose(slopes, by_hand, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_stops_only_what_went_too_far() -> None:
+  """No gradient where the ratio already moved past the clip in the advantage's direction.
+
+  Elsewhere it is -A rho, also far out on the wrong side: a bad move can always be taken back.
+  """
+  ratio = jnp.array([[1.5, 1.5, 0.5, 0.5, 1.1]])
+  advantage = jnp.array([[1.0, -1.0, 1.0, -1.0, 1.0]])
+  slopes = jax.grad(lambda x: policy_loss(x, jnp.zeros_like(ratio), advantage, clip=CLIP).sum())(
+    jnp.log(ratio)
+  )
+  np.testing.assert_allclose(slopes, [[0.0, 1.5, -0.5, 0.0, -1.1]], rtol=1e-6)
+
+
+def test_the_first_gradient_is_the_policy_gradient() -> None:
+  """At ratio 1 the gradient is exactly minus the advantage."""
+  old, advantages = floats(OLD, ADVANTAGES)
+  slopes = jax.grad(lambda x: policy_loss(x, old, advantages, clip=CLIP).sum())(old)
+  np.testing.assert_array_equal(slopes, -advantages)
+
+
+@pytest.mark.parametrize('advantage', [1.0, -1.0])
+@pytest.mark.parametrize('size', [100.0, 1e4, -1e4])
+def test_extreme_log_ratios_have_finite_losses_and_gradients(advantage: float, size: float) -> None:
+  """A ratio that overflows float32 gives no nan, in particular not where it is clipped away."""
+  far, zero, advantages = floats(
+    np.full((1, 1), size), np.zeros((1, 1)), np.full((1, 1), advantage)
+  )
+  loss, slopes = jax.value_and_grad(lambda x: policy_loss(x, zero, advantages, clip=CLIP).sum())(
+    far
+  )
+  assert np.isfinite(loss) and np.isfinite(slopes).all()
+  if (size > 0) == (advantage > 0):
+    np.testing.assert_array_equal(slopes, 0.0)
+
+
+def test_value_loss_equals_openais() -> None:
+  """Values and gradients, with moves within and beyond the clip, towards and past the target."""
+  old, targets = RNG.normal(0, 1, (2, *SHAPE))
+  values = old + RNG.normal(0, 0.4, SHAPE)
+  assert (abs(values - old) > CLIP).any() and (abs(values - old) < CLIP).any()
+  losses = value_loss(*floats(values, old, targets), clip=CLIP)
+  np.testing.assert_allclose(
+    losses, every(slow_value_loss, values, old, targets), rtol=1e-4, atol=1e-6
+  )
+  slopes = jax.grad(lambda x: value_loss(x, *floats(old, targets), clip=CLIP).sum())(
+    jnp.asarray(values, jnp.float32)
+  )
+  by_hand = numerical.gradient(lambda x: every(slow_value_loss, x, old, targets).sum(), values)
+  np.testing.assert_allclose(slopes, by_hand, rtol=1e-3, atol=1e-5)
+
+
+def test_value_loss_by_hand() -> None:
+  """Old 0, target 1: at 0.1 half of 0.9^2; at 0.5 the clipped 0.2 counts, half of 0.8^2."""
+  losses = value_loss(jnp.array([[0.1, 0.5]]), jnp.zeros((1, 2)), jnp.ones((1, 2)), clip=CLIP)
+  np.testing.assert_allclose(losses, [[0.405, 0.32]], rtol=1e-6)
+
+
+CONFIG = PPOConfig(value_coefficient=0.5)
+
+
+def slow_loss(batch: Rollouts, logprobs: Any, values: Any) -> float:
+  """Policy terms over response tokens plus value terms over the value mask, token by token."""
+  total = 0.0
+  for index in np.ndindex(*logprobs.shape):
+    if batch.sequences.response_mask[index]:
+      total += slow_policy_loss(
+        logprobs[index], float(batch.old_logprobs[index]), float(batch.advantages[index])
+      )
+    if batch.value_mask[index]:
+      total += CONFIG.value_coefficient * slow_value_loss(
+        values[index], float(batch.old_values[index]), float(batch.returns[index])
+      )
+  return total
+
+
+def test_the_loss_sums_both_terms_over_their_masks() -> None:
+  """The total, the number of response tokens as its weight, and both gradients."""
+  batch, outputs = tabular.make_batch('prompts'), tabular.make_outputs('prompts')
+  mean, _, slopes = tabular.evaluator(CONFIG, tabular.DIRECT)(outputs, batch)
+  wide = {name: outputs[name].astype(np.float64) for name in ('logprobs', 'values')}
+  np.testing.assert_allclose(mean.total, slow_loss(batch, **wide), rtol=1e-5)
+  assert mean.weight == batch.sequences.response_mask.sum()
+  for name, point in wide.items():
+
+    def moved(x: np.ndarray, name: str = name) -> float:
+      return slow_loss(batch, **(wide | {name: x}))
+
+    expected = numerical.gradient(moved, point)
+    np.testing.assert_allclose(slopes[name], expected, rtol=1e-3, atol=1e-5)
+  beyond = batch.value_mask & ~batch.sequences.response_mask
+  assert beyond.any() and (np.asarray(slopes['values'])[beyond] != 0).any()
+
+
+def test_metrics_describe_how_far_the_policy_moved() -> None:
+  """Clip fractions, half the mean squared log-ratio, mean and largest ratio, over their masks."""
+  batch, outputs = tabular.make_batch('prompts'), tabular.make_outputs('prompts')
+  _, metrics, _ = tabular.evaluator(CONFIG, tabular.DIRECT)(outputs, batch)
+  values = {name: float(metric.value()) for name, metric in metrics.items()}
+  mask = batch.sequences.response_mask
+  logratio = (outputs['logprobs'] - batch.old_logprobs)[mask].astype(np.float64)
+  ratio = np.exp(logratio)
+  moved = abs(outputs['values'] - batch.old_values)[batch.value_mask]
+  expected = {
+    'clip_fraction': (abs(ratio - 1) > 0.2).mean(),
+    'value_clip_fraction': (moved > 0.2).mean(),
+    'approximate_kl': 0.5 * (logratio**2).mean(),
+    'ratio': ratio.mean(),
+    'ratio_max': ratio.max(),
+    'first_ratio_deviation': abs(ratio - 1).max(),
+    'entropy': outputs['entropy'][mask].mean(),
+  }
+  for name, value in expected.items():
+    np.testing.assert_allclose(values[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_before_the_first_update_nothing_has_moved() -> None:
+  """With the old log-probs and values themselves: ratio exactly 1, no KL, nothing clipped."""
+  batch, outputs = tabular.make_batch('prompts'), tabular.make_outputs('prompts')
+  outputs |= {'logprobs': batch.old_logprobs, 'values': batch.old_values}
+  mean, metrics, _ = tabular.evaluator(CONFIG, tabular.DIRECT)(outputs, batch)
+  values = {name: float(metric.value()) for name, metric in metrics.items()}
+  assert values['ratio'] == values['ratio_max'] == 1.0
+  for name in ('first_ratio_deviation', 'approximate_kl', 'clip_fraction', 'value_clip_fraction'):
+    assert values[name] == 0.0
+  mask = batch.sequences.response_mask
+  errors = (batch.old_values - batch.returns)[batch.value_mask].astype(np.float64)
+  expected = -batch.advantages[mask].sum() + CONFIG.value_coefficient * 0.5 * (errors**2).sum()
+  np.testing.assert_allclose(mean.total, expected, rtol=1e-5)
+
+
+def test_integer_advantages_and_returns_are_refused() -> None:
+  """They would have been truncated somewhere before."""
+  ones = jnp.ones((2, 3))
+  with pytest.raises(ShapeError, match='advantages: expected a floating-point array'):
+    policy_loss(ones, ones, ones.astype(int), clip=0.2)
+  with pytest.raises(ShapeError, match='returns: expected a floating-point array'):
+    value_loss(ones, ones, ones.astype(int), clip=0.2)
+  with pytest.raises(ShapeError, match='old: axis R'):
+    policy_loss(ones, ones[:, :2], ones, clip=0.2)
+
+
+def test_a_value_mask_of_another_shape_is_refused() -> None:
+  """Before anything is computed."""
+  batch = tabular.make_batch('prompts')
+  wrong = dataclasses.replace(batch, value_mask=batch.value_mask[:, :-1])
+  with pytest.raises(ShapeError, match='value_mask: axis R'):
+    tabular.evaluator(CONFIG, tabular.DIRECT)(tabular.make_outputs('prompts'), wrong)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'field'),
+  [
+    ({'epochs': 0}, 'epochs'),
+    ({'minibatches': 0}, 'minibatches'),
+    ({'kl_horizon': 0}, 'kl_horizon'),
+    ({'gamma': 1.1}, 'gamma'),
+    ({'lam': -0.1}, 'lam'),
+    ({'clip': 0.0}, 'clip'),
+    ({'value_clip': 0.0}, 'value_clip'),
+    ({'value_coefficient': -1.0}, 'value_coefficient'),
+    ({'kl_target': -1.0}, 'kl_target'),
+    ({'kl_target': 6.0, 'kl_coefficient': 0.0}, 'kl_coefficient'),
+    ({'score_placement': 'first_token'}, 'score_placement'),
+    ({'missing_stop': 'forgive'}, 'missing_stop'),
+    ({'missing_stop': 'subtract'}, 'missing_stop_value'),
+    ({'value_model': 'own'}, 'value_model'),
+    ({'reward': 'gold'}, 'reward'),
+    ({'value_model': 'reward_model', 'reward': 'task'}, 'value_model'),
+  ],
+)
+def test_impossible_settings_are_named(settings: dict[str, Any], field: str) -> None:
+  """The error has the field's dotted name; subtracting the default -1 would be a reward."""
+  with pytest.raises(ConfigError) as error:
+    PPOConfig(**settings).validate('objective')
+  assert error.value.field == f'objective.{field}'
+  PPOConfig().validate('objective')
+  PPOConfig(missing_stop='subtract', missing_stop_value=1.0).validate('objective')

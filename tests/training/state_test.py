@@ -1,0 +1,45 @@
+"""The state holds all that the next step depends on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlhf_jax.common import prng
+from rlhf_jax.training.state import TrainState
+
+
+def make(seed: int = 3) -> TrainState:
+  params = {'policy': {'kernel': jnp.ones((2, 3))}}
+  return TrainState.create(params, optax.adam(1e-3), seed, {'kl_coefficient': jnp.float32(0.2)})
+
+
+def test_a_new_state_begins_at_step_zero_with_an_untouched_optimizer() -> None:
+  state = make()
+  assert state.step.dtype == jnp.int32 and int(state.step) == 0
+  assert int(state.opt_state[0].count) == 0
+  assert jax.tree.structure(state.opt_state[0].mu) == jax.tree.structure(state.params)
+
+
+def test_all_randomness_follows_from_seed_stream_and_step() -> None:
+  """A stream's key is that of the run's seed and the step, whatever came between."""
+  state = dataclasses.replace(make(), step=jnp.int32(7))
+  expected = prng.stream_key(prng.base_key(3), prng.Stream.SAMPLING, 7)
+  data = jax.random.key_data
+  np.testing.assert_array_equal(data(state.stream(prng.Stream.SAMPLING)), data(expected))
+  others = [
+    make().stream(prng.Stream.SAMPLING),
+    state.stream(prng.Stream.MINIBATCHES),
+    dataclasses.replace(make(4), step=jnp.int32(7)).stream(prng.Stream.SAMPLING),
+  ]
+  for other in others:
+    assert not np.array_equal(data(other), data(expected))
+
+
+def test_a_state_is_a_pytree_of_arrays() -> None:
+  """jit takes and gives it; every leaf can be written to a checkpoint."""
+  state = jax.jit(lambda state: state)(make())
+  assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+  assert not any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state))

@@ -1,0 +1,63 @@
+"""Metric files: what is written is read back, and a resumed run leaves no row twice."""
+
+import pathlib
+import struct
+
+import pytest
+
+from rlhf_jax.training.writers import JsonlWriter, TensorBoardWriter, read_rows
+
+
+def test_rows_are_readable_at_once(tmp_path: pathlib.Path) -> None:
+  """Every row is flushed: a run can be watched, and a kill loses nothing."""
+  path = tmp_path / 'metrics.jsonl'
+  assert read_rows(path) == []
+  writer = JsonlWriter(path, keep_through=-1)
+  writer.write(1, {'loss': 0.1, 'tokens': 12})
+  assert read_rows(path) == [{'step': 1, 'loss': 0.1, 'tokens': 12}]
+  writer.close()
+
+
+@pytest.mark.parametrize(('keep', 'steps'), [(-1, [9]), (0, [0, 9]), (5, [0, 2, 4, 9])])
+def test_rows_beyond_the_checkpoint_are_dropped(
+  keep: int, steps: list[int], tmp_path: pathlib.Path
+) -> None:
+  """Those that will be made again, a line cut short by a kill, and what is no row at all."""
+  path = tmp_path / 'metrics.jsonl'
+  lines = [f'{{"step": {step}, "loss": 0.5}}' for step in (0, 2, 4, 6)]
+  path.write_text('\n'.join([*lines, '[1, 2]', '{"loss": 1}', '{"step": 3, "lo']))
+  writer = JsonlWriter(path, keep_through=keep)
+  writer.write(9, {})
+  writer.close()
+  assert [row['step'] for row in read_rows(path)] == steps
+
+
+def events(folder: pathlib.Path) -> list[tuple[str, int, float]]:
+  """(tag, step, value) of the scalars in event files, oldest file first, and purges as ''."""
+  from tensorboardX.proto import event_pb2
+
+  found = []
+  for path in sorted(folder.glob('events.*'), key=lambda path: path.stat().st_mtime_ns):
+    data = path.read_bytes()
+    while data:
+      (size,) = struct.unpack('<Q', data[:8])
+      event = event_pb2.Event.FromString(data[12 : 12 + size])
+      data = data[16 + size :]
+      if event.HasField('session_log'):
+        found.append(('', event.step, float(event.session_log.status)))
+      found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+  return found
+
+
+def test_tensorboard_gets_the_numbers_and_hides_what_is_made_again(tmp_path: pathlib.Path) -> None:
+  """A resumed writer tells readers to forget steps beyond the checkpoint."""
+  writer = TensorBoardWriter(tmp_path, keep_through=-1)
+  writer.write(4, {'loss': 0.5, 'note': 'text is left out'})
+  writer.close()
+  assert [event for event in events(tmp_path) if event[0]] == [('loss', 4, 0.5)]
+  resumed = TensorBoardWriter(tmp_path, keep_through=3)
+  resumed.write(4, {'loss': 0.25})
+  resumed.close()
+  start = 1.0  # SessionLog.START
+  assert ('', 4, start) in events(tmp_path)
+  assert ('loss', 4, 0.25) in events(tmp_path)
