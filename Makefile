@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Arguments for pytest, e.g. `make check TESTS=tests/ops` or `TESTS="-k gae"`.
 TESTS ?=
+# Test processes. More than one gains next to nothing on two cores, since XLA compiles on both.
+WORKERS ?= 0
 
 BIN := $(VENV)/bin
 # --no-compile: Python writes bytecode for what is really imported when it is first imported, which
@@ -20,7 +22,7 @@ export PIP_ROOT_USER_ACTION := ignore
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
-	@echo 'Variables: PYTHON=python3.12 (interpreter), VENV=.venv, TESTS="arguments for pytest"'
+	@echo 'Variables: PYTHON=python3.12 (interpreter), VENV=.venv, TESTS="arguments for pytest", WORKERS=4'
 
 setup: environment ## Make .venv with everything for development
 	@$(MAKE) --silent $(VENV)/.dev
@@ -29,10 +31,10 @@ quickstart: dependencies ## Compare SFT, PPO, DPO and CPL on the embedded task: 
 	$(BIN)/python -m experiments.compare --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: lint types ## Check format, lint and types, and run the whole suite
-	$(BIN)/python -m pytest --durations=10 $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(TESTS)
 
 check: lint ## Quick subset for while you work: format, lint, and the tests not marked slow
-	$(BIN)/python -m pytest -m 'not slow' $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(TESTS)
 
 format: setup ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix-only .

@@ -13,7 +13,7 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
     objective=PPOConfig(
       epochs=2, minibatches=2, kl_coefficient=1.0, value_model='reward_model', lam=0.95
     ),
-    steps=80,
+    steps=60,
     batch_size=128,
     policy=InitConfig(init='configs/sft.py'),
     reward_model=InitConfig(init='configs/reward_model.py'),

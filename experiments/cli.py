@@ -16,6 +16,7 @@ from rlhf_jax.config import load_config, suggestion
 from rlhf_jax.stages import StoppedError
 
 DONE, USER_ERROR, STOPPED = 0, 1, 75
+SHARED = ('config', 'cache_dir', 'debug')
 
 flags.DEFINE_bool('debug', False, 'Show tracebacks of errors, and check every operation for nan.')
 flags.DEFINE_string(
@@ -71,17 +72,29 @@ def run(main: Callable[[], int]) -> None:
     except UserError as error:
       fail(str(error))
 
+  # --help shows the flags of the program's own module: these belong to every program.
+  for name in SHARED:
+    if name in flags.FLAGS:
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
   app.run(guarded, flags_parser=parse)
 
 
 def parse(argv: Sequence[str]) -> list[str]:
   """Parses flags; unknown config fields and wrong types end with a message, not a traceback."""
   try:
-    return app.parse_flags_with_usage(list(argv))
-  except (KeyError, AttributeError, TypeError, ValueError, OSError, UserError) as error:
+    return flags.FLAGS(list(argv))
+  except (
+    flags.Error,
+    KeyError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    OSError,
+    UserError,
+  ) as error:
     if '--debug' in argv:
       traceback.print_exc()
-    fail(_what_was_wrong(argv) or f'{error}\nThe flags were: {" ".join(argv[1:])}')
+    fail(_what_was_wrong(argv) or f'{error} (--help lists the options)')
 
 
 def _what_was_wrong(argv: Sequence[str]) -> str | None:

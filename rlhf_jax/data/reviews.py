@@ -217,7 +217,7 @@ def soft_value(
   of the task that pays the change of the gold reward and charges beta nats of KL to the grammar.
   Below a beta of about 3 it grows with `max_words` without end, as one more good clause is then
   worth more than it costs; at 4 it is 2 nats for 'the food was good but', with a standard error of
-  6 / sqrt(samples).
+  about 5 / sqrt(samples).
   """
   rows = max(1, _ROWS // samples)
   values = [np.zeros(0)]

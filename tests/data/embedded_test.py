@@ -1,6 +1,7 @@
 """The embedded task's feedback: reproducible, well formed, and as noisy as it says."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,31 +13,35 @@ from rlhf_jax.feedback.labelling import LabelConfig
 WORDS = 16
 
 
-def _config(**changes):
+def _config(**changes: Any) -> ReviewsConfig:
   return dataclasses.replace(
     ReviewsConfig(demonstrations=800, comparisons=800, prompts=200), **changes
   )
 
 
+def _make(held_out: float, **changes: Any) -> Any:
+  return embedded.make(_config(**changes), held_out, WORDS)
+
+
 @pytest.fixture(scope='module')
 def made():
-  return embedded.make(_config(), 1.0, WORDS)
+  return _make(1.0)
 
 
 def test_equal_arguments_give_equal_feedback_and_another_seed_another(made):
-  assert embedded.make(_config(), 1.0, WORDS).fingerprint == made.fingerprint
-  assert embedded.make(_config(seed=1), 1.0, WORDS).fingerprint != made.fingerprint
+  assert _make(1.0).fingerprint == made.fingerprint
+  assert _make(1.0, seed=1).fingerprint != made.fingerprint
 
 
 def test_more_of_one_kind_leaves_the_others_as_they_are(made):
-  other = embedded.make(_config(comparisons=7), 1.0, WORDS)
+  other = _make(1.0, comparisons=7)
   assert other.train.demonstrations == made.train.demonstrations
   assert other.train.prompts == made.train.prompts
 
 
 @pytest.mark.parametrize('held_out, sizes', [(0.0, (0, 0)), (0.1, (20, 80)), (50.0, (50, 50))])
 def test_held_out_records_are_a_share_or_a_count_and_come_on_top(held_out, sizes):
-  made = embedded.make(_config(), held_out, WORDS)
+  made = _make(held_out)
   assert (len(made.held_out.prompts), len(made.held_out.comparisons)) == sizes
   assert (len(made.train.prompts), len(made.train.comparisons)) == (200, 800)
   assert (made.bayes_accuracy is None) == (held_out == 0)
@@ -67,14 +72,14 @@ def test_the_generator_leaves_room_for_alignment(made):
 
 
 def test_default_labels_are_noisy_but_worth_learning_from():
-  made = embedded.make(_config(comparisons=10, demonstrations=1), 4000.0, WORDS)
+  made = _make(4000.0, comparisons=10, demonstrations=1)
   assert 0.85 < made.bayes_accuracy < 0.92
 
 
 def test_the_gold_order_attains_the_bayes_accuracy():
   """Within 4 standard errors; responses of equal reward (to rounding) count half."""
-  config = _config(demonstrations=1, labels=LabelConfig(temperature=1.0, flip_rate=0.1))
-  made = embedded.make(config, 3000.0, WORDS)
+  labels = LabelConfig(temperature=1.0, flip_rate=0.1)
+  made = _make(3000.0, demonstrations=1, labels=labels)
   pairs = made.held_out.comparisons
   prompts = [pair.prompt for pair in pairs]
   chosen = made.task.gold_reward(prompts, [pair.chosen for pair in pairs])
@@ -85,7 +90,7 @@ def test_the_gold_order_attains_the_bayes_accuracy():
 
 def test_regret_labels_order_finished_responses_by_reward():
   labels = LabelConfig(model='regret', temperature=0.0, regret_samples=2)
-  made = embedded.make(_config(demonstrations=1, comparisons=500, labels=labels), 0.0, WORDS)
+  made = _make(0.0, demonstrations=1, comparisons=500, labels=labels)
   finished = [
     pair
     for pair in made.train.comparisons
@@ -99,18 +104,18 @@ def test_regret_labels_order_finished_responses_by_reward():
 
 def test_a_lower_temperature_and_fewer_flips_raise_the_bayes_accuracy():
   found = [
-    embedded.make(_config(labels=LabelConfig(**labels)), 500.0, WORDS).bayes_accuracy
-    for labels in ({'temperature': 2.0}, {'temperature': 0.5}, {'temperature': 0.0})
+    _make(500.0, labels=LabelConfig(temperature=temperature)).bayes_accuracy
+    for temperature in (2.0, 0.5, 0.0)
   ]
   assert found[0] < found[1] < found[2]
   assert found[2] > 0.93  # all but pairs that differ in words that say nothing
-  flipped = embedded.make(_config(labels=LabelConfig(temperature=0, flip_rate=0.2)), 500.0, WORDS)
+  flipped = _make(500.0, labels=LabelConfig(temperature=0, flip_rate=0.2))
   assert flipped.bayes_accuracy - 0.5 == pytest.approx(0.6 * (found[2] - 0.5))
 
 
 def test_annotators_are_named():
   labels = LabelConfig(annotators=3, annotator_spread=0.5)
-  made = embedded.make(_config(comparisons=100, labels=labels), 0.0, WORDS)
+  made = _make(0.0, comparisons=100, labels=labels)
   assert {pair.annotator for pair in made.train.comparisons} == {
     'annotator-0',
     'annotator-1',

@@ -1,6 +1,7 @@
 """Batches hold what records say, padded where the layout says, in an order fixed by the seed."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,15 +22,23 @@ def _ids(text: str) -> list[int]:
   return WORD.encode_batch([text])[0]
 
 
+def _take(columns: pipeline.Columns, *rows: int) -> Any:
+  """The batch of these rows, of whichever kind."""
+  return columns.take(np.array(rows))
+
+
 def _comparisons(count: int) -> list[Comparison]:
   rng = np.random.default_rng(0)
-  draw = lambda: ' '.join(rng.choice(WORDS.split(), size=rng.integers(1, 7)))  # noqa: E731
+
+  def draw() -> str:
+    return ' '.join(rng.choice(WORDS.split(), size=rng.integers(1, 7)))
+
   return [Comparison(draw(), draw() + ' a', draw() + ' b', 0.75, row) for row in range(count)]
 
 
 def test_prompts_are_padded_on_the_left_after_their_beginning():
   columns = pipeline.encode_prompts([Prompt('a'), Prompt('a b c')], WORD, CONFIG)
-  batch = columns.take(np.array([0, 1]))
+  batch = _take(columns, 0, 1)
   assert isinstance(batch, Prompts)
   np.testing.assert_array_equal(batch.tokens, [[PAD, PAD, BOS, *_ids('a')], [BOS, *_ids('a b c')]])
   np.testing.assert_array_equal(batch.mask, [[False, False, True, True], [True] * 4])
@@ -41,7 +50,7 @@ def test_prompts_are_padded_on_the_left_after_their_beginning():
 def test_a_long_prompt_keeps_its_beginning_token_and_one_end(truncation, kept):
   config = dataclasses.replace(CONFIG, truncation=truncation)
   columns = pipeline.encode_prompts([Prompt('a b c d e')], WORD, config)
-  assert columns.take(np.array([0])).tokens.tolist() == [[BOS, *_ids(kept)]]
+  assert _take(columns, 0).tokens.tolist() == [[BOS, *_ids(kept)]]
   assert columns.statistics['prompts_cut'] == 1
 
 
@@ -49,7 +58,7 @@ def test_responses_end_with_eos_unless_they_are_cut():
   """The mask comes from lengths; a response of exactly R words has no room for its end."""
   texts = ['a', 'a b c', 'a b c d', 'a b c d e']
   columns = pipeline.encode_demonstrations([Demonstration('h', x) for x in texts], WORD, CONFIG)
-  batch = columns.take(np.arange(4))
+  batch = _take(columns, 0, 1, 2, 3)
   assert isinstance(batch, Sequences)
   expected = [[*_ids('a'), EOS, PAD, PAD], [*_ids('a b c'), EOS], _ids('a b c d'), _ids('a b c d')]
   np.testing.assert_array_equal(batch.response, expected)
@@ -61,14 +70,14 @@ def test_responses_end_with_eos_unless_they_are_cut():
 def test_padding_is_told_by_the_mask_where_pad_is_the_end_token():
   same = dataclasses.replace(WORD, pad_id=EOS)
   columns = pipeline.encode_demonstrations([Demonstration('h', 'a')], same, CONFIG)
-  batch = columns.take(np.array([0]))
+  batch = _take(columns, 0)
   assert batch.response.tolist() == [[*_ids('a'), EOS, EOS, EOS]]
   assert batch.response_mask.tolist() == [[True, True, False, False]]
 
 
 def test_pairs_have_the_chosen_response_first_and_the_prompt_twice():
   pair = Comparison('h', 'a b', 'c', preference=0.75, margin=2.0)
-  batch = pipeline.encode_comparisons([pair, pair], WORD, CONFIG).take(np.array([1]))
+  batch = _take(pipeline.encode_comparisons([pair, pair], WORD, CONFIG), 1)
   assert isinstance(batch, Pairs)
   assert batch.sequences.response.tolist() == [
     [[*_ids('a b'), EOS, PAD], [*_ids('c'), EOS, PAD, PAD]]
@@ -88,8 +97,8 @@ def test_pairs_that_the_cut_makes_identical_are_counted():
 def test_rows_equal_a_slow_assembly_one_by_one():
   pairs = _comparisons(20)
   columns = pipeline.encode_comparisons(pairs, WORD, CONFIG)
-  rows = np.array([3, 3, 19, 0])
-  batch = columns.take(rows)
+  rows = [3, 3, 19, 0]
+  batch = _take(columns, *rows)
   for place, row in enumerate(rows):
     prompt = [BOS, *_ids(pairs[row].prompt)[-3:]]
     assert batch.sequences.prompt[place, 0].tolist() == [PAD] * (4 - len(prompt)) + prompt
@@ -104,16 +113,14 @@ def test_rows_equal_a_slow_assembly_one_by_one():
 def test_attached_columns_travel_with_their_rows():
   columns = pipeline.encode_comparisons(_comparisons(5), WORD, CONFIG)
   cached = np.random.default_rng(0).normal(size=(5, 2, 4)).astype(np.float32)
-  rows = np.array([4, 0, 4])
-  np.testing.assert_array_equal(
-    columns.attach(reference_logprobs=cached).take(rows).reference_logprobs, cached[rows]
-  )
-  assert columns.take(rows).reference_logprobs is None  # the original is as it was
+  attached = columns.attach(reference_logprobs=cached)
+  np.testing.assert_array_equal(_take(attached, 4, 0, 4).reference_logprobs, cached[[4, 0, 4]])
+  assert _take(columns, 4).reference_logprobs is None  # the original is as it was
   with pytest.raises(ValueError, match='reference_logprobs: expected 5 rows'):
     columns.attach(reference_logprobs=cached[:4])
 
 
-def _rows(batches: pipeline.Batches, steps: range) -> list[list[int]]:
+def _rows(batches: Any, steps: range) -> list[list[int]]:
   return [batches.batch(step).index.tolist() for step in steps]
 
 
@@ -125,12 +132,16 @@ def test_the_order_is_a_function_of_seed_and_step():
   assert forwards != _rows(pipeline.batches(columns, 4, seed=4), range(20))
 
 
+def _step(columns: pipeline.Columns, step: int) -> Any:
+  return pipeline.batches(columns, 4, seed=0).batch(step)
+
+
 def test_attaching_a_column_does_not_change_the_order():
   """Caching reference log-probs must not change what a step sees."""
   columns = pipeline.encode_comparisons(_comparisons(9), WORD, CONFIG)
   cached = columns.attach(reference_logprobs=np.zeros((9, 2, 4), np.float32))
   for step in range(5):
-    one, other = (pipeline.batches(x, 4, seed=0).batch(step) for x in (columns, cached))
+    one, other = (_step(x, step) for x in (columns, cached))
     np.testing.assert_array_equal(one.margin, other.margin)
 
 
@@ -152,6 +163,7 @@ def test_a_batch_may_straddle_epochs_and_be_larger_than_the_data():
 def test_sequential_gives_every_row_once_and_says_which_are_padding(rows, size):
   columns = pipeline.encode_prompts([Prompt('a')] * rows, WORD, CONFIG)
   seen: list[int] = []
+  batch: Any
   for batch, real in pipeline.sequential(columns, size):
     assert batch.tokens.shape == (size, 4) and real.shape == (size,)
     seen += batch.index[real].tolist()

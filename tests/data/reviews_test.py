@@ -15,7 +15,7 @@ def _by_paths(text: str) -> float:
   """The log-odds of a text, adding up every hidden path with a transition of its own."""
   model = reviews.grammar()
   words = [reviews.VOCABULARY.index(w) if w in reviews.VOCABULARY else -1 for w in text.split()]
-  onward = [[np.flatnonzero(row) for row in table] for table in model.transition]
+  onward = [[np.flatnonzero(row).tolist() for row in table] for table in model.transition]
 
   def walk(latent: int, state: int, position: int) -> float:
     if position == len(words):

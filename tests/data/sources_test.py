@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+from typing import Any
 
 import pytest
 
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.data import sources
 from rlhf_jax.data.config import DataConfig, ReviewsConfig
+from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.feedback.records import Comparison, Demonstration, Prompt
 
 PAIRS = [
@@ -21,7 +23,7 @@ def _file(folder: pathlib.Path, rows: list[dict], name: str = 'data.jsonl') -> s
   return str(folder / name)
 
 
-def _load(path: str, quarantine: pathlib.Path | None = None, **changes):
+def _load(path: str, quarantine: pathlib.Path | None = None, **changes: Any) -> Feedback:
   config = DataConfig(source='jsonl', path=path, **changes)
   config.validate('data')
   return sources.load(config, quarantine)

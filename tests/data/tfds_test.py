@@ -21,7 +21,7 @@ def data_dir(tmp_path_factory):
   """A small data set, written by tensorflow-datasets itself."""
   tfds = pytest.importorskip('tensorflow_datasets')
 
-  class Answers(tfds.core.GeneratorBasedBuilder):
+  class Answers(tfds.core.GeneratorBasedBuilder):  # type: ignore[name-defined]
     """Questions and answers."""
 
     VERSION = tfds.core.Version('1.0.0')
@@ -38,6 +38,7 @@ def data_dir(tmp_path_factory):
       for number, (question, answer) in enumerate(ROWS[split]):
         yield number, {'question': question, 'answer': answer, 'number': number}
 
+  Answers.__module__ = 'answers'  # it looks for its source, and tests lie in no package
   folder = str(tmp_path_factory.mktemp('tfds'))
   Answers(data_dir=folder, file_format='array_record').download_and_prepare()
   return folder

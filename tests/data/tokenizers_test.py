@@ -1,7 +1,9 @@
 """Text survives tokenizers, tokenizers survive folders, and no text can forge a special token."""
 
 import json
+import pathlib
 import random
+from typing import Any
 
 import pytest
 import tokenizers as hf
@@ -47,7 +49,7 @@ def test_special_tokens_spelt_out_in_a_text_are_text(kind):
 def test_decoding_leaves_out_padding_beginning_and_end_but_shows_unknown_words():
   word = tokenizers.train('word', TEXTS, 100)
   (ids,) = word.encode_batch(['the zebra was good'])
-  padded = [word.pad_id, word.bos_id, *ids, word.eos_id, word.pad_id]
+  padded: list[Any] = [word.pad_id, word.bos_id, *ids, word.eos_id, word.pad_id]
   assert word.decode(padded) == 'the <unk> was good'
 
 
@@ -84,7 +86,7 @@ def test_hugging_face_reads_what_is_saved(tmp_path):
   assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
 
 
-def _foreign(folder, **config) -> None:
+def _foreign(folder: pathlib.Path, **config: Any) -> None:
   """A folder as Hugging Face's tools leave it: it truncates, pads and adds tokens by itself."""
   backend = hf.Tokenizer(hf.models.WordLevel({'</s>': 0, '<|turn|>': 1, 'hi': 2, 'so': 3}, '</s>'))
   backend.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()

@@ -1,13 +1,14 @@
 """Records refuse, where they are made, what no stage could learn from."""
 
 import math
+from typing import Any
 
 import pytest
 
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.feedback.records import Comparison, Demonstration, Prompt, RecordError
 
-GOOD = {'prompt': 'How?', 'chosen': 'So.', 'rejected': 'Thus.'}
+GOOD: dict[str, Any] = {'prompt': 'How?', 'chosen': 'So.', 'rejected': 'Thus.'}
 
 
 def test_a_comparison_survives_the_way_to_a_mapping_and_back():

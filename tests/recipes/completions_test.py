@@ -20,10 +20,10 @@ from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 PROMPTS = ['the soup was', 'we', 'the', 'not very good']
 
 
-def opened(parents: Path, tensor: int = 1, **generation: float) -> Finished:
+def opened(parents: Path, temperature: float, tensor: int = 1) -> Finished:
   """The tiny SFT policy, on the first devices."""
   run = Run(parents / 'sft')
-  config = dataclasses.replace(run.config, generation=GenerationConfig(**generation))
+  config = dataclasses.replace(run.config, generation=GenerationConfig(temperature=temperature))
   mesh = make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])
   return open_run(run, config, Feedback('', Split(), Split()), mesh, parents={})
 
@@ -74,7 +74,7 @@ def test_two_devices_complete_like_one(parents: Path) -> None:
   """Matrices shared over a tensor axis give the same greedy tokens."""
   key = prng.base_key(0)
   one, two = (
-    make_completer(opened(parents, tensor=count, temperature=0.0))(PROMPTS, key, 1)
+    make_completer(opened(parents, temperature=0.0, tensor=count))(PROMPTS, key, 1)
     for count in (1, 2)
   )
   assert [row.tokens for row in one] == [row.tokens for row in two]

@@ -1,0 +1,98 @@
+"""Recipes of objectives that learn from given responses: the reference, and how states lie."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.common import trees
+from rlhf_jax.objectives import DPOConfig
+from rlhf_jax.sharding.mesh import MeshConfig
+from tests import tiny
+
+
+@pytest.mark.slow
+def test_cached_reference_log_probs_are_the_online_ones(
+  parents: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  """Bit for bit, in the same order of data, and the trained parameters are the same."""
+  configs = {
+    kind: tiny.make_config('dpo', parents, objective=DPOConfig(reference=kind))
+    for kind in ('online', 'cached')
+  }
+  built = {kind: tiny.build_recipe(config) for kind, config in configs.items()}
+  states = {}
+  for kind, (recipe, mesh, _, _) in built.items():
+    with jax.set_mesh(mesh):
+      states[kind] = recipe.init()
+  for step in range(4):  # past the end of the first epoch, in the middle of a batch
+    batches = []
+    for kind, (recipe, mesh, _, _) in built.items():
+      with jax.set_mesh(mesh):
+        batches.append(recipe.prepare(states[kind], recipe.batch(step)).batch)
+    jax.tree.map(np.testing.assert_array_equal, *batches)
+  runs = {
+    kind: tiny.run_stage(config, tmp_path / kind).outcome.run.params_sha256
+    for kind, config in configs.items()
+  }
+  assert runs['cached'] == runs['online']
+
+
+def bytes_on_a_device(tree: Any) -> int:
+  """What one device holds of a tree."""
+  return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('sizes', 'parts'), [((1, 4, 2), 8), ((2, 2, 2), 4), ((8, 1, 1), 1)])
+def test_parameters_and_moments_are_cut_over_fsdp_and_tensor(
+  sizes: tuple[int, int, int], parts: int, parents: pathlib.Path
+) -> None:
+  """Nothing is silently whole on every device, before and after an update; donation frees states.
+
+  Norm weights have no tensor axis, and counters are scalars: all else is cut into `parts`.
+  """
+  config = tiny.make_config('dpo', parents, mesh=MeshConfig(**dict(zip(AXES, sizes, strict=True))))
+  built = tiny.build_recipe(config, 8)
+  with jax.set_mesh(built.mesh):
+    first = built.recipe.init()
+    prepared = built.recipe.prepare(first, built.recipe.batch(0))
+    second, _ = built.recipe.update(first, prepared.batch)
+  for leaf in jax.tree.leaves((first.params, first.opt_state)):
+    assert leaf.is_deleted(), 'a donated buffer is still there'
+  abstract = built.recipe.abstract
+  assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), second) == jax.tree.map(
+    lambda x: (x.shape, x.dtype, x.sharding), abstract
+  )
+  total = {name: leaf.nbytes for name, leaf in trees.flatten(second.params).items()}
+  for name, leaf in trees.flatten(second.params).items():
+    if leaf.ndim > (2 if 'layers' in name else 1):  # a matrix, stacked over layers or not
+      assert bytes_on_a_device(leaf) * parts == total[name], name
+  held = bytes_on_a_device(second.params)
+  assert held <= 1.1 * sum(total.values()) / parts
+  # Adam's two moments lie as the parameters do, beside two counters of 4 bytes.
+  assert bytes_on_a_device(second.opt_state) <= 2 * held + 16
+  batch = prepared.batch.sequences.response
+  assert bytes_on_a_device(batch) * sizes[0] * sizes[1] == batch.nbytes
+
+
+AXES = ('data', 'fsdp', 'tensor')
+
+
+def test_an_evaluation_asks_what_the_stage_can_be_asked(parents: pathlib.Path) -> None:
+  """Held-out likelihood of SFT; held-out preferences of DPO, whose start prefers neither."""
+  evaluation = dataclasses.replace(tiny.make_config('sft').evaluation, records=12)
+  found = {}
+  for case in ('sft', 'dpo'):
+    built = tiny.build_recipe(tiny.make_config(case, parents, evaluation=evaluation))
+    with jax.set_mesh(built.mesh):
+      found[case] = built.recipe.evaluate(built.recipe.init().params, 0)
+  assert set(found['sft'].scalars) == {'held_out_nll'}
+  uniform = np.log(built.model.vocab_size)
+  assert 0.5 * uniform < found['sft'].scalars['held_out_nll'] < 1.1 * uniform
+  scalars = found['dpo'].scalars
+  assert scalars['held_out_accuracy'] == 0.5
+  assert scalars['held_out_log_loss'] == pytest.approx(np.log(2), abs=1e-6)
