@@ -11,17 +11,17 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 
 
 def get_config(arg: str | None = None) -> ExperimentConfig:
-  """Few epochs and weight decay: 1.7 thousand comparisons are soon learnt by heart."""
+  """One epoch under strong weight decay: 1731 comparisons are soon learnt by heart."""
   del arg
   return ExperimentConfig(
     name='hh_harmless_reward_model',
     objective=RewardModelConfig(),
-    steps=160,
+    steps=54,
     batch_size=32,
     data=hh_harmless.data(),
     policy=InitConfig(init=hh_harmless.SFT),
     optimizer=OptimizerConfig(
-      learning_rate=3e-4, schedule='cosine', warmup_updates=20, weight_decay=0.1
+      learning_rate=2e-3, schedule='cosine', warmup_updates=10, weight_decay=10.0
     ),
-    evaluation=hh_harmless.evaluation(every=54),
+    evaluation=hh_harmless.evaluation(every=27),
   )

@@ -32,8 +32,16 @@ def define_config(help_text: str) -> flags.FlagHolder:
 
 
 def given(flag: flags.FlagHolder) -> Any:
-  """The config of a --config flag; 'None' given for an optional field means None."""
+  """The config of a --config flag; 'None' given for an optional field means None.
+
+  Raises UserError when its file is missing, or gives something else than a config.
+  """
   config = flag.value
+  if not dataclasses.is_dataclass(config):  # where it could not be read, a stand-in
+    config = load_config(flags.FLAGS[flag.name].config_filename)
+    raise UserError(
+      f'--config: expected a config dataclass from get_config(), got {type(config).__name__}.'
+    )
   _restore_none(config)
   return config
 

@@ -119,6 +119,7 @@ class ExperimentConfig:
     Raises:
       ConfigError: names the field, its value, what was expected and what to do.
     """
+    check_types(self)
     if not self.name or not all(c.isalnum() or c in '-_.' for c in self.name):
       raise ConfigError('name', self.name, "letters, digits, '-', '_' and '.'")
     for name in ('steps', 'batch_size', 'accumulation'):
@@ -175,6 +176,33 @@ class ExperimentConfig:
         raise ConfigError(
           'generation.temperature', 0.0, 'a number > 0 for PPO', 'Greedy rollouts explore nothing.'
         )
+
+
+def check_types(config: Any, path: str = '') -> None:
+  """Demands of every field, also of configs within, the type it is annotated with.
+
+  Flags are checked where they are read, but a config file can put anything anywhere. Raises
+  ConfigError.
+  """
+  for name, hint in typing.get_type_hints(type(config)).items():
+    value = getattr(config, name)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not any(_fits(value, option) for option in options):
+      kinds = ' or '.join(
+        str(option) if typing.get_args(option) else option.__name__ for option in options
+      )
+      raise ConfigError(f'{path}{name}', value, f'{kinds}, not {type(value).__name__}')
+    if dataclasses.is_dataclass(value):
+      check_types(value, f'{path}{name}.')
+
+
+def _fits(value: Any, option: Any) -> bool:
+  if typing.get_origin(option) is tuple:
+    kind = typing.get_args(option)[0]
+    return isinstance(value, tuple) and all(_fits(item, kind) for item in value)
+  if option is float:
+    return isinstance(value, float | int) and not isinstance(value, bool)
+  return isinstance(value, option) and (option is bool or not isinstance(value, bool))
 
 
 def load_config(reference: str) -> Any:

@@ -123,6 +123,12 @@ class Run:
     """Of the records it learnt from and was evaluated on."""
     return self._origin()['identity']['data']
 
+  @property
+  def revision(self) -> str | None:
+    """The revision of the code that made it, where that was known."""
+    path = self.folder / 'record.json'
+    return json.loads(path.read_text(encoding='utf-8'))['git_revision'] if path.is_file() else None
+
   def parents(self) -> dict[str, 'Run']:
     """The runs it started from, by role."""
     return {role: Run(folder) for role, folder in self._origin()['parents'].items()}

@@ -21,7 +21,7 @@ from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.recipes import build
-from rlhf_jax.runs import Run, environment_record, fingerprint, write_json
+from rlhf_jax.runs import Run, environment_record, fingerprint, git_revision, write_json
 from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.loop import LoopConfig, train
 from rlhf_jax.training.writers import read_rows
@@ -138,6 +138,10 @@ def _parent(config: ExperimentConfig, role: str, init: str, root: str | pathlib.
       f'{role}.init', init, 'a run directory or a config file', 'There is neither at that path.'
     )
   needed = load_config(init)
+  if not isinstance(needed, ExperimentConfig):
+    raise ConfigError(
+      f'{role}.init', init, f'the config of one stage, not a {type(needed).__name__}'
+    )
   # It works on behalf of this stage: on the same files and the same devices.
   needed.mesh = config.mesh
   if needed.data.source == config.data.source:
@@ -151,6 +155,10 @@ def _parent(config: ExperimentConfig, role: str, init: str, root: str | pathlib.
     print(f'{config.name}: first its {role.replace("_", " ")}, {init}, in {folder}', flush=True)
     if _execute(stage, run).stopped:
       raise StoppedError
+  elif run.revision != git_revision():
+    # Its fingerprint covers config, data and parents; whether the code between matters, only the
+    # user knows.
+    print(f'{config.name}: {folder} was made by revision {run.revision} of the code', flush=True)
   return run
 
 
@@ -162,6 +170,7 @@ def _execute(stage: Stage, run: Run) -> StageOutcome:
     **environment_record(),
     'data_fingerprint': stage.feedback.fingerprint,
     'quarantined_records': stage.feedback.quarantined,
+    'training_rows': built.recipe.rows,
     'seeds': {'run': config.seed, 'evaluation': config.evaluation.seed},
   }
   write_json(run.folder / 'record.json', record)

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # layer. A unit is a package of rlhf_jax or, in the root layer, the modules that wire it together.
 LAYERS: tuple[tuple[str, ...], ...] = (
   ('common',),
-  ('ops', 'sharding', 'feedback', 'data'),
+  ('ops', 'sharding', 'feedback'),
+  ('data',),
   ('models',),
   ('generation', 'objectives'),
   ('rollout', 'training', 'evaluation'),
@@ -124,8 +125,8 @@ def test_imports_follow_the_layers() -> None:
     ('rlhf_jax.recipes', 'import rlhf_jax.config', True),
     ('experiments.compare', 'from experiments import report', True),
     ('rlhf_jax.common.masked', 'import rlhf_jax.ops.kl', False),
-    ('rlhf_jax.data.sources', 'from rlhf_jax import feedback', False),
-    ('rlhf_jax.data.sources', 'from ..feedback.records import Comparison', False),
+    ('rlhf_jax.data.sources', 'from rlhf_jax import feedback', True),
+    ('rlhf_jax.data.sources', 'from ..feedback.records import Comparison', True),
     ('rlhf_jax.training.loop', 'def f():\n  from rlhf_jax.rollout import rollout', False),
     ('rlhf_jax.stages.run', 'import experiments.report', False),
     ('rlhf_jax.stages.run', 'from configs import quickstart', False),

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.common import prng
 from rlhf_jax.common.checks import check_shapes
 from rlhf_jax.common.masked import last_true
 from rlhf_jax.common.types import PolicyOutput, Sequences
@@ -107,11 +106,6 @@ def reward_model_axes(config: ModelConfig) -> Params:
     'head': scalar_head_axes(),
     'normalizer': {'gain': (), 'bias': ()},
   }
-
-
-def init_key(seed: int) -> Array:
-  """The key of the parameters that a run makes itself."""
-  return prng.stream_key(prng.base_key(seed), prng.Stream.INIT)
 
 
 def reward_score(

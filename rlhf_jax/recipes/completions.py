@@ -13,8 +13,8 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.feedback.records import Prompt
 from rlhf_jax.generation.sample import Samples
 from rlhf_jax.recipes.finished import Finished
-from rlhf_jax.recipes.parts import put_batch
 from rlhf_jax.recipes.probes import make_sampler
+from rlhf_jax.sharding.mesh import put_batch
 
 Array = jax.Array
 

@@ -22,7 +22,6 @@ from rlhf_jax.recipes.parts import (
   init_reward_model,
   load_reward_model,
   make_trainer,
-  put_batch,
 )
 from rlhf_jax.recipes.probes import (
   Question,
@@ -31,6 +30,7 @@ from rlhf_jax.recipes.probes import (
   policy_question,
   preference_question,
 )
+from rlhf_jax.sharding.mesh import put_batch
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
 
@@ -140,6 +140,7 @@ def build_offline(parts: Parts) -> Recipe:
     lambda params, step: ask(questions, params, step),
     finish,
     ('loss', 'accuracy') if objective.difference else ('loss', 'entropy'),
+    columns.statistics,
   )
 
 

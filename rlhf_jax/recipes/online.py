@@ -24,10 +24,10 @@ from rlhf_jax.recipes.parts import (
   init_decoder,
   load_reward_model,
   make_trainer,
-  put_batch,
 )
 from rlhf_jax.rollout.rollout import Judges, Sampled, assemble
 from rlhf_jax.rollout.shaping import truncate_for_scoring
+from rlhf_jax.sharding.mesh import put_batch
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
 
@@ -143,9 +143,8 @@ def build_ppo(parts: Parts) -> Recipe:
   value_model = value_model_of(parts, reward_model)
   policy = make_policy(parts, value_model)
   reference = init_decoder(parts)
-  batches = pipeline.batches(
-    probes.prompt_columns(parts, 'train', None), config.batch_size, config.seed
-  )
+  columns = probes.prompt_columns(parts, 'train', None)
+  batches = pipeline.batches(columns, config.batch_size, config.seed)
   reward = make_reward(parts, reward_model)
 
   sampler = probes.make_sampler(parts)
@@ -192,4 +191,5 @@ def build_ppo(parts: Parts) -> Recipe:
     lambda params, step: probes.ask(questions, params, step),
     lambda state: state,
     ('score', 'kl', 'entropy', 'length'),
+    columns.statistics,
   )

@@ -1,6 +1,5 @@
 """What a stage is made of, loaded and placed: mesh, tokenizer, decoder, frozen trees, shardings."""
 
-import dataclasses
 import itertools
 import pathlib
 from collections.abc import Callable, Mapping
@@ -62,7 +61,7 @@ def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: F
     tokenizer, model = parents['policy'].tokenizer(), parents['policy'].model
   else:
     tokenizer = make_tokenizer(config.data, feedback)
-    model = with_vocabulary(config.model, tokenizer.vocab_size)
+    model = config.model.with_vocabulary(tokenizer.vocab_size)
   if 'reward_model' in parents:
     theirs = parents['reward_model'].tokenizer()
     if theirs.fingerprint != tokenizer.fingerprint:
@@ -114,25 +113,6 @@ def check_length(model: ModelConfig, config: ExperimentConfig) -> None:
     raise ConfigError(
       'model.max_length', model.max_length, f'at least prompt_length + response_length = {length}'
     )
-
-
-def with_vocabulary(model: ModelConfig, tokens: int) -> ModelConfig:
-  """The decoder with the tokenizer's vocabulary; one that says its own size must hold it."""
-  if model.vocab_size == 0:
-    return dataclasses.replace(model, vocab_size=tokens)
-  if model.vocab_size < tokens:
-    raise ConfigError(
-      'model.vocab_size',
-      model.vocab_size,
-      f'at least {tokens}',
-      'The tokenizer has that many tokens; 0 takes its size.',
-    )
-  return model
-
-
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-  """A host batch on the mesh, rows over its data and fsdp axes."""
-  return jax.device_put(batch, batch_sharding(mesh))
 
 
 def _placed(axes: Any, init: Callable[[Array], Any], mesh: Mesh) -> Any:

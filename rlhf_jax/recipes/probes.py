@@ -24,7 +24,8 @@ from rlhf_jax.generation.sample import Samples, generate, samples_to_sequences
 from rlhf_jax.models import roles
 from rlhf_jax.objectives import Actors, objective_of
 from rlhf_jax.ops.kl import exact_kl
-from rlhf_jax.recipes.parts import FrozenRewardModel, Parts, init_decoder, put_batch
+from rlhf_jax.recipes.parts import FrozenRewardModel, Parts, init_decoder
+from rlhf_jax.sharding.mesh import put_batch
 from rlhf_jax.training.recipe import Evaluation
 
 Array = jax.Array

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -63,6 +64,14 @@ class Checkpoints:
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       cleanup_tmp_directories=True,
     )
+
+  def require_metric(self, scalars: Iterable[str]) -> None:
+    """Raises ConfigError if the evaluations of a run, which give `scalars`, lack the best metric."""
+    name = self._config.best_metric
+    if name and name not in scalars:
+      raise ConfigError(
+        'checkpoint.best_metric', name, f'one of what evaluations give: {", ".join(sorted(scalars))}'
+      )
 
   @property
   def latest_step(self) -> int | None:

@@ -225,12 +225,13 @@ def train(
 
   Raises:
     NonFiniteError: a loss or gradient was not finite; the step's batch and metrics were saved.
+    ConfigError: evaluations do not give the metric by which checkpoints are to be compared.
   """
   run = _Run(name, recipe, config, folder, checkpoints)
   try:
     with StopRequest() as stop:
       if run.start == 0:
-        run.evaluate(0)
+        checkpoints.require_metric(run.evaluate(0))
       for step in range(run.start, config.steps):
         run.step(step)
         done = step + 1

@@ -43,6 +43,7 @@ class Recipe(NamedTuple):
     evaluate: from `(params, step)` to answers.
     finish: the last touch to the state after the last step, e.g. a reward model's normalisation.
     shown: metrics of the progress line.
+    rows: counts of the training rows for the record: how many there are, how many were cut.
   """
 
   abstract: TrainState
@@ -53,3 +54,4 @@ class Recipe(NamedTuple):
   evaluate: Callable[[Any, int], Evaluation]
   finish: Callable[[TrainState], TrainState]
   shown: tuple[str, ...]
+  rows: dict[str, int]

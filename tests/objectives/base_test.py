@@ -7,6 +7,7 @@ import pytest
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.objectives import OBJECTIVES, CPLConfig, DPOConfig, PPOConfig, objective_of
 from rlhf_jax.objectives.base import flatten_pairs, of_preferred, pair_logprobs
+from tests import quick
 from tests.objectives import tabular
 from tests.objectives.tabular import B, R
 
@@ -51,10 +52,11 @@ def test_flattened_pairs_keep_their_order() -> None:
 def test_pair_logprobs_equal_those_of_single_responses() -> None:
   """One forward pass over 2B rows gives each response the log-probs it has alone."""
   pairs, tables = tabular.make_batch('comparisons'), tabular.make_tables()
-  logprobs = pair_logprobs(tabular.TABLES, tables, pairs)
+  logprobs = quick.jit(lambda rows: pair_logprobs(tabular.TABLES, tables, rows))(pairs)
   assert logprobs.shape == (B, 2, R)
+  single = quick.jit(lambda rows: tabular.table_policy(tables, rows).logprobs)
   for b in range(B):
-    alone = tabular.table_policy(tables, row_of(pairs.sequences, b)).logprobs
+    alone = single(row_of(pairs.sequences, b))
     np.testing.assert_allclose(logprobs[b], alone, rtol=1e-6)
 
 
@@ -67,4 +69,6 @@ def test_of_preferred_takes_the_preferred_and_halves_ties() -> None:
   """The first above 0.5, the second below, their mean at 0.5."""
   values = jnp.array([[1.0, 5.0]] * 5)
   preference = jnp.array([1.0, 0.6, 0.5, 0.4, 0.0])
-  np.testing.assert_array_equal(of_preferred(values, preference), [1.0, 1.0, 3.0, 5.0, 5.0])
+  np.testing.assert_array_equal(
+    quick.jit(of_preferred)(values, preference), [1.0, 1.0, 3.0, 5.0, 5.0]
+  )

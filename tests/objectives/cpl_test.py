@@ -1,6 +1,7 @@
 """CPL against the equations of its paper (Hejna et al. 2023), in float64 NumPy."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.objectives import CPLConfig, DPOConfig
 from rlhf_jax.objectives.cpl import cpl
-from tests import numerical
+from tests import numerical, quick
 from tests.objectives import tabular
 from tests.objectives.tabular import DIRECT, R
 
@@ -31,6 +32,7 @@ def slow_cpl(scores: np.ndarray, preference: np.ndarray, lam: float) -> np.ndarr
   return out
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def fast_cpl(scores: Any, lam: float, preference: Any = PREFERENCE) -> jax.Array:
   """The function under test."""
   return cpl(jnp.asarray(scores, jnp.float32), jnp.asarray(preference, jnp.float32), lam=lam)
@@ -45,7 +47,7 @@ def test_values_and_gradients_equal_equation_6(lam: float) -> None:
   losses = fast_cpl(SCORES, lam)
   assert losses.dtype == jnp.float32
   np.testing.assert_allclose(losses, slow_cpl(SCORES, PREFERENCE, lam), rtol=1e-5, atol=1e-6)
-  slopes = jax.grad(lambda s: fast_cpl(s, lam).sum())(SCORES.astype(np.float32))
+  slopes = quick.jit(jax.grad(lambda s: fast_cpl(s, lam).sum()))(SCORES.astype(np.float32))
   expected = numerical.gradient(lambda s: slow_cpl(s, PREFERENCE, lam).sum(), SCORES)
   np.testing.assert_allclose(slopes, expected, rtol=1e-4, atol=1e-6)
 
@@ -53,7 +55,9 @@ def test_values_and_gradients_equal_equation_6(lam: float) -> None:
 @every_lam
 def test_the_gradient_by_hand(lam: float) -> None:
   """With w = sigmoid(lam S- - S+): -w by the preferred score, lam w by the dispreferred one."""
-  slopes = jax.grad(lambda s: fast_cpl(s, lam, np.ones(6)).sum())(SCORES.astype(np.float32))
+  slopes = quick.jit(jax.grad(lambda s: fast_cpl(s, lam, np.ones(6)).sum()))(
+    SCORES.astype(np.float32)
+  )
   w = 1 / (1 + np.exp(SCORES[:, 0] - lam * SCORES[:, 1]))
   np.testing.assert_allclose(slopes, np.stack([-w, lam * w], 1), rtol=1e-5)
 
@@ -105,7 +109,8 @@ def test_the_bias_prefers_likelier_pairs() -> None:
 def test_gradients_are_finite_at_extreme_scores(size: float) -> None:
   """No overflow at 10,000 nats."""
   far = jnp.array([[size, -size]], jnp.float32)
-  loss, slopes = jax.value_and_grad(lambda s: fast_cpl(s, 0.5, np.ones(1)).sum())(far)
+  evaluate = quick.jit(jax.value_and_grad(lambda s: fast_cpl(s, 0.5, np.ones(1)).sum()))
+  loss, slopes = evaluate(far)
   assert np.isfinite(loss) and np.isfinite(slopes).all()
 
 

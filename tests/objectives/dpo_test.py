@@ -1,5 +1,6 @@
 """DPO and its relatives, values and gradients, against float64 NumPy."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.objectives import DPOConfig
 from rlhf_jax.objectives.dpo import VARIANTS, dpo
-from tests import numerical
+from tests import numerical, quick
 from tests.objectives import tabular
 
 RNG = np.random.default_rng(0)
@@ -57,6 +58,7 @@ def slow(
   )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def fast(variant: str, smoothing: float, logratios: Any, preference: Any = PREFERENCE) -> jax.Array:
   """The function under test."""
   return dpo(
@@ -75,14 +77,16 @@ def test_values_and_gradients_equal_the_papers(variant: str, smoothing: float) -
   assert losses.dtype == jnp.float32
   expected = slow(variant, smoothing, LOGRATIOS, PREFERENCE)
   np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
-  slopes = jax.grad(lambda x: fast(variant, smoothing, x).sum())(LOGRATIOS.astype(np.float32))
+  slopes = quick.jit(jax.grad(lambda x: fast(variant, smoothing, x).sum()))(
+    LOGRATIOS.astype(np.float32)
+  )
   by_hand = numerical.gradient(lambda x: slow(variant, smoothing, x, PREFERENCE).sum(), LOGRATIOS)
   np.testing.assert_allclose(slopes, by_hand, rtol=1e-4, atol=1e-6)
 
 
 def test_the_gradient_of_dpo_by_hand() -> None:
   """beta sigma(-beta h), pushing the first up and the second down (Rafailov et al. 2023, eq. 8)."""
-  slopes = jax.grad(lambda x: fast('sigmoid', 0.0, x, np.ones(6)).sum())(
+  slopes = quick.jit(jax.grad(lambda x: fast('sigmoid', 0.0, x, np.ones(6)).sum()))(
     LOGRATIOS.astype(np.float32)
   )
   weight = BETA * sigmoid(-BETA * (LOGRATIOS[:, 0] - LOGRATIOS[:, 1]))
@@ -106,7 +110,7 @@ def test_a_tie_pulls_a_pair_together() -> None:
   """With p = 0.5 every variant's gradient vanishes at equal log-ratios and opposes any gap."""
   tie, equal, apart = np.full(1, 0.5), np.zeros((1, 2)), np.array([[5.0, -5.0]])
   for variant in VARIANTS:
-    slope = jax.grad(lambda x, v=variant: fast(v, 0.0, x, tie).sum())
+    slope = quick.jit(jax.grad(lambda x, v=variant: fast(v, 0.0, x, tie).sum()))
     np.testing.assert_allclose(slope(jnp.asarray(equal, jnp.float32)), 0.0, atol=1e-7)
     assert slope(jnp.asarray(apart, jnp.float32))[0, 0] > 0
 
@@ -131,7 +135,8 @@ def test_robust_is_unbiased_and_conservative_is_not() -> None:
 def test_gradients_are_finite_at_extreme_log_ratios(variant: str, size: float) -> None:
   """No overflow at 10,000 nats; a lost pair keeps its full gradient beta, a won one has none."""
   far = jnp.array([[size, -size]], jnp.float32)
-  losses, slopes = jax.value_and_grad(lambda x: fast(variant, 0.0, x, np.ones(1)).sum())(far)
+  evaluate = quick.jit(jax.value_and_grad(lambda x: fast(variant, 0.0, x, np.ones(1)).sum()))
+  losses, slopes = evaluate(far)
   assert np.isfinite(losses) and np.isfinite(slopes).all()
   if variant in ('sigmoid', 'robust', 'hinge'):
     np.testing.assert_allclose(slopes[0, 0], 0.0 if size > 0 else -BETA, atol=1e-6)

@@ -11,10 +11,12 @@ import pytest
 from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.types import Rollouts
-from rlhf_jax.objectives import PPOConfig
-from rlhf_jax.objectives.ppo import policy_loss, value_loss
-from tests import numerical
+from rlhf_jax.objectives import PPOConfig, ppo
+from tests import numerical, quick
 from tests.objectives import tabular
+
+policy_loss = jax.jit(ppo.policy_loss, static_argnames='clip')
+value_loss = jax.jit(ppo.value_loss, static_argnames='clip')
 
 RNG = np.random.default_rng(0)
 SHAPE = (5, 6)
@@ -55,7 +57,7 @@ def test_policy_loss_equals_equation_7() -> None:
   expected = every(slow_policy_loss, NEW, OLD, ADVANTAGES)
   losses = policy_loss(*floats(NEW, OLD, ADVANTAGES), clip=CLIP)
   np.testing.assert_allclose(losses, expected, rtol=1e-5)
-  slopes = jax.grad(lambda x: policy_loss(x, *floats(OLD, ADVANTAGES), clip=CLIP).sum())(
+  slopes = quick.jit(jax.grad(lambda x: policy_loss(x, *floats(OLD, ADVANTAGES), clip=CLIP).sum()))(
     jnp.asarray(NEW, jnp.float32)
   )
   by_hand = numerical.gradient(lambda x: every(slow_policy_loss, x, OLD, ADVANTAGES).sum(), NEW)
@@ -69,16 +71,16 @@ def test_clipping_stops_only_what_went_too_far() -> None:
   """
   ratio = jnp.array([[1.5, 1.5, 0.5, 0.5, 1.1]])
   advantage = jnp.array([[1.0, -1.0, 1.0, -1.0, 1.0]])
-  slopes = jax.grad(lambda x: policy_loss(x, jnp.zeros_like(ratio), advantage, clip=CLIP).sum())(
-    jnp.log(ratio)
-  )
+  slopes = quick.jit(
+    jax.grad(lambda x: policy_loss(x, jnp.zeros_like(ratio), advantage, clip=CLIP).sum())
+  )(jnp.log(ratio))
   np.testing.assert_allclose(slopes, [[0.0, 1.5, -0.5, 0.0, -1.1]], rtol=1e-6)
 
 
 def test_the_first_gradient_is_the_policy_gradient() -> None:
   """At ratio 1 the gradient is exactly minus the advantage."""
   old, advantages = floats(OLD, ADVANTAGES)
-  slopes = jax.grad(lambda x: policy_loss(x, old, advantages, clip=CLIP).sum())(old)
+  slopes = quick.jit(jax.grad(lambda x: policy_loss(x, old, advantages, clip=CLIP).sum()))(old)
   np.testing.assert_array_equal(slopes, -advantages)
 
 
@@ -89,9 +91,9 @@ def test_extreme_log_ratios_have_finite_losses_and_gradients(advantage: float, s
   far, zero, advantages = floats(
     np.full((1, 1), size), np.zeros((1, 1)), np.full((1, 1), advantage)
   )
-  loss, slopes = jax.value_and_grad(lambda x: policy_loss(x, zero, advantages, clip=CLIP).sum())(
-    far
-  )
+  loss, slopes = quick.jit(
+    jax.value_and_grad(lambda x: policy_loss(x, zero, advantages, clip=CLIP).sum())
+  )(far)
   assert np.isfinite(loss) and np.isfinite(slopes).all()
   if (size > 0) == (advantage > 0):
     np.testing.assert_array_equal(slopes, 0.0)
@@ -106,7 +108,7 @@ def test_value_loss_equals_openais() -> None:
   np.testing.assert_allclose(
     losses, every(slow_value_loss, values, old, targets), rtol=1e-4, atol=1e-6
   )
-  slopes = jax.grad(lambda x: value_loss(x, *floats(old, targets), clip=CLIP).sum())(
+  slopes = quick.jit(jax.grad(lambda x: value_loss(x, *floats(old, targets), clip=CLIP).sum()))(
     jnp.asarray(values, jnp.float32)
   )
   by_hand = numerical.gradient(lambda x: every(slow_value_loss, x, old, targets).sum(), values)

@@ -20,6 +20,7 @@ from rlhf_jax.objectives import (
   SFTConfig,
   objective_of,
 )
+from tests import quick
 from tests.objectives import tabular
 from tests.objectives.tabular import DIRECT, TABLES, B, Evaluate, R
 
@@ -136,11 +137,12 @@ def test_swapping_negates_the_predicted_difference(case: str) -> None:
   difference = objective_of(config).difference
   assert difference is not None
   batch, tables = tabular.make_batch('comparisons'), tabular.make_tables()
-  forward = difference(config, TABLES, tables, batch)
+  evaluate = quick.jit(lambda rows: difference(config, TABLES, tables, rows))
+  forward = evaluate(batch)
   assert forward.shape == (B,) and forward.dtype == jnp.float32
-  backward = difference(config, TABLES, tables, tabular.swap(batch))
+  backward = evaluate(tabular.swap(batch))
   np.testing.assert_allclose(backward, -forward, rtol=1e-5, atol=1e-6)
-  dirty = difference(config, TABLES, tables, tabular.garbage(batch, np.nan, 1))
+  dirty = evaluate(tabular.garbage(batch, np.nan, 1))
   np.testing.assert_array_equal(dirty, forward)
 
 
@@ -168,7 +170,7 @@ def test_losses_and_metrics_are_float32(case: str) -> None:
   batch = tabular.make_batch(data_of(case))
   half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tabular.make_outputs(data_of(case)))
   objective = objective_of(CASES[case])
-  loss = jax.jit(lambda params: objective.loss(CASES[case], DIRECT, params, batch))
+  loss = quick.jit(lambda params: objective.loss(CASES[case], DIRECT, params, batch))
   mean, metrics = loss(half)
   assert {leaf.dtype for leaf in jax.tree.leaves((mean, metrics))} == {jnp.dtype('float32')}
   rounded = jax.tree.map(lambda x: x.astype(jnp.float32), half)

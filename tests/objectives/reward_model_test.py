@@ -1,5 +1,6 @@
 """Bradley-Terry losses, values and gradients, against float64 NumPy."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.objectives import RewardModelConfig
 from rlhf_jax.objectives.reward_model import bradley_terry, preference_metrics
-from tests import numerical
+from tests import numerical, quick
 from tests.objectives import tabular
 
 RNG = np.random.default_rng(0)
@@ -31,6 +32,7 @@ def slow_bradley_terry(scores: np.ndarray, coefficient: float) -> np.ndarray:
   return out
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def fast_bradley_terry(scores: Any, coefficient: float) -> jax.Array:
   """The function under test on the same labels."""
   labels = (jnp.asarray(x, jnp.float32) for x in (PREFERENCE, MARGIN))
@@ -43,7 +45,9 @@ def test_values_and_gradients_equal_the_likelihood(coefficient: float) -> None:
   losses = fast_bradley_terry(SCORES, coefficient)
   assert losses.dtype == jnp.float32
   np.testing.assert_allclose(losses, slow_bradley_terry(SCORES, coefficient), rtol=1e-5)
-  slopes = jax.grad(lambda s: fast_bradley_terry(s, coefficient).sum())(SCORES.astype(np.float32))
+  slopes = quick.jit(jax.grad(lambda s: fast_bradley_terry(s, coefficient).sum()))(
+    SCORES.astype(np.float32)
+  )
   expected = numerical.gradient(lambda s: slow_bradley_terry(s, coefficient).sum(), SCORES)
   np.testing.assert_allclose(slopes, expected, rtol=1e-4, atol=1e-6)
 
@@ -94,10 +98,12 @@ def test_the_loss_adds_centring_and_averages_over_pairs() -> None:
 
 def test_accuracy_counts_predicted_ties_half_and_leaves_labelled_ties_out() -> None:
   """Right, wrong, a predicted tie, and a labelled tie: (1 + 0 + 1/2) / 3; a reversed label too."""
-  metrics = preference_metrics(jnp.array([2.0, -1.0, 0.0, 5.0]), jnp.array([1.0, 0.9, 1.0, 0.5]))
+  metrics = quick.jit(preference_metrics)(
+    jnp.array([2.0, -1.0, 0.0, 5.0]), jnp.array([1.0, 0.9, 1.0, 0.5])
+  )
   np.testing.assert_allclose(metrics['accuracy'].value(), 0.5)
   assert metrics['accuracy'].weight == 3
-  reversed_labels = preference_metrics(jnp.array([-2.0, 3.0]), jnp.array([0.0, 0.2]))
+  reversed_labels = quick.jit(preference_metrics)(jnp.array([-2.0, 3.0]), jnp.array([0.0, 0.2]))
   assert reversed_labels['accuracy'].value() == 0.5
 
 
@@ -107,7 +113,7 @@ def test_log_loss_of_soft_labels() -> None:
   expected = -preference * numerical.log_sigmoid(difference) - (
     1 - preference
   ) * numerical.log_sigmoid(-difference)
-  metrics = preference_metrics(jnp.asarray(difference), jnp.asarray(preference))
+  metrics = quick.jit(preference_metrics)(jnp.asarray(difference), jnp.asarray(preference))
   np.testing.assert_allclose(metrics['log_loss'].value(), expected.mean(), rtol=1e-6)
   np.testing.assert_allclose(expected[0], np.log(2))
 

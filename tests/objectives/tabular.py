@@ -6,7 +6,6 @@ the parameters is a gradient by log-probs, values or scores.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from rlhf_jax.common.types import Pairs, PolicyOutput, Rollouts, Sequences
 from rlhf_jax.objectives import Actors, ObjectiveConfig, objective_of
 from rlhf_jax.ops.logprobs import entropy, token_logprobs
+from tests import quick
 
 VOCAB, P, R, B = 5, 3, 4, 4
 LENGTHS = ((4, 2), (1, 3), (3, 4), (2, 1))
@@ -126,14 +126,7 @@ def evaluator(config: ObjectiveConfig, actors: Actors) -> Evaluate:
   if key not in _EVALUATORS:
     objective = objective_of(config)
 
-    # Compiled without optimisation, which would take longer than all that is run.
-    @functools.partial(
-      jax.jit,
-      compiler_options={
-        'xla_backend_optimization_level': 0,
-        'xla_llvm_disable_expensive_passes': True,
-      },
-    )
+    @quick.jit
     def evaluate(params: Any, batch: Any) -> tuple[Any, Any, Any]:
       def total(params: Any) -> Any:
         mean, metrics = objective.loss(config, actors, params, batch)

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax.common.checks import ShapeError
-from rlhf_jax.ops.advantages import discounted_sum, gae
-from tests import numerical
+from rlhf_jax.ops import advantages as advantages_lib
+from tests import numerical, quick
+
+gae = jax.jit(advantages_lib.gae, static_argnames=('gamma', 'lam'))
+discounted_sum = jax.jit(advantages_lib.discounted_sum, static_argnums=2)
 
 RNG = np.random.default_rng(0)
 LENGTHS = np.array([5, 3, 1, 0])
@@ -59,7 +62,7 @@ def test_gradients_equal_central_differences() -> None:
   def fast(rewards: jax.Array, values: jax.Array) -> jax.Array:
     return (gae(rewards, values, MASK, **settings)[0] * weights).sum()
 
-  slopes = jax.grad(fast, argnums=(0, 1))(
+  slopes = quick.jit(jax.grad(fast, argnums=(0, 1)))(
     jnp.asarray(REWARDS, jnp.float32), jnp.asarray(VALUES, jnp.float32)
   )
   by_rewards = numerical.gradient(
@@ -134,6 +137,8 @@ def test_discounted_sum_equals_a_loop(gamma: float) -> None:
   expected = [sum(gamma**t * REWARDS[b, t] for t in range(LENGTHS[b])) for b in range(B)]
   actual = discounted_sum(dirty, MASK.reshape(2, 2, R), gamma)
   np.testing.assert_allclose(actual, np.reshape(expected, (2, 2)), rtol=1e-5, atol=1e-6)
-  slopes = jax.grad(lambda x: discounted_sum(x, MASK.reshape(2, 2, R), gamma).sum())(dirty)
+  slopes = quick.jit(jax.grad(lambda x: discounted_sum(x, MASK.reshape(2, 2, R), gamma).sum()))(
+    dirty
+  )
   discounts = np.broadcast_to(gamma ** np.arange(R), (B, R))
   np.testing.assert_allclose(np.reshape(slopes, (B, R)), np.where(MASK, discounts, 0), rtol=1e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.ops.logprobs import entropy, token_logprobs
-from tests import numerical
+from tests import numerical, quick
 
 RNG = np.random.default_rng(0)
 LOGITS: Any = RNG.normal(0, 3, (2, 3, 7))
@@ -26,10 +26,10 @@ def slow_logprobs(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 def test_values_and_gradients_equal_the_definition() -> None:
   """log softmax(logits)[token], and its gradient by central differences."""
-  actual = token_logprobs(jnp.asarray(LOGITS, jnp.float32), jnp.asarray(TOKENS))
+  actual = quick.jit(token_logprobs)(jnp.asarray(LOGITS, jnp.float32), jnp.asarray(TOKENS))
   assert actual.dtype == jnp.float32
   np.testing.assert_allclose(actual, slow_logprobs(LOGITS, TOKENS), rtol=1e-5, atol=1e-6)
-  slopes = jax.grad(lambda x: token_logprobs(x, jnp.asarray(TOKENS)).sum())(
+  slopes = quick.jit(jax.grad(lambda x: token_logprobs(x, jnp.asarray(TOKENS)).sum()))(
     jnp.asarray(LOGITS, jnp.float32)
   )
   expected = numerical.gradient(lambda x: slow_logprobs(x, TOKENS).sum(), LOGITS)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.common import trees
+from rlhf_jax.data import pipeline
+from rlhf_jax.models import roles
 from rlhf_jax.objectives import DPOConfig
 from rlhf_jax.sharding.mesh import MeshConfig
 from tests import tiny
@@ -25,14 +27,15 @@ def test_cached_reference_log_probs_are_the_online_ones(
   }
   built = {kind: tiny.build_recipe(config) for kind, config in configs.items()}
   states = {}
-  for kind, (recipe, mesh, _, _) in built.items():
-    with jax.set_mesh(mesh):
-      states[kind] = recipe.init()
+  for kind, stage in built.items():
+    with jax.set_mesh(stage.mesh):
+      states[kind] = stage.recipe.init()
   for step in range(4):  # past the end of the first epoch, in the middle of a batch
     batches = []
-    for kind, (recipe, mesh, _, _) in built.items():
-      with jax.set_mesh(mesh):
-        batches.append(recipe.prepare(states[kind], recipe.batch(step)).batch)
+    for kind, stage in built.items():
+      with jax.set_mesh(stage.mesh):
+        host = stage.recipe.batch(step)
+        batches.append(stage.recipe.prepare(states[kind], host).batch)
     jax.tree.map(np.testing.assert_array_equal, *batches)
   runs = {
     kind: tiny.run_stage(config, tmp_path / kind).outcome.run.params_sha256
@@ -83,16 +86,27 @@ AXES = ('data', 'fsdp', 'tensor')
 
 
 def test_an_evaluation_asks_what_the_stage_can_be_asked(parents: pathlib.Path) -> None:
-  """Held-out likelihood of SFT; held-out preferences of DPO, whose start prefers neither."""
+  """Held-out likelihood of SFT, of every record once; preferences of DPO, whose start has none."""
   evaluation = dataclasses.replace(tiny.make_config('sft').evaluation, records=12)
+  built = {
+    case: tiny.build_recipe(tiny.make_config(case, parents, evaluation=evaluation))
+    for case in ('sft', 'dpo')
+  }
   found = {}
-  for case in ('sft', 'dpo'):
-    built = tiny.build_recipe(tiny.make_config(case, parents, evaluation=evaluation))
-    with jax.set_mesh(built.mesh):
-      found[case] = built.recipe.evaluate(built.recipe.init().params, 0)
+  for case, stage in built.items():
+    with jax.set_mesh(stage.mesh):
+      found[case] = stage.recipe.evaluate(stage.recipe.init().params, 0)
   assert set(found['sft'].scalars) == {'held_out_nll'}
-  uniform = np.log(built.model.vocab_size)
-  assert 0.5 * uniform < found['sft'].scalars['held_out_nll'] < 1.1 * uniform
+  sft = built['sft']
+  columns = pipeline.encode_demonstrations(
+    tiny.feedback_of(6).held_out.demonstrations, sft.tokenizer, tiny.make_config('sft').data
+  )
+  rows: Any = columns.take(np.arange(12))
+  with jax.set_mesh(sft.mesh):
+    params = sft.recipe.init().params['policy']
+    logprobs = roles.policy_output(sft.model, params, rows, temperature=1.0).logprobs
+  expected = -np.asarray(logprobs)[rows.response_mask].mean()
+  assert found['sft'].scalars['held_out_nll'] == pytest.approx(expected, rel=1e-5)
   scalars = found['dpo'].scalars
   assert scalars['held_out_accuracy'] == 0.5
   assert scalars['held_out_log_loss'] == pytest.approx(np.log(2), abs=1e-6)

@@ -11,6 +11,7 @@ from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.types import PolicyOutput, Sequences
 from rlhf_jax.objectives import PPOConfig
 from rlhf_jax.rollout.rollout import Judges, Sampled, assemble
+from tests import quick
 from tests.objectives import tabular
 
 RNG = np.random.default_rng(0)
@@ -69,15 +70,12 @@ def rollout(masked: float = 0.0, coefficient: float = BETA, **settings: Any) -> 
     response_mask=jnp.asarray(MASK),
   )
   sampler_logprobs = jnp.asarray(np.where(MASK, chosen(LOGITS) + 1e-3, 7.0), jnp.float32)
-  rollouts, following, metrics = assemble(
-    PPOConfig(**settings),
-    make_judges(masked),
-    {'policy': 1},
-    0,
-    jnp.float32(coefficient),
-    Sampled(sequences, sampler_logprobs, jnp.asarray(STOPPED)),
-    jnp.asarray(SCORES, jnp.float32),
+  config, judges = PPOConfig(**settings), make_judges(masked)
+  sampled = Sampled(sequences, sampler_logprobs, jnp.asarray(STOPPED))
+  run = quick.jit(
+    lambda beta, scores: assemble(config, judges, {'policy': 1}, 0, beta, sampled, scores)
   )
+  rollouts, following, metrics = run(jnp.float32(coefficient), jnp.asarray(SCORES, jnp.float32))
   return rollouts, float(following), metrics_lib.values(metrics)
 
 
@@ -212,9 +210,8 @@ def test_an_untouched_policy_has_no_divergence() -> None:
   sequences = Sequences(jnp.ones((B, 1), int), jnp.ones((B, 1), bool), jnp.asarray(TOKENS), MASK)
   sampled = Sampled(sequences, jnp.zeros((B, R)), jnp.asarray(STOPPED))
   config = PPOConfig(gamma=1.0, lam=1.0)
-  rollouts, _, metrics = assemble(
-    config, same, {'policy': 1}, 0, jnp.float32(0.5), sampled, jnp.asarray(SCORES, jnp.float32)
-  )
+  run = quick.jit(lambda beta, x: assemble(config, same, {'policy': 1}, 0, beta, sampled, x))
+  rollouts, _, metrics = run(jnp.float32(0.5), jnp.asarray(SCORES, jnp.float32))
   values = metrics_lib.values(metrics)
   assert values['kl'] == values['kl_k3'] == 0.0
   np.testing.assert_allclose(
@@ -248,11 +245,11 @@ def test_integer_scores_are_refused() -> None:
   )
   tables = tabular.make_tables()
   judges = Judges(tabular.table_policy, tabular.table_policy, make_judges(0.0).logits)
-  config = PPOConfig(whiten_advantages=False, gamma=1.0, lam=1.0)
+  config, beta = PPOConfig(whiten_advantages=False, gamma=1.0, lam=1.0), jnp.float32(0.1)
 
   def returns_of(scores: Any) -> Any:
-    arguments = (config, judges, tables, tables, jnp.float32(0.1), sampled, scores)
-    return assemble(*arguments)[0].returns
+    run = quick.jit(lambda x: assemble(config, judges, tables, tables, beta, sampled, x))
+    return run(scores)[0].returns
 
   with pytest.raises(ShapeError, match='scores: expected a floating-point array, got int32'):
     returns_of(jnp.array([1, -2, 3, 0]))

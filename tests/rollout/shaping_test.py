@@ -11,6 +11,7 @@ from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.objectives import PPOConfig
 from rlhf_jax.rollout.shaping import handle_missing_stop, shape_rewards, truncate_for_scoring
+from tests import quick
 
 RNG = np.random.default_rng(0)
 R = 5
@@ -54,9 +55,8 @@ def slow_rewards(placement: str) -> tuple[np.ndarray, np.ndarray]:
 def shaped(placement: str, penalties: Any = PENALTIES, **settings: Any) -> tuple[Any, Any]:
   """The function under test on the rows above."""
   config = PPOConfig(score_placement=placement, **settings)
-  result = shape_rewards(
-    jnp.asarray(SCORES, jnp.float32), jnp.asarray(penalties, jnp.float32), MASK, config
-  )
+  run = quick.jit(lambda scores, penalties: shape_rewards(scores, penalties, MASK, config))
+  result = run(jnp.asarray(SCORES, jnp.float32), jnp.asarray(penalties, jnp.float32))
   assert result.rewards.dtype == jnp.float32
   return np.asarray(result.rewards), np.asarray(result.value_mask)
 
@@ -176,7 +176,8 @@ def test_the_cut_equals_the_released_codes_loop() -> None:
   rng = np.random.default_rng(1)
   tokens = rng.integers(0, 3, (40, 6))
   config = PPOConfig(score_truncation_token=1, score_truncation_after=2)
-  cut = truncate_for_scoring(make_sequences(tokens.tolist(), [6] * 40), jnp.zeros(40, bool), config)
+  run = quick.jit(lambda rows: truncate_for_scoring(rows, jnp.zeros(40, bool), config))
+  cut = jax.device_get(run(make_sequences(tokens.tolist(), [6] * 40)))
   for row, kept, stopped in zip(tokens, cut.sequences.response_mask, cut.stopped, strict=True):
     seen, expected = 0, []
     for t, token in enumerate(row):

@@ -186,7 +186,7 @@ def sum_of_tokens(config: Any, steps: int) -> int:
 def test_a_loss_that_is_not_finite_stops_the_run(
   parents: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-  """The error names step, metrics and files; they hold the batch; no poisoned checkpoint is kept."""
+  """The error names step, metrics and files, which hold the batch; the good checkpoint stays."""
   config = tiny.make_config(
     'dpo', parents, objective=DPOConfig(), checkpoint=CheckpointConfig(every=2)
   )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax.common import prng
+from rlhf_jax.common import prng, trees
 from rlhf_jax.training.state import TrainState
 
 
@@ -20,7 +20,9 @@ def test_a_new_state_begins_at_step_zero_with_an_untouched_optimizer() -> None:
   state = make()
   assert state.step.dtype == jnp.int32 and int(state.step) == 0
   assert int(state.opt_state[0].count) == 0
-  assert jax.tree.structure(state.opt_state[0].mu) == jax.tree.structure(state.params)
+  moments = trees.flatten(state.opt_state[0].mu)
+  assert not any(np.asarray(moment).any() for moment in moments.values())
+  assert moments.keys() == trees.flatten(state.params).keys()
 
 
 def test_all_randomness_follows_from_seed_stream_and_step() -> None:
