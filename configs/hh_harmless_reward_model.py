@@ -15,7 +15,7 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
   del arg
   return ExperimentConfig(
     name='hh_harmless_reward_model',
-    objective=RewardModelConfig(),
+    objective=RewardModelConfig(normalization='policy_samples'),
     steps=54,
     batch_size=32,
     data=hh_harmless.data(),

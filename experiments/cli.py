@@ -38,7 +38,8 @@ def given(flag: flags.FlagHolder) -> Any:
   """
   config = flag.value
   if not dataclasses.is_dataclass(config):  # where it could not be read, a stand-in
-    config = load_config(flags.FLAGS[flag.name].config_filename)
+    config_flag: Any = flags.FLAGS[flag.name]
+    config = load_config(config_flag.config_filename)
     raise UserError(
       f'--config: expected a config dataclass from get_config(), got {type(config).__name__}.'
     )

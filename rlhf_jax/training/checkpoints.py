@@ -66,12 +66,11 @@ class Checkpoints:
     )
 
   def require_metric(self, scalars: Iterable[str]) -> None:
-    """Raises ConfigError if the evaluations of a run, which give `scalars`, lack the best metric."""
+    """Raises ConfigError if `scalars`, which a run's evaluations give, lack the best metric."""
     name = self._config.best_metric
     if name and name not in scalars:
-      raise ConfigError(
-        'checkpoint.best_metric', name, f'one of what evaluations give: {", ".join(sorted(scalars))}'
-      )
+      given = ', '.join(sorted(scalars))
+      raise ConfigError('checkpoint.best_metric', name, f'one of what evaluations give: {given}')
 
   @property
   def latest_step(self) -> int | None:
@@ -137,6 +136,8 @@ class Checkpoints:
 
   def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """orbax casts dtypes silently and reports wrong shapes misleadingly: compare beforehand."""
+    if step not in [info.step for info in self._checkpointer.checkpoints]:
+      raise RunError(f'{self._folder}: there is no checkpoint of step {step}.')
     saved = self._checkpointer.checkpointables_metadata(step).metadata
     for part, leaves in abstract.items():
       if part not in saved:

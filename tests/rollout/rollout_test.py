@@ -230,11 +230,12 @@ def test_the_coefficient_adapts_only_with_a_target() -> None:
 
 
 def test_the_coefficient_scales_the_penalty_of_this_iteration() -> None:
-  """Advantages use the coefficient that came in, not the next one."""
+  """Advantages and metrics use the coefficient that came in, not the next one."""
   settings: dict[str, Any] = {'gamma': 1.0, 'lam': 1.0, 'kl_horizon': 1}
   fixed, _, _ = rollout(**settings)
-  adaptive, following, _ = rollout(kl_target=0.01, **settings)
+  adaptive, following, metrics = rollout(kl_target=0.01, **settings)
   assert following != pytest.approx(BETA)
+  assert metrics['kl_coefficient'] == pytest.approx(BETA)
   np.testing.assert_array_equal(adaptive.returns, fixed.returns)
 
 

@@ -1,0 +1,95 @@
+"""Run directories are read back as they were written, and damage is named."""
+
+import json
+import pathlib
+import subprocess
+
+import pytest
+
+from rlhf_jax import runs
+from rlhf_jax.common.errors import RunError
+from rlhf_jax.config import to_dict
+from rlhf_jax.runs import Run, fingerprint, write_json
+from tests import tiny
+
+
+def test_a_fingerprint_depends_on_values_alone() -> None:
+  """Not on the order of keys; on every value."""
+  assert fingerprint({'a': 1, 'b': [2]}) == fingerprint({'b': [2], 'a': 1})
+  assert len({fingerprint(x) for x in ({'a': 1}, {'a': 2}, {'a': 1.5}, {'a': '1'}, {})}) == 5
+
+
+def test_json_files_are_whole_or_absent(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Interrupted before it is in place, the old content stays."""
+  path = tmp_path / 'result.json'
+  write_json(path, {'a': 1})
+  with pytest.raises(TypeError):
+    write_json(path, {'a': object()})
+  monkeypatch.setattr(pathlib.Path, 'replace', lambda self, target: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    write_json(path, {'a': 2})
+  assert json.loads(path.read_text()) == {'a': 1}
+
+
+def claimed(folder: pathlib.Path, **parents: Run) -> Run:
+  run = Run(folder)
+  run.claim({'config': to_dict(tiny.make_config('dpo', 'x')), 'data': 'd'}, parents)
+  return run
+
+
+def test_a_run_gives_its_config_with_its_parents_filled_in(tmp_path: pathlib.Path) -> None:
+  run = claimed(tmp_path / 'dpo', policy=Run(tmp_path / 'sft'))
+  config = Run(tmp_path / 'dpo').config
+  assert config.policy.init == str(tmp_path / 'sft') and config.reward_model.init is None
+  assert config.objective == tiny.make_config('dpo').objective
+  assert [parent.folder for parent in run.parents().values()] == [tmp_path / 'sft']
+
+
+def test_what_is_no_run_or_not_finished_is_named(tmp_path: pathlib.Path) -> None:
+  with pytest.raises(RunError, match='no config.json'):
+    _ = Run(tmp_path).config
+  run = claimed(tmp_path / 'dpo')
+  assert run.result is None
+  with pytest.raises(RunError, match='not finished.*command again'):
+    _ = run.params_sha256
+  with pytest.raises(RunError, match='not finished'):
+    run.step('final')
+  (tmp_path / 'dpo' / 'config.json').write_text('{"identity": ')
+  with pytest.raises(RunError, match='damaged'):
+    _ = run.config
+
+
+def test_a_directory_that_is_free_or_its_own_passes(tmp_path: pathlib.Path) -> None:
+  run = claimed(tmp_path / 'dpo')
+  identity = {'config': to_dict(tiny.make_config('dpo', 'x')), 'data': 'd'}
+  run.check(identity, overwrite=False)
+  (tmp_path / 'dpo' / 'metrics.jsonl').write_text('{"step": 1}\n')
+  run.claim(identity, {})
+  assert (tmp_path / 'dpo' / 'metrics.jsonl').exists(), 'its own content is kept'
+  (tmp_path / 'empty').mkdir()
+  Run(tmp_path / 'empty').check(identity, overwrite=False)
+  Run(tmp_path / 'absent').check(identity, overwrite=False)
+  with pytest.raises(RunError, match="data: 'd' -> 'e'"):
+    run.check({**identity, 'data': 'e'}, overwrite=False)
+
+
+def test_the_revision_marks_changed_files(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """None outside a checkout, the hash within, '+' once a file differs from it."""
+  monkeypatch.setattr(runs, '__file__', str(tmp_path / 'runs.py'))
+  monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
+  assert runs.git_revision() is None
+  (tmp_path / 'runs.py').write_text('')
+  for command in (
+    ['init', '-q'],
+    ['add', '.'],
+    ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'x'],
+  ):
+    subprocess.run(['git', *command], cwd=tmp_path, check=True)
+  revision = runs.git_revision()
+  assert revision is not None and len(revision) == 40
+  (tmp_path / 'runs.py').write_text('changed')
+  assert runs.git_revision() == revision + '+'
