@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -74,9 +75,13 @@ def run(main: Callable[[], int]) -> None:
     if flags.FLAGS.cache_dir:
       jax.config.update('jax_compilation_cache_dir', os.path.expanduser(flags.FLAGS.cache_dir))
       jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    for number in (signal.SIGTERM, signal.SIGINT):
+      # Between training loops, which end their step first, nothing is lost by stopping at once.
+      signal.signal(number, _stop)
     try:
       sys.exit(main())
     except StoppedError:
+      print('stopped; run the same command again to go on', file=sys.stderr)
       sys.exit(STOPPED)
     except UserError as error:
       fail(str(error))
@@ -86,6 +91,10 @@ def run(main: Callable[[], int]) -> None:
     if name in flags.FLAGS:
       flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
   app.run(guarded, flags_parser=parse)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+  raise StoppedError(signal.Signals(number).name)
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -30,14 +30,13 @@ from experiments.reporting import tables
 from experiments.reporting.files import write_report
 from experiments.reporting.summary import Completion, Study, summarise
 from rlhf_jax.common.errors import UserError
-from rlhf_jax.config import ExperimentConfig, InitConfig
-from rlhf_jax.data.sources import load as load_feedback
+from rlhf_jax.config import ExperimentConfig, to_dict
 from rlhf_jax.evaluation.frontier import FrontierPoint, optimal_frontier
 from rlhf_jax.evaluation.statistics import proportion_interval
 from rlhf_jax.recipes.parts import load_parts
 from rlhf_jax.recipes.probes import reference_rewards
-from rlhf_jax.runs import Run
-from rlhf_jax.stages import StoppedError, run_stage
+from rlhf_jax.runs import Run, fingerprint
+from rlhf_jax.stages import StoppedError, load_data, run_stage
 from rlhf_jax.study import StudyConfig
 from rlhf_jax.training.writers import read_rows
 
@@ -79,7 +78,7 @@ def run_stages(study: StudyConfig, folder: pathlib.Path, overwrite: bool) -> Sta
     return outcome.run
 
   sft = run(study.sft, 'sft')
-  start = InitConfig(init=str(sft.folder))
+  start = dataclasses.replace(study.reward_model.policy, init=str(sft.folder))
   reward_model = run(dataclasses.replace(study.reward_model, policy=start), 'reward_model')
   objectives = {}
   for seed in study.seeds:
@@ -124,10 +123,15 @@ def frontier(study: StudyConfig, stages: Stages, folder: pathlib.Path) -> list[F
     return []
   (name, seed), _ = next(iter(stages.objectives.items()))
   config = study.stage(name, seed, str(stages.sft.folder), str(stages.reward_model.folder))
-  path = folder / 'frontier' / f'{stages.sft.params_sha256[:12]}_{study.frontier_samples}.npy'
+  made_from = {
+    'sft': stages.sft.params_identity(config.policy.checkpoint),
+    'samples': study.frontier_samples,
+    **{part: to_dict(getattr(config, part)) for part in ('data', 'generation', 'evaluation')},
+  }
+  path = folder / 'frontier' / f'{fingerprint(made_from)[:16]}.npy'
   if not path.exists():
     print(f'optimal frontier: {study.frontier_samples} responses of SFT to each prompt', flush=True)
-    parts = load_parts(config, {'policy': stages.sft}, load_feedback(config.data))
+    parts = load_parts(config, {'policy': stages.sft}, load_data(config.data, folder))
     with jax.set_mesh(parts.mesh):
       rewards = reference_rewards(parts, study.frontier_samples)
     path.parent.mkdir(exist_ok=True)
@@ -137,7 +141,7 @@ def frontier(study: StudyConfig, stages: Stages, folder: pathlib.Path) -> list[F
   return optimal_frontier(np.load(path))
 
 
-def reward_model_facts(run: Run) -> dict[str, Any]:
+def reward_model_facts(run: Run, folder: pathlib.Path) -> dict[str, Any]:
   """Held-out accuracy with its interval, beside the best that any judge could have."""
   row = read_rows(run.folder / 'evaluations.jsonl')[-1]
   with np.load(run.folder / 'evaluations' / f'{row["step"]:08}.npz') as arrays:
@@ -145,7 +149,7 @@ def reward_model_facts(run: Run) -> dict[str, Any]:
   return {
     'accuracy': row['held_out_accuracy'],
     'accuracy_interval': proportion_interval(right[None]).to_dict(),
-    'bayes_accuracy': load_feedback(run.config.data).bayes_accuracy,
+    'bayes_accuracy': load_data(run.config.data, folder).bayes_accuracy,
   }
 
 
@@ -195,7 +199,8 @@ def describe(study: StudyConfig, stages: Stages) -> Study:
       ),
       (
         'Cost',
-        "tokens and seconds are each objective's own training, without SFT; PPO also needs "
+        "tokens and seconds are each objective's own training, without SFT; PPO's tokens count a "
+        'rollout once, however many epochs read it, and it also needs '
         f'the reward model: {reward_cost["tokens"]:,} tokens, {reward_cost["seconds"]:.0f} s',
       ),
     ],
@@ -221,7 +226,7 @@ def compare(study: StudyConfig, folder: pathlib.Path, overwrite: bool = False) -
   summary = summarise(
     list(read_evaluations(stages)),
     optimum=frontier(study, stages, folder),
-    reward_model=reward_model_facts(stages.reward_model),
+    reward_model=reward_model_facts(stages.reward_model, folder),
     study=describe(study, stages),
     completions=list(completions(stages)),
   )

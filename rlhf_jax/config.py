@@ -172,6 +172,13 @@ class ExperimentConfig:
           f"'reward_model' with {self.data.source!r}",
           'Only embedded tasks have a gold reward.',
         )
+      if self.generation.top_k != 0 or self.generation.top_p != 1:
+        raise ConfigError(
+          'generation',
+          f'top_k={self.generation.top_k}, top_p={self.generation.top_p}',
+          'top_k 0 and top_p 1 for PPO',
+          'Ratios and KL are those of the unfiltered policy: it must be the one that samples.',
+        )
       if self.generation.temperature == 0:
         raise ConfigError(
           'generation.temperature', 0.0, 'a number > 0 for PPO', 'Greedy rollouts explore nothing.'

@@ -129,6 +129,12 @@ class Run:
     path = self.folder / 'record.json'
     return json.loads(path.read_text(encoding='utf-8'))['git_revision'] if path.is_file() else None
 
+  def params_identity(self, checkpoint: str) -> str:
+    """What tells the 'final' or the 'best' parameters from all others."""
+    if checkpoint == 'final':
+      return f'sha256:{self.params_sha256}'
+    return f'{fingerprint(self._origin()["identity"])} at step {self.step(checkpoint)}'
+
   def parents(self) -> dict[str, 'Run']:
     """The runs it started from, by role."""
     return {role: Run(folder) for role, folder in self._origin()['parents'].items()}
@@ -200,7 +206,11 @@ class Run:
   def claim(self, identity: dict[str, Any], parents: dict[str, 'Run']) -> None:
     """Makes a directory that passed `check` this run's own; another run's content is deleted."""
     if (self.folder / 'config.json').exists() and self._origin()['identity'] != identity:
-      shutil.rmtree(self.folder)
+      # Renamed first: an interrupted deletion must not leave half a run under its name.
+      doomed = self.folder.with_name(f'.{self.folder.name}.deleted')
+      shutil.rmtree(doomed, ignore_errors=True)
+      self.folder.rename(doomed)
+      shutil.rmtree(doomed)
     self.folder.mkdir(parents=True, exist_ok=True)
     folders = {role: str(run.folder.absolute()) for role, run in parents.items()}
     write_json(self.folder / 'config.json', {'identity': identity, 'parents': folders})

@@ -1,8 +1,12 @@
 """Runs one stage, after the stages it starts from: their results are cached and shared."""
 
+import contextlib
+import dataclasses
+import fcntl
 import functools
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +21,9 @@ from rlhf_jax.config import (
   load_config,
   to_dict,
 )
-from rlhf_jax.data.config import DataConfig
+from rlhf_jax.data.config import TRAINED_TOKENIZERS, DataConfig
 from rlhf_jax.data.sources import load as load_feedback
+from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.recipes import build
 from rlhf_jax.runs import Run, environment_record, fingerprint, git_revision, write_json
@@ -77,17 +82,31 @@ def run_stage(
   """
   stage = resolve(config, root)
   run = Run(workdir)
-  run.check(stage.identity, overwrite=overwrite)
-  if run.finished(stage.identity):
-    print(f'{config.name}: finished already, in {run.folder}', flush=True)
-    return StageOutcome(run, stopped=False)
-  return _execute(stage, run)
+  with locked(run.folder):
+    run.check(stage.identity, overwrite=overwrite)
+    if run.finished(stage.identity):
+      print(f'{config.name}: finished already, in {run.folder}', flush=True)
+      return StageOutcome(run, stopped=False)
+    return _execute(stage, run)
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps other processes of this machine out of a run directory; waits until it is free."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with (folder.parent / f'.{folder.name}.lock').open('w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      print(f'{folder}: another process works there; waiting for it', flush=True)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
 
 
 def resolve(config: ExperimentConfig, root: str | pathlib.Path) -> Stage:
   """Validates a config, runs the stages it depends on where needed, and loads its data."""
   config.validate()
-  feedback = _load(canonical_json(to_dict(config.data)), quarantine_file(config.data, root))
+  feedback = load_data(config.data, root)
   parents = {}
   for role in ROLES:
     init: InitConfig = getattr(config, role)
@@ -96,9 +115,13 @@ def resolve(config: ExperimentConfig, root: str | pathlib.Path) -> Stage:
   return Stage(config, parents, feedback, _identity(config, parents, feedback))
 
 
+def load_data(data: DataConfig, root: str | pathlib.Path) -> Feedback:
+  """The feedback of a stage; the stages of one process that read the same data share it."""
+  return _load(canonical_json(to_dict(data)), quarantine_file(data, root))
+
+
 @functools.lru_cache(maxsize=2)
 def _load(data: str, quarantine: pathlib.Path) -> Feedback:
-  """The stages of a study read the same data: once is enough."""
   return load_feedback(from_dict(DataConfig, json.loads(data)), quarantine)
 
 
@@ -117,8 +140,11 @@ def _identity(
   for role in ROLES:
     values[role]['init'] = None
     if role in parents:
-      values[role]['init'] = f'sha256:{parents[role].params_sha256}'
-  return {'config': values, 'data': feedback.fingerprint}
+      values[role]['init'] = parents[role].params_identity(getattr(config, role).checkpoint)
+  tokenizer = None
+  if 'policy' not in parents and config.data.tokenizer not in TRAINED_TOKENIZERS:
+    tokenizer = load_tokenizer(pathlib.Path(config.data.tokenizer)).fingerprint
+  return {'config': values, 'data': feedback.fingerprint, 'tokenizer': tokenizer}
 
 
 def _parent(config: ExperimentConfig, role: str, init: str, root: str | pathlib.Path) -> Run:
@@ -142,20 +168,22 @@ def _parent(config: ExperimentConfig, role: str, init: str, root: str | pathlib.
     raise ConfigError(
       f'{role}.init', init, f'the config of one stage, not a {type(needed).__name__}'
     )
-  # It works on behalf of this stage: on the same files and the same devices.
+  # It works on behalf of this stage: on the same devices, on the same data (or what is held out
+  # here might be trained on there); only which responses it imitates is its own affair.
   needed.mesh = config.mesh
   if needed.data.source == config.data.source:
-    needed.data.path = config.data.path
-    needed.data.held_out_path = config.data.held_out_path
+    needed.data = dataclasses.replace(config.data, responses=needed.data.responses)
   stage = resolve(needed, root)
   folder = pathlib.Path(root) / 'stages' / f'{needed.name}-{fingerprint(stage.identity)[:12]}'
   run = Run(folder)
-  run.check(stage.identity, overwrite=False)
-  if not run.finished(stage.identity):
-    print(f'{config.name}: first its {role.replace("_", " ")}, {init}, in {folder}', flush=True)
-    if _execute(stage, run).stopped:
-      raise StoppedError
-  elif run.revision != git_revision():
+  with locked(folder):
+    run.check(stage.identity, overwrite=False)
+    if not run.finished(stage.identity):
+      print(f'{config.name}: first its {role.replace("_", " ")}, {init}, in {folder}', flush=True)
+      if _execute(stage, run).stopped:
+        raise StoppedError
+      return run
+  if run.revision != git_revision():
     # Its fingerprint covers config, data and parents; whether the code between matters, only the
     # user knows.
     print(f'{config.name}: {folder} was made by revision {run.revision} of the code', flush=True)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.config import ExperimentConfig, InitConfig, differences, to_dict
+from rlhf_jax.config import ExperimentConfig, differences, to_dict
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,31 +43,73 @@ class StudyConfig:
     if 'sft' in self.objectives:
       raise ConfigError('objectives.sft', '...', 'another name', "'sft' is the start.")
     self._validate_matched()
+    self._validate_stages()
 
   def _validate_matched(self) -> None:
+    """Compares every stage with the first objective."""
     first_name, first = next(iter(self.objectives.items()))
     for name, config in self.objectives.items():
       for part in ('data', 'generation', 'evaluation'):
-        found = [
-          line
-          for line in differences(
-            to_dict(getattr(first, part)), to_dict(getattr(config, part)), part
-          )
-          if not line.startswith('evaluation.every:')  # how often is not what
-        ]
-        if found:
-          raise ConfigError(
-            f'objectives.{name}.{part}',
-            '...',
-            f'the same {part} as objectives.{first_name}',
-            f'They differ in {"; ".join(found)}.',
-          )
+        self._same(f'objectives.{name}', config, f'objectives.{first_name}', first, part)
+    for name in ('sft', 'reward_model'):
+      self._same(name, getattr(self, name), f'objectives.{first_name}', first, 'data')
+
+  def _same(
+    self, name: str, config: ExperimentConfig, than: str, first: ExperimentConfig, part: str
+  ) -> None:
+    found = [
+      line
+      for line in differences(to_dict(getattr(first, part)), to_dict(getattr(config, part)), part)
+      # How often is not what; and a start may imitate all responses, chosen or not.
+      if not line.startswith(('evaluation.every:', 'data.responses:'))
+    ]
+    if found:
+      raise ConfigError(
+        f'{name}.{part}', '...', f'the same {part} as {than}', f'They differ in {"; ".join(found)}.'
+      )
+
+  def _validate_stages(self) -> None:
+    """Every stage's own values, before the first of them is trained."""
+    some = 'a stage of this study'
+    parts = {
+      'sft': self.sft,
+      'reward_model': dataclasses.replace(
+        self.reward_model, policy=dataclasses.replace(self.reward_model.policy, init=some)
+      ),
+      **{f'objectives.{name}': self.stage(name, 0, some, some) for name in self.objectives},
+    }
+    for name, config in parts.items():
+      try:
+        config.validate()
+      except ConfigError as error:
+        raise ConfigError.within(name, error) from error
+    first = next(iter(self.objectives.values()))
+    if not first.data.source.startswith('embedded:'):
+      raise ConfigError(
+        'objectives.*.data.source',
+        first.data.source,
+        'an embedded task',
+        'A study is judged by a gold reward, which only embedded tasks have.',
+      )
+    if first.evaluation.prompts < 2:
+      raise ConfigError(
+        'objectives.*.evaluation.prompts', first.evaluation.prompts, 'at least 2, for intervals'
+      )
+    drawn = first.generation
+    if self.frontier_samples and (drawn.temperature == 0 or drawn.top_k or drawn.top_p != 1):
+      raise ConfigError(
+        'frontier_samples',
+        self.frontier_samples,
+        '0 with greedy or filtered sampling',
+        'KLs are those of the unfiltered policy: the optimum would be that of another one.',
+      )
 
   def stage(self, name: str, seed: int, sft: str, reward_model: str) -> ExperimentConfig:
     """The config of one objective and seed, with its parents' run directories filled in."""
+    config = self.objectives[name]
     return dataclasses.replace(
-      self.objectives[name],
+      config,
       seed=seed,
-      policy=InitConfig(init=sft),
-      reward_model=InitConfig(init=reward_model),
+      policy=dataclasses.replace(config.policy, init=sft),
+      reward_model=dataclasses.replace(config.reward_model, init=reward_model),
     )

@@ -5,6 +5,7 @@
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,3 +55,11 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
   from tests import tiny
 
   return tiny.make_parents(tmp_path_factory.mktemp('parents'))
+
+
+@pytest.fixture(scope='module')
+def quick_compilation() -> Iterator[None]:
+  """Programs are compiled in half the time, and run slower; not for tests that compare bits."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)

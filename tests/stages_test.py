@@ -18,6 +18,8 @@ from rlhf_jax.training.loop import StopRequest
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 CONFIG_FILE = """
 from tests import tiny
 
@@ -57,25 +59,25 @@ def test_a_stage_runs_what_it_starts_from_once(tmp_path: pathlib.Path, trained: 
   sft = write_config(tmp_path, 'sft')
   reward_model = write_config(tmp_path, 'reward_model', sft)
 
-  def ppo(**changes: Any) -> Any:
+  def cpl(**changes: Any) -> Any:
     starts = {'policy': InitConfig(init=sft), 'reward_model': InitConfig(init=reward_model)}
-    return tiny.make_config('ppo', steps=1, **{**starts, **changes})
+    return tiny.make_config('cpl', steps=1, **{**starts, **changes})
 
   # The reward model starts from the SFT stage too, which runs once for both.
-  first = run(ppo(), tmp_path / 'first')
-  assert trained == ['sft', 'reward_model', 'ppo']
+  first = run(cpl(), tmp_path / 'first')
+  assert trained == ['sft', 'reward_model', 'cpl']
   found = first.parents()
   assert found['policy'].params_sha256 == found['reward_model'].parents()['policy'].params_sha256
   assert found['policy'].folder.parent == (tmp_path / 'stages').absolute()
 
   trained.clear()
-  second = run(ppo(seed=1), tmp_path / 'second')
-  assert trained == ['ppo']
+  second = run(cpl(seed=1), tmp_path / 'second')
+  assert trained == ['cpl']
   assert second.parents()['policy'].folder == found['policy'].folder
 
   trained.clear()
-  third = run(ppo(policy=InitConfig(init=f'{sft}:3')), tmp_path / 'third')
-  assert trained == ['sft', 'ppo']
+  third = run(cpl(policy=InitConfig(init=f'{sft}:3')), tmp_path / 'third')
+  assert trained == ['sft', 'cpl']
   assert third.parents()['policy'].folder != found['policy'].folder
   assert len(list((tmp_path / 'stages').glob('sft-*'))) == 2
 
@@ -83,13 +85,13 @@ def test_a_stage_runs_what_it_starts_from_once(tmp_path: pathlib.Path, trained: 
   trained.clear()
   other = write_config(tmp_path, 'reward_model', f'{sft}:3')
   assert other == reward_model
-  fourth = run(ppo(), tmp_path / 'fourth')
-  assert trained == ['reward_model', 'ppo']
+  fourth = run(cpl(), tmp_path / 'fourth')
+  assert trained == ['reward_model', 'cpl']
   assert fourth.parents()['reward_model'].folder != found['reward_model'].folder
 
   # Naming the run directory instead of the config is the same stage.
   trained.clear()
-  named = ppo(
+  named = cpl(
     policy=InitConfig(init=str(found['policy'].folder)),
     reward_model=InitConfig(init=str(found['reward_model'].folder)),
   )

@@ -60,7 +60,7 @@ def make_config(case: str, start: str | pathlib.Path | None = None, **changes: A
       reviews=ReviewsConfig(demonstrations=28, comparisons=28, prompts=28),
     ),
     model=dataclasses.replace(MODEL),
-    optimizer=OptimizerConfig(learning_rate=1e-2, schedule='cosine', warmup_updates=2),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_updates=2),
     evaluation=EvaluationConfig(prompts=0, records=0, batch_size=ROWS),
     checkpoint=CheckpointConfig(every=0),
     log=LogConfig(every=2, tensorboard=False),

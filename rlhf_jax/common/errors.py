@@ -13,6 +13,12 @@ class ConfigError(UserError):
     text = f'--config.{field}={value!r}: expected {expected}.'
     super().__init__(f'{text} {remedy}'.strip())
     self.field = field
+    self._parts = (value, expected, remedy)
+
+  @classmethod
+  def within(cls, path: str, error: 'ConfigError') -> 'ConfigError':
+    """The same error about a config that lies at `path` of a larger one."""
+    return cls(f'{path}.{error.field}', *error._parts)
 
 
 class DataError(UserError):

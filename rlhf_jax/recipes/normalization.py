@@ -37,7 +37,7 @@ def normalized(parts: Parts, params: Any) -> Any:
     columns = prompt_columns(parts, 'train', count)
     key = prng.stream_key(prng.base_key(parts.config.seed), prng.Stream.NORMALIZATION)
     rounds = math.ceil(count / len(columns))
-    policy = init_decoder(parts)
+    policy = parts.reference if 'policy' in parts.parents else init_decoder(parts)
     scores = sample_scores(parts, lambda rows: raw(params, rows), policy, key, columns, rounds)
     scores = scores.ravel()[:count]
     gain = 1.0 / max(float(scores.std()), 1e-6)

@@ -64,7 +64,7 @@ class Scorer(NamedTuple):
 
 
 def make_scorer(parts: Parts) -> Scorer:
-  """Loads the reference anew: the trained copy's buffers are donated away."""
+  """The stage's reference, scoring pairs."""
   actors = make_actors(parts)
 
   def score(reference: Any, pairs: Pairs) -> Pairs:
@@ -74,7 +74,7 @@ def make_scorer(parts: Parts) -> Scorer:
       pairs, reference_logprobs=logprobs.reshape(pairs.sequences.response.shape)
     )
 
-  return Scorer(init_decoder(parts), jax.jit(score))
+  return Scorer(parts.reference, jax.jit(score))
 
 
 def cache_reference(parts: Parts, scorer: Scorer, columns: Columns) -> Columns:

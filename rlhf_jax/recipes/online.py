@@ -1,5 +1,6 @@
 """The recipe of objectives that learn from their own samples: PPO."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -58,8 +59,8 @@ def abstract_params(parts: Parts, value_model: ModelConfig) -> dict[str, Any]:
 def init_params(parts: Parts, reward_model: FrozenRewardModel | None) -> dict[str, Any]:
   """Starts the policy from its parent, and the value function as the objective says.
 
-  A new value head is zero (Ziegler et al. 2019); one from the reward model starts as its head
-  (Huang et al. 2024), in raw scores.
+  A new value head is zero (Ziegler et al. 2019); one from the reward model starts as its head, with
+  the normaliser folded in (Huang et al. 2024, released code): values are in the units of rewards.
   """
   assert isinstance(parts.config.objective, PPOConfig)
   kind = parts.config.objective.value_model
@@ -67,7 +68,12 @@ def init_params(parts: Parts, reward_model: FrozenRewardModel | None) -> dict[st
   if kind == 'reward_model':
     assert reward_model is not None
     # Copies: the reward model itself stays frozen, and trained buffers are donated.
-    trunk, head = (jax.tree.map(jnp.copy, reward_model.params[name]) for name in ('trunk', 'head'))
+    trunk = jax.tree.map(jnp.copy, reward_model.params['trunk'])
+    head, normalizer = reward_model.params['head'], reward_model.params['normalizer']
+    head = {
+      'kernel': head['kernel'] * normalizer['gain'],
+      'bias': head['bias'] * normalizer['gain'] + normalizer['bias'],
+    }
     return {**params, 'value_head': head, 'value_trunk': trunk}
   abstract = abstract_head(parts.model, parts.mesh)
   head = jax.tree.map(
@@ -142,7 +148,6 @@ def build_ppo(parts: Parts) -> Recipe:
   reward_model = load_reward_model(parts)
   value_model = value_model_of(parts, reward_model)
   policy = make_policy(parts, value_model)
-  reference = init_decoder(parts)
   columns = probes.prompt_columns(parts, 'train', None)
   batches = pipeline.batches(columns, config.batch_size, config.seed)
   reward = make_reward(parts, reward_model)
@@ -163,11 +168,15 @@ def build_ppo(parts: Parts) -> Recipe:
   ) -> Any:
     return assemble(objective, judges, params, frozen, coefficient, sampled, scores)
 
+  # A batch that straddles two epochs may hold a prompt twice: its rows draw by their place in the
+  # batch (the stream already differs from step to step).
+  rows = np.arange(config.batch_size, dtype=np.int32)
+
   def prepare(state: TrainState, prompts: Any) -> Prepared:
-    prompts = put_batch(prompts, parts.mesh)
+    prompts = put_batch(dataclasses.replace(prompts, index=rows), parts.mesh)
     sampled, scored = sample(state.params['policy'], prompts, state.stream(prng.Stream.SAMPLING))
     rollouts, coefficient, metrics = complete(
-      state.params, reference, state.carry['kl_coefficient'], sampled, reward(scored)
+      state.params, parts.reference, state.carry['kl_coefficient'], sampled, reward(scored)
     )
     return Prepared(rollouts, {'kl_coefficient': coefficient}, metrics)
 

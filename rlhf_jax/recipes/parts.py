@@ -1,5 +1,7 @@
 """What a stage is made of, loaded and placed: mesh, tokenizer, decoder, frozen trees, shardings."""
 
+import dataclasses
+import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Mapping
@@ -28,7 +30,8 @@ Array = jax.Array
 Mesh = jax.sharding.Mesh
 
 
-class Parts(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Parts:
   """The pieces every recipe wires together.
 
   Attributes:
@@ -46,6 +49,14 @@ class Parts(NamedTuple):
   tokenizer: Tokenizer
   model: ModelConfig
   parents: Mapping[str, Run]
+
+  @functools.cached_property
+  def reference(self) -> Any | None:
+    """The policy's parent's decoder, frozen, on the mesh; None for a stage without a parent.
+
+    It is loaded apart from the trained copy, whose buffers are donated away.
+    """
+    return init_decoder(self) if 'policy' in self.parents else None
 
 
 def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: Feedback) -> Parts:

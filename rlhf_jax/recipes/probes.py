@@ -24,7 +24,7 @@ from rlhf_jax.generation.sample import Samples, generate, samples_to_sequences
 from rlhf_jax.models import roles
 from rlhf_jax.objectives import Actors, objective_of
 from rlhf_jax.ops.kl import exact_kl
-from rlhf_jax.recipes.parts import FrozenRewardModel, Parts, init_decoder
+from rlhf_jax.recipes.parts import FrozenRewardModel, Parts
 from rlhf_jax.sharding.mesh import put_batch
 from rlhf_jax.training.recipe import Evaluation
 
@@ -146,7 +146,7 @@ def policy_question(parts: Parts, reward_model: FrozenRewardModel | None) -> Que
   if not config.evaluation.prompts:
     return None
   columns = prompt_columns(parts, 'held_out', config.evaluation.prompts)
-  reference = init_decoder(parts) if 'policy' in parts.parents else None
+  reference = parts.reference
   probes = policy_probes(parts, reference, reward_model)
   key = prng.base_key(config.evaluation.seed)
 
@@ -278,6 +278,6 @@ def reference_rewards(parts: Parts, samples: int) -> np.ndarray:
 
   columns = prompt_columns(parts, 'held_out', config.prompts)
   key = prng.stream_key(prng.base_key(config.seed), prng.Stream.EVALUATION, _FRONTIER)
-  reference = init_decoder(parts)
+  reference = parts.reference
   batch_size = _FRONTIER_BATCHES * config.batch_size
   return sample_scores(parts, gold, reference, key, columns, samples, batch_size).T

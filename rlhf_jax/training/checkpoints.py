@@ -110,8 +110,9 @@ class Checkpoints:
       return
     name = self._config.best_metric
     kept = {name: metrics[name]} if metrics and name and name in metrics else None
-    # XLA may reuse a donated buffer that a host view still points at: write from a copy.
-    state = jax.tree.map(lambda x: x.copy(), state)
+    if jax.default_backend() == 'cpu':
+      # Here host arrays are views of buffers that the next update may reuse: write from a copy.
+      state = jax.tree.map(lambda x: x.copy(), state)
     self._checkpointer.save_checkpointables_async(
       step, _by_part(state), metrics=kept, custom_metadata=progress
     )

@@ -55,11 +55,14 @@ class Outcome(NamedTuple):
 class StopRequest:
   """Turns SIGTERM and SIGINT into a request that is honoured at the end of the current step.
 
-  A second signal ends the process at once, as it would have without this.
+  A second signal does what it would have done without this, and so does one that comes too late for
+  another step.
   """
 
   def __init__(self) -> None:
     self.requested = False
+    self.honoured = False
+    self._number = 0
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> 'StopRequest':
@@ -75,11 +78,14 @@ class StopRequest:
   def _handle(self, number: int, frame: FrameType | None) -> None:
     del frame
     self.requested = True
+    self._number = number
     signal.signal(number, self._previous[number])
 
   def __exit__(self, *unused: object) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+    if self.requested and not self.honoured:  # it came too late for the loop: pass it on
+      signal.raise_signal(self._number)
 
 
 class _Pending(NamedTuple):
@@ -203,7 +209,9 @@ class _Run:
     # With the metrics of the steps since the last row: the next row is then as if undisturbed.
     window = metrics_lib.to_json(self.window)
     facts = {'tokens': self.tokens, 'seconds': self.seconds, 'window': window}
-    self.checkpoints.save(step, self.state, facts, scalars)
+    # Another stage may start from a checkpoint that was evaluated: it gets the last touch too.
+    state = self.state if scalars is None else self.recipe.finish(self.state)
+    self.checkpoints.save(step, state, facts, scalars)
     self.skip_time()
 
   def close(self) -> None:
@@ -247,8 +255,6 @@ def train(
         if last or _due(done, config.evaluate_every):
           run.settle_all()
           scalars = run.evaluate(done)
-        if last:
-          run.state = recipe.finish(run.state)
         if (
           last
           or stopping
@@ -258,7 +264,8 @@ def train(
           run.settle_all()
           run.save(done, scalars)
         if stopping:
+          stop.honoured = True
           return Outcome(run.state, run.tokens, run.seconds, stopped=True)
-    return Outcome(run.state, run.tokens, run.seconds, stopped=False)
+    return Outcome(recipe.finish(run.state), run.tokens, run.seconds, stopped=False)
   finally:
     run.close()

@@ -32,7 +32,7 @@ class OptimizerConfig:
   final_fraction: float = 0.0
   # Largest global gradient norm; 0 is no clipping.
   clip_norm: float = 1.0
-  # Decay rates of the moments; rmsprop uses b2.
+  # Decay rates of the moments; rmsprop uses b2 (PyTorch's default for it is 0.99).
   b1: float = 0.9
   b2: float = 0.999
   # Added to the root of the second moment (1e-5 in Ziegler et al. 2019 and Huang et al. 2024).

@@ -1,6 +1,7 @@
 """Metric writers: JSON lines always, TensorBoard on request. Rows survive interruptions exactly."""
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -35,7 +36,12 @@ class JsonlWriter:
     self._file = path.open('a', encoding='utf-8')
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    # JSON has no nan and no infinity.
+    finite = {
+      name: None if isinstance(value, float) and not math.isfinite(value) else value
+      for name, value in values.items()
+    }
+    self._file.write(json.dumps({'step': step, **finite}) + '\n')
     self._file.flush()
 
   def close(self) -> None:

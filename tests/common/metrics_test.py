@@ -1,12 +1,15 @@
 """Metrics merge to the same value however the values were split."""
 
+import json
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.common import metrics
-from rlhf_jax.common.metrics import First, Max, Mean, Metric, Min, Sum
+from rlhf_jax.common.metrics import First, FirstMax, Max, Mean, Metric, Min, Sum
 
 VALUES = np.array([3.0, -1.0, 0.5, 7.0, -2.0, 4.0, 1.0], np.float32)
 WEIGHTS = np.array([1.0, 0.0, 0.5, 2.0, 1.0, 0.25, 3.0], np.float32)
@@ -100,6 +103,49 @@ def test_merging_keeps_names_that_only_some_parts_have() -> None:
     [{'a': Sum(jnp.asarray(1.0))}, {'a': Sum(jnp.asarray(2.0)), 'b': Max(jnp.asarray(9.0))}]
   )
   assert metrics.values(merged) == {'a': 3.0, 'b': 9.0}
+
+
+def test_first_max_is_over_microbatches_but_not_over_updates() -> None:
+  """A maximum over the parts of the first update; what later updates saw is left out."""
+  microbatches = {'x': FirstMax(jnp.array([[1.0, 3.0], [8.0, 9.0]]).T)}  # [microbatch, update]
+  updates = metrics.reduce(microbatches)
+  assert isinstance(updates['x'], FirstMax)
+  np.testing.assert_array_equal(updates['x'].extreme, [3.0, 9.0])
+  assert metrics.values(metrics.over_updates(updates)) == {'x': 3.0}
+  merged = FirstMax(jnp.asarray(3.0)).merge(FirstMax(jnp.asarray(5.0)))
+  assert isinstance(merged, FirstMax) and float(merged.value()) == 5.0
+
+
+def test_other_metrics_merge_over_updates_as_over_microbatches() -> None:
+  """Only a `FirstMax` tells the two apart."""
+  stacked: dict[str, Any] = {
+    'mean': Mean(jnp.array([2.0, 4.0]), jnp.array([1.0, 3.0])),
+    'max': Max(jnp.array([1.0, 7.0])),
+    'first': First(jnp.array([5.0, 6.0])),
+  }
+  expected = {'mean': 1.5, 'max': 7.0, 'first': 5.0}
+  assert metrics.values(metrics.over_updates(stacked)) == expected
+  assert metrics.values(metrics.reduce(stacked)) == expected
+
+
+def test_metrics_survive_json() -> None:
+  """Written as text and read again, they have the same bits and merge to the same values."""
+  before: dict[str, Any] = {
+    'mean': Mean(jnp.float32(0.1) / 3, jnp.float32(7)),
+    'max': Max(jnp.float32(-jnp.inf)),
+    'min': Min(jnp.float32(1e-30)),
+    'tokens': Sum(jnp.int32(123_456_789)),
+    'first': First(jnp.float32(2.5)),
+    'first_max': FirstMax(jnp.float32(1.25)),
+  }
+  after = metrics.from_json(json.loads(json.dumps(metrics.to_json(before))))
+  for name, metric in before.items():
+    assert type(after[name]) is type(metric)
+    for old, new in zip(jax.tree.leaves(metric), jax.tree.leaves(after[name]), strict=True):
+      assert old.dtype == new.dtype and np.asarray(old).tobytes() == new.tobytes()
+  assert metrics.values(metrics.merge([after, before])) == metrics.values(
+    metrics.merge([before, before])
+  )
 
 
 def test_means_merge_over_devices() -> None:

@@ -16,6 +16,8 @@ from rlhf_jax.recipes.probes import device_batches, prompt_columns, sample_score
 from rlhf_jax.runs import Run
 from tests import tiny
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+
 SAMPLES = 28
 
 
@@ -38,7 +40,6 @@ def trained(kind: str, parents: pathlib.Path, folder: pathlib.Path) -> tuple[Any
   return parts, loaded, finished
 
 
-@pytest.mark.slow
 def test_scores_of_policy_samples_are_standardised(
   parents: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -58,7 +59,6 @@ def test_scores_of_policy_samples_are_standardised(
   assert abs(fresh.mean()) < 0.5 and 0.6 < fresh.std() < 1.6
 
 
-@pytest.mark.slow
 def test_demonstrations_score_zero_on_average(
   parents: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -77,7 +77,6 @@ def test_demonstrations_score_zero_on_average(
   assert scores.mean() == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_none_leaves_the_scores_alone(parents: pathlib.Path, tmp_path: pathlib.Path) -> None:
   _, params, _ = trained('none', parents, tmp_path / 'run')
   assert float(params['normalizer']['gain']) == 1 and float(params['normalizer']['bias']) == 0

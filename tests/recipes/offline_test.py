@@ -8,11 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.common import trees
 from rlhf_jax.data import pipeline
 from rlhf_jax.models import roles
 from rlhf_jax.objectives import DPOConfig
-from rlhf_jax.sharding.mesh import MeshConfig
 from tests import tiny
 
 
@@ -42,47 +40,6 @@ def test_cached_reference_log_probs_are_the_online_ones(
     for kind, config in configs.items()
   }
   assert runs['cached'] == runs['online']
-
-
-def bytes_on_a_device(tree: Any) -> int:
-  """What one device holds of a tree."""
-  return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(('sizes', 'parts'), [((1, 4, 2), 8), ((2, 2, 2), 4), ((8, 1, 1), 1)])
-def test_parameters_and_moments_are_cut_over_fsdp_and_tensor(
-  sizes: tuple[int, int, int], parts: int, parents: pathlib.Path
-) -> None:
-  """Nothing is silently whole on every device, before and after an update; donation frees states.
-
-  Norm weights have no tensor axis, and counters are scalars: all else is cut into `parts`.
-  """
-  config = tiny.make_config('dpo', parents, mesh=MeshConfig(**dict(zip(AXES, sizes, strict=True))))
-  built = tiny.build_recipe(config, 8)
-  with jax.set_mesh(built.mesh):
-    first = built.recipe.init()
-    prepared = built.recipe.prepare(first, built.recipe.batch(0))
-    second, _ = built.recipe.update(first, prepared.batch)
-  for leaf in jax.tree.leaves((first.params, first.opt_state)):
-    assert leaf.is_deleted(), 'a donated buffer is still there'
-  abstract = built.recipe.abstract
-  assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), second) == jax.tree.map(
-    lambda x: (x.shape, x.dtype, x.sharding), abstract
-  )
-  total = {name: leaf.nbytes for name, leaf in trees.flatten(second.params).items()}
-  for name, leaf in trees.flatten(second.params).items():
-    if leaf.ndim > (2 if 'layers' in name else 1):  # a matrix, stacked over layers or not
-      assert bytes_on_a_device(leaf) * parts == total[name], name
-  held = bytes_on_a_device(second.params)
-  assert held <= 1.1 * sum(total.values()) / parts
-  # Adam's two moments lie as the parameters do, beside two counters of 4 bytes.
-  assert bytes_on_a_device(second.opt_state) <= 2 * held + 16
-  batch = prepared.batch.sequences.response
-  assert bytes_on_a_device(batch) * sizes[0] * sizes[1] == batch.nbytes
-
-
-AXES = ('data', 'fsdp', 'tensor')
 
 
 def test_an_evaluation_asks_what_the_stage_can_be_asked(parents: pathlib.Path) -> None:

@@ -21,6 +21,8 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+
 EPOCHS, MINIBATCHES = 3, 2
 
 
@@ -79,7 +81,6 @@ def steps(request: pytest.FixtureRequest, parents: pathlib.Path) -> tuple[float,
   return request.param, take_steps(ppo_config(parents, request.param))
 
 
-@pytest.mark.slow
 def test_the_policy_starts_at_its_reference(steps: tuple[float, Steps]) -> None:
   """Sampled and exact KL are 0 to 1e-6 at step 0, at any temperature, and not later."""
   metrics = steps[1].metrics
@@ -88,7 +89,6 @@ def test_the_policy_starts_at_its_reference(steps: tuple[float, Steps]) -> None:
   assert metrics[1]['exact_kl'] > 1e-3 and metrics[1]['kl_k3'] > 1e-4
 
 
-@pytest.mark.slow
 def test_the_first_minibatch_is_on_policy(steps: tuple[float, Steps]) -> None:
   """Its ratios are 1; the sampler's log-probs are the teacher-forced ones; later ratios move."""
   metrics = steps[1].metrics
@@ -98,7 +98,6 @@ def test_the_first_minibatch_is_on_policy(steps: tuple[float, Steps]) -> None:
     assert found['ratio_max'] > 1.001 and found['approximate_kl'] > 1e-7
 
 
-@pytest.mark.slow
 def test_every_epoch_and_minibatch_is_run(steps: tuple[float, Steps]) -> None:
   """The optimizer counts epochs x minibatches updates a step, over every token in each epoch."""
   _, (built, prepared, _, updates, state, _) = steps
@@ -117,7 +116,6 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.slow
 def test_the_temperature_divides_every_logit(
   steps: tuple[float, Steps], parents: pathlib.Path
 ) -> None:
@@ -148,7 +146,6 @@ def test_the_temperature_divides_every_logit(
   assert metrics[1]['kl'] == pytest.approx(kl, abs=1e-6)
 
 
-@pytest.mark.slow
 def test_evaluation_measures_at_the_same_temperature(steps: tuple[float, Steps]) -> None:
   """The unchanged policy's exact KL is 0; the trained one's is not. Answers are per prompt."""
   built, state = steps[1].built, steps[1].state
@@ -194,7 +191,6 @@ def test_rewards_are_the_task_s_to_the_last_digit(parents: pathlib.Path) -> None
   assert metrics_lib.values(prepared.metrics)['score'] == pytest.approx(gold.mean(), rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['separate', 'reward_model'])
 def test_a_value_function_with_its_own_trunk(kind: str, parents: pathlib.Path) -> None:
   """It starts as a copy of the policy or of the reward model, is trained, and leaves both alone."""
@@ -218,7 +214,6 @@ def test_a_value_function_with_its_own_trunk(kind: str, parents: pathlib.Path) -
   np.testing.assert_array_equal(again.batch.returns, steps.prepared[0].batch.returns)
 
 
-@pytest.mark.slow
 def test_the_adaptive_controller_reaches_its_target(
   parents: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

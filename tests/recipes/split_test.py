@@ -1,8 +1,7 @@
-"""How a batch is split over microbatches and devices changes neither loss nor gradients."""
+"""Batches and states are split over microbatches and devices, and nothing else changes."""
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,8 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 from rlhf_jax.training.state import TrainState
 from tests import tiny
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+
 # Mesh (data, fsdp, tensor), whose product is the number of devices, and microbatches.
 SPLITS = {
   'accumulation 4': ((1, 1, 1), 4),
@@ -25,6 +26,10 @@ SPLITS = {
   'mesh (2, 2, 2), accumulation 2': ((2, 2, 2), 2),
   'mesh (1, 4, 2)': ((1, 4, 2), 1),
 }
+
+
+def mesh_config(sizes: tuple[int, int, int]) -> MeshConfig:
+  return MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
 
 
 def build(case: str, start: pathlib.Path, mesh: tuple[int, int, int], accumulation: int) -> Built:
@@ -35,7 +40,7 @@ def build(case: str, start: pathlib.Path, mesh: tuple[int, int, int], accumulati
     steps=1,
     accumulation=accumulation,
     optimizer=OptimizerConfig(name='sgd', learning_rate=1.0, clip_norm=0.0),
-    mesh=MeshConfig(data=mesh[0], fsdp=mesh[1], tensor=mesh[2]),
+    mesh=mesh_config(mesh),
   )
   if case == 'ppo':
     config.objective = PPOConfig(epochs=1, minibatches=1)
@@ -78,14 +83,6 @@ def take_step(built: Built, prepared: Any = None) -> Step:
   return Step(host, before, gradients, metrics_lib.values({**own.metrics, **metrics}))
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation() -> Iterator[None]:
-  """Programs that are used once are not worth optimising; the property is not one of bits."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.fixture(scope='module')
 def whole(parents: pathlib.Path) -> Any:
   """`whole(case)`: the step on one device in one piece."""
@@ -122,3 +119,40 @@ def test_a_split_changes_nothing(case: str, split: str, whole: Any, parents: pat
       found.gradients[name], gradient, rtol=0, atol=2e-6 + 1e-5 * scale, err_msg=name
     )
   assert found.metrics == pytest.approx(expected.metrics, rel=2e-5, abs=1e-5)
+
+
+def bytes_on_a_device(tree: Any) -> int:
+  """What one device holds of a tree."""
+  return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(('sizes', 'parts'), [((1, 4, 2), 8), ((2, 2, 2), 4), ((8, 1, 1), 1)])
+def test_parameters_and_moments_are_cut_over_fsdp_and_tensor(
+  sizes: tuple[int, int, int], parts: int, parents: pathlib.Path
+) -> None:
+  """Nothing is silently whole on every device, before and after an update; donation frees states.
+
+  Norm weights have no tensor axis, and counters are scalars: all else is cut into `parts`.
+  """
+  config = tiny.make_config('dpo', parents, mesh=mesh_config(sizes))
+  built = tiny.build_recipe(config, 8)
+  with jax.set_mesh(built.mesh):
+    first = built.recipe.init()
+    prepared = built.recipe.prepare(first, built.recipe.batch(0))
+    second, _ = built.recipe.update(first, prepared.batch)
+  for leaf in jax.tree.leaves((first.params, first.opt_state)):
+    assert leaf.is_deleted(), 'a donated buffer is still there'
+  abstract = built.recipe.abstract
+  assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), second) == jax.tree.map(
+    lambda x: (x.shape, x.dtype, x.sharding), abstract
+  )
+  total = {name: leaf.nbytes for name, leaf in trees.flatten(second.params).items()}
+  for name, leaf in trees.flatten(second.params).items():
+    if leaf.ndim > (2 if 'layers' in name else 1):  # a matrix, stacked over layers or not
+      assert bytes_on_a_device(leaf) * parts == total[name], name
+  held = bytes_on_a_device(second.params)
+  assert held <= 1.1 * sum(total.values()) / parts
+  # Adam's two moments lie as the parameters do, beside two counters of 4 bytes.
+  assert bytes_on_a_device(second.opt_state) <= 2 * held + 16
+  batch = prepared.batch.sequences.response
+  assert bytes_on_a_device(batch) * sizes[0] * sizes[1] == batch.nbytes

@@ -92,7 +92,8 @@ def test_a_run_stopped_after_5_of_10_steps_ends_as_if_undisturbed(
   evaluation = (
     EVALUATION if case in ('reward_model', 'ppo') else dataclasses.replace(EVALUATION, prompts=0)
   )
-  config = tiny.make_config(case, parents, evaluation=evaluation)
+  optimizer = OptimizerConfig(learning_rate=1e-2, schedule='cosine', warmup_updates=2)
+  config = tiny.make_config(case, parents, evaluation=evaluation, optimizer=optimizer)
   whole = tiny.run_stage(config, tmp_path / 'whole')
   assert not whole.outcome.stopped and int(whole.loop.state.step) == 10
 
