@@ -17,6 +17,7 @@ from rlhf_jax.config import load_config, suggestion
 from rlhf_jax.stages import StoppedError
 
 DONE, USER_ERROR, STOPPED = 0, 1, 75
+INTERRUPTED = 130  # Ctrl-C in a program with nothing to go on from
 SHARED = ('config', 'cache_dir', 'debug')
 
 flags.DEFINE_bool('debug', False, 'Show tracebacks of errors, and check every operation for nan.')
@@ -59,11 +60,11 @@ def _restore_none(config: Any) -> None:
       setattr(config, field.name, None)
 
 
-def run(main: Callable[[], int]) -> None:
+def run(main: Callable[[], int], *, resumable: bool = False) -> None:
   """Runs a program and exits with its code.
 
   What the user got wrong (flags, config, data, run directories) ends with its message alone and
-  code 1; `--debug` shows the traceback. A stop on request ends with code 75.
+  code 1; `--debug` shows the traceback. A stop on request of a resumable program ends with code 75.
   """
 
   def guarded(argv: Sequence[str]) -> None:
@@ -75,7 +76,7 @@ def run(main: Callable[[], int]) -> None:
     if flags.FLAGS.cache_dir:
       jax.config.update('jax_compilation_cache_dir', os.path.expanduser(flags.FLAGS.cache_dir))
       jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT) if resumable else ():
       # Between training loops, which end their step first, nothing is lost by stopping at once.
       signal.signal(number, _stop)
     try:
@@ -83,6 +84,8 @@ def run(main: Callable[[], int]) -> None:
     except StoppedError:
       print('stopped; run the same command again to go on', file=sys.stderr)
       sys.exit(STOPPED)
+    except KeyboardInterrupt:
+      sys.exit(INTERRUPTED)
     except UserError as error:
       fail(str(error))
 

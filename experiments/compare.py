@@ -262,4 +262,4 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 if __name__ == '__main__':
   flags.mark_flag_as_required('config')
-  cli.run(main)
+  cli.run(main, resumable=True)

@@ -50,4 +50,4 @@ def main() -> int:
 
 if __name__ == '__main__':
   flags.mark_flag_as_required('config')
-  cli.run(main)
+  cli.run(main, resumable=True)

@@ -179,6 +179,14 @@ class ExperimentConfig:
           'top_k 0 and top_p 1 for PPO',
           'Ratios and KL are those of the unfiltered policy: it must be the one that samples.',
         )
+      fixed_length = not (self.generation.stop_at_eos or self.generation.stop_tokens)
+      if self.objective.score_placement == 'last_position' and not fixed_length:
+        raise ConfigError(
+          'objective.score_placement',
+          'last_position',
+          'responses of a fixed length',
+          'Set --config.generation.stop_at_eos=False (and no stop_tokens), or pay at last_token.',
+        )
       if self.generation.temperature == 0:
         raise ConfigError(
           'generation.temperature', 0.0, 'a number > 0 for PPO', 'Greedy rollouts explore nothing.'

@@ -68,7 +68,7 @@ def make_sampler(parts: Parts) -> Callable[[Any, Prompts, Array], tuple[Sequence
       key,
       config=config.generation,
       max_new_tokens=config.data.response_length,
-      eos_id=parts.tokenizer.eos_id,
+      eos_id=parts.tokenizer.eos_id if config.generation.stop_at_eos else -1,
       pad_id=parts.tokenizer.pad_id,
     )
     return samples_to_sequences(prompts, samples), samples
