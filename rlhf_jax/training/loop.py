@@ -77,14 +77,17 @@ class StopRequest:
 
   def _handle(self, number: int, frame: FrameType | None) -> None:
     del frame
+    if self.requested:  # the second one
+      self.honoured = True
+      signal.signal(number, self._previous[number])
+      signal.raise_signal(number)
     self.requested = True
     self._number = number
-    signal.signal(number, self._previous[number])
 
-  def __exit__(self, *unused: object) -> None:
+  def __exit__(self, error: type[BaseException] | None, *unused: object) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
-    if self.requested and not self.honoured:  # it came too late for the loop: pass it on
+    if self.requested and not self.honoured and error is None:  # it came too late for the loop: pass it on
       signal.raise_signal(self._number)
 
 

@@ -21,6 +21,8 @@ from rlhf_jax.training.recipe import Recipe
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 EVALUATION = EvaluationConfig(every=4, prompts=8, records=8, batch_size=tiny.ROWS)
 
 
@@ -235,11 +237,25 @@ def test_an_overflowing_optimizer_is_noticed(tmp_path: pathlib.Path) -> None:
 def test_a_second_signal_ends_the_process_at_once() -> None:
   """The first SIGINT is a request, the second does what it would have done without the loop."""
   with loop.StopRequest() as stop:
+    stop.honoured = True
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.requested
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGINT)
   assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_signal_that_comes_too_late_is_not_lost(tmp_path: pathlib.Path) -> None:
+  """In the last step there is nothing to stop: the run is saved, and the process still gets it."""
+  config = tiny.make_config('sft', steps=4)
+  caught: list[int] = []
+  previous = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+  try:
+    finished = tiny.run_stage(config, tmp_path / 'run', wrap=terminated_at(4))
+  finally:
+    signal.signal(signal.SIGTERM, previous)
+  assert caught == [signal.SIGTERM] and not finished.outcome.stopped
+  assert [row['step'] for row in rows(tmp_path / 'run', 'metrics')] == [2, 4]
 
 
 def test_the_host_waits_one_step_behind(tmp_path: pathlib.Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common.metrics import First, FirstMax, Max, Mean, Metrics, Sum
+from rlhf_jax.common.prng import Stream
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.training.step import (
   Schedule,
@@ -18,6 +19,8 @@ from rlhf_jax.training.step import (
   minibatch_order,
   split_rows,
 )
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 ROWS, LENGTH = 8, 5
 
@@ -102,7 +105,6 @@ def test_every_epoch_is_a_permutation(epochs: int, minibatches: int) -> None:
 def visit_loss(params: Any, batch: Any) -> tuple[Mean, Metrics]:
   """Its gradient counts visits: each row's parameter has slope -1 whenever the row is seen."""
   seen = params['visits'][batch['row']]
-  # Weight 1 a microbatch's row and a total as large as the rows: the mean's slope is 1 / rows.
   mean = Mean(-seen.sum(), jnp.float32(seen.size))
   return mean, {
     'start': FirstMax(batch['row'].max().astype(jnp.float32)),
@@ -110,32 +112,28 @@ def visit_loss(params: Any, batch: Any) -> tuple[Mean, Metrics]:
   }
 
 
-@pytest.mark.parametrize('accumulation', [1, 2])
-@pytest.mark.parametrize(('epochs', 'minibatches'), [(1, 1), (4, 1), (1, 2), (3, 4)])
+@pytest.mark.parametrize(
+  ('epochs', 'minibatches', 'accumulation'), [(1, 1, 2), (4, 1, 1), (1, 2, 1), (3, 4, 2)]
+)
 def test_all_updates_are_made_and_every_row_is_seen_in_every_epoch(
   epochs: int, minibatches: int, accumulation: int
 ) -> None:
   """epochs x minibatches optimizer updates; each row moves its parameter once an epoch."""
   schedule = Schedule(epochs, minibatches, accumulation)
-  rows = ROWS // minibatches
-  optimizer = optax.chain(optax.scale_by_adam(), optax.set_to_zero(), optax.identity())
-  counting = optax.chain(optax.trace(0.0), optax.scale(-float(rows)))
-  both = optax.chain(counting)
-  state = TrainState.create({'visits': jnp.zeros(ROWS)}, both, 0, {})
-  update = jax.jit(make_update(visit_loss, both, lambda count: 10.0 + count, schedule))
-  after, metrics = update(state, make_batch())
-  np.testing.assert_allclose(after.params['visits'], np.full(ROWS, epochs), rtol=1e-6)
-  assert int(after.step) == 1
-  values = metrics_lib.values(metrics)
-  assert values['learning_rate'] == 10.0
-  assert values['deviation'] == 0.0, 'of the first update alone, before anything moved'
-  _, metrics = update(after, make_batch())
-  assert metrics_lib.values(metrics)['learning_rate'] == 10.0 + epochs * minibatches
-  adam = TrainState.create({'visits': jnp.zeros(ROWS)}, optimizer, 0, {})
-  counted, _ = jax.jit(make_update(visit_loss, optimizer, lambda count: 0.0, schedule))(
-    adam, make_batch()
+  # Counts its updates, and moves a row's parameter by 1 against a slope of -1 / rows.
+  optimizer = optax.chain(
+    optax.scale_by_schedule(lambda count: 1.0), optax.scale(-float(ROWS // minibatches))
   )
-  assert int(counted.opt_state[0].count) == epochs * minibatches
+  state = TrainState.create({'visits': jnp.zeros(ROWS)}, optimizer, 0, {})
+  update = jax.jit(make_update(visit_loss, optimizer, lambda count: 10.0 + count, schedule))
+  for step in range(2):
+    state, metrics = update(state, make_batch())
+    updates = (step + 1) * epochs * minibatches
+    assert int(state.step) == step + 1 and int(state.opt_state[0].count) == updates
+    np.testing.assert_allclose(state.params['visits'], np.full(ROWS, (step + 1) * epochs))
+    values = metrics_lib.values(metrics)
+    assert values['learning_rate'] == 10.0 + step * epochs * minibatches
+    assert values['deviation'] == step * epochs, 'of the first update alone, before it moved'
 
 
 def test_metrics_of_the_first_update_cover_all_its_microbatches() -> None:
@@ -146,14 +144,8 @@ def test_metrics_of_the_first_update_cover_all_its_microbatches() -> None:
     state = TrainState.create({'visits': jnp.zeros(ROWS)}, optax.sgd(1.0), 0, {})
     update = jax.jit(make_update(visit_loss, optax.sgd(1.0), lambda count: 1.0, schedule))
     found.add(metrics_lib.values(update(state, make_batch())[1])['start'])
-  order = minibatch_order(state.stream(metrics_stream()), ROWS, Schedule(1, 2, 1))
+  order = minibatch_order(state.stream(Stream.MINIBATCHES), ROWS, Schedule(1, 2, 1))
   assert found == {float(order[0].max())}
-
-
-def metrics_stream() -> Any:
-  from rlhf_jax.common.prng import Stream
-
-  return Stream.MINIBATCHES
 
 
 def test_metrics_survive_json_exactly() -> None:
