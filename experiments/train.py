@@ -28,7 +28,7 @@ ROOT = flags.DEFINE_string(
   'root', None, 'Where stages that this one starts from are kept; default: the parent of --workdir.'
 )
 OVERWRITE = flags.DEFINE_bool(
-  'overwrite', False, 'Delete a run of another config that is in --workdir, and start over.'
+  'overwrite', False, 'If --workdir holds a run of another config, delete it and start over.'
 )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import pathlib
 import types
 import typing
@@ -216,7 +217,7 @@ def _fits(value: Any, option: Any) -> bool:
     kind = typing.get_args(option)[0]
     return isinstance(value, tuple) and all(_fits(item, kind) for item in value)
   if option is float:
-    return isinstance(value, float | int) and not isinstance(value, bool)
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
   return isinstance(value, option) and (option is bool or not isinstance(value, bool))
 
 
@@ -233,7 +234,10 @@ def load_config(reference: str) -> Any:
   spec = importlib.util.spec_from_file_location(file.stem, file)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except SyntaxError as error:
+    raise UserError(f'{path}:{error.lineno}: {error.msg}.') from error
   if not hasattr(module, 'get_config'):
     raise UserError(f'{path}: a config file must define get_config(arg=None).')
   return module.get_config(argument) if argument else module.get_config()

@@ -188,6 +188,8 @@ class Run:
       RunError: the directory belongs to another config (the differing fields are named), or holds
         something that is no run.
     """
+    if self.folder.exists() and not self.folder.is_dir():
+      raise RunError(f'{self.folder}: not a folder. Name another --workdir.')
     if not self.folder.exists() or not any(self.folder.iterdir()):
       return
     if not (self.folder / 'config.json').exists():

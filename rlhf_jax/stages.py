@@ -25,7 +25,9 @@ from rlhf_jax.data.config import TRAINED_TOKENIZERS, DataConfig
 from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
+from rlhf_jax.objectives import objective_of
 from rlhf_jax.recipes import build
+from rlhf_jax.recipes.parts import check_devices
 from rlhf_jax.runs import Run, environment_record, fingerprint, git_revision, write_json
 from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.loop import LoopConfig, train
@@ -57,7 +59,7 @@ class StageOutcome(NamedTuple):
   stopped: bool
 
 
-class StoppedError(Exception):
+class StoppedError(BaseException):  # no `except Exception` may swallow it
   """A stage that another one needs was stopped on request; its state is saved."""
 
 
@@ -107,6 +109,8 @@ def resolve(config: ExperimentConfig, root: str | pathlib.Path) -> Stage:
   """Validates a config, runs the stages it depends on where needed, and loads its data."""
   config.validate()
   feedback = load_data(config.data, root)
+  check_devices(config)
+  feedback.require('train', objective_of(config.objective).data)
   parents = {}
   for role in ROLES:
     init: InitConfig = getattr(config, role)
@@ -171,8 +175,14 @@ def _parent(config: ExperimentConfig, role: str, init: str, root: str | pathlib.
   # It works on behalf of this stage: on the same devices, on the same data (or what is held out
   # here might be trained on there); only which responses it imitates is its own affair.
   needed.mesh = config.mesh
-  if needed.data.source == config.data.source:
-    needed.data = dataclasses.replace(config.data, responses=needed.data.responses)
+  if needed.data.source != config.data.source:
+    raise ConfigError(
+      f'{role}.init',
+      init,
+      f'a config on the same source, {config.data.source!r}, not {needed.data.source!r}',
+      'Name a run that was trained on it, or another config.',
+    )
+  needed.data = dataclasses.replace(config.data, responses=needed.data.responses)
   stage = resolve(needed, root)
   folder = pathlib.Path(root) / 'stages' / f'{needed.name}-{fingerprint(stage.identity)[:12]}'
   run = Run(folder)

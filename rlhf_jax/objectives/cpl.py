@@ -29,8 +29,8 @@ class CPLConfig:
   """Contrastive preference learning (Hejna et al. 2023).
 
   The paper clones behaviour before the preference loss: let `policy.init` name an SFT stage with
-  `data.responses='all'` (every segment) or `'chosen'`. A stage begins with an optimizer and a
-  schedule of its own, and the reference of the KL variant is that stage's result.
+  `data.responses='all'` (every segment; `configs/sft.py:all`) or `'chosen'`. A stage begins with an
+  optimizer and a schedule of its own, and the reference of the KL variant is that stage's result.
   """
 
   # Temperature of the advantage, alpha log pi (0.1; CPL-KL 0.2 in the released code).

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from rlhf_jax.common.checks import check_float, check_shapes
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.masked import masked_sum
-from rlhf_jax.common.metrics import FirstMax, Max, Mean
+from rlhf_jax.common.metrics import FirstMax, Max, Mean, Min
 from rlhf_jax.common.types import Rollouts
 from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params
+from rlhf_jax.ops.kl import k2
 
 Array = jax.Array
 
@@ -167,10 +168,11 @@ def loss(config: PPOConfig, actors: Actors, params: Params, batch: Rollouts) -> 
       jnp.abs(values - batch.old_values) > config.value_clip, batch.value_mask
     ),
     'clip_fraction': Mean.of(moved > config.clip, mask),
-    'approximate_kl': Mean.of(0.5 * jnp.square(logratio), mask),
+    'approximate_kl': Mean.of(k2(logprobs, batch.old_logprobs), mask),
     'entropy': Mean.of(output.entropy, mask),
     'ratio': Mean.of(ratio, mask),
     'ratio_max': Max.of(ratio, mask),
+    'ratio_min': Min.of(ratio, mask),
     'first_ratio_deviation': FirstMax.of(moved, mask),
   }
 

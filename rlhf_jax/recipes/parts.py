@@ -19,6 +19,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.models import decoder, heads, roles
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.objectives import PPOConfig
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import batch_sharding, make_mesh, replicated
 from rlhf_jax.sharding.rules import opt_state_shardings, param_shardings
@@ -66,10 +67,10 @@ def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: F
     ConfigError: the batch does not divide over the mesh, the parents' tokenizers differ, or the
       decoder cannot hold the sequences or the vocabulary.
   """
-  mesh = make_mesh(config.mesh)
-  check_rows(config, mesh)
+  mesh = check_devices(config)
   if 'policy' in parents:
-    tokenizer, model = parents['policy'].tokenizer(), parents['policy'].model
+    tokenizer = parents['policy'].tokenizer()
+    model = inherit(config.model, parents['policy'].model)
   else:
     tokenizer = make_tokenizer(config.data, feedback)
     model = config.model.with_vocabulary(tokenizer.vocab_size)
@@ -83,7 +84,41 @@ def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: F
         'Train it from the same start (its policy.init), or on the same data.',
       )
   check_length(model, config)
+  check_tokens(config, model)
   return Parts(config, mesh, feedback, tokenizer, model, parents)
+
+
+def inherit(asked: ModelConfig, parent: ModelConfig) -> ModelConfig:
+  """The parent's decoder, computed as this stage asks.
+
+  Raises ConfigError for a field of `config.model` that asks for another architecture than the
+  parent's: it would be ignored.
+  """
+  default = ModelConfig()
+  changes = {}
+  for field in dataclasses.fields(ModelConfig):
+    value = getattr(asked, field.name)
+    if value in (getattr(default, field.name), getattr(parent, field.name)):
+      continue
+    if field.name not in ('dtype', 'remat', 'scan_layers'):
+      raise ConfigError(
+        f'model.{field.name}',
+        value,
+        f'{getattr(parent, field.name)!r}, that of the stage it starts from',
+        'Change it there: this stage has that decoder.',
+      )
+    changes[field.name] = value
+  return dataclasses.replace(parent, **changes)
+
+
+def check_tokens(config: ExperimentConfig, model: ModelConfig) -> None:
+  """Token ids in a config must be ids of the vocabulary."""
+  tokens = {'generation.stop_tokens': config.generation.stop_tokens}
+  if isinstance(config.objective, PPOConfig):
+    tokens['objective.score_truncation_token'] = (config.objective.score_truncation_token,)
+  for field, ids in tokens.items():
+    if any(token >= model.vocab_size for token in ids):
+      raise ConfigError(field, ids, f'ids below {model.vocab_size}, the size of the vocabulary')
 
 
 def make_tokenizer(config: DataConfig, feedback: Feedback) -> Tokenizer:
@@ -94,6 +129,13 @@ def make_tokenizer(config: DataConfig, feedback: Feedback) -> Tokenizer:
   return tokenizers.train(
     config.tokenizer, itertools.chain(words, feedback.train.texts()), config.vocab_size
   )
+
+
+def check_devices(config: ExperimentConfig) -> Mesh:
+  """The mesh that a config asks for; raises ConfigError if there is none, or its rows do not fit."""
+  mesh = make_mesh(config.mesh)
+  check_rows(config, mesh)
+  return mesh
 
 
 def check_rows(config: ExperimentConfig, mesh: Mesh) -> None:

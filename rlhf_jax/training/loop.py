@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 import signal
@@ -87,7 +88,9 @@ class StopRequest:
   def __exit__(self, error: type[BaseException] | None, *unused: object) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
-    if self.requested and not self.honoured and error is None:  # it came too late for the loop: pass it on
+    if (
+      self.requested and not self.honoured and error is None
+    ):  # it came too late for the loop: pass it on
       signal.raise_signal(self._number)
 
 
@@ -113,6 +116,7 @@ class _Run:
     self.recipe, self.config, self.folder, self.checkpoints = recipe, config, folder, checkpoints
     self.tokens, self.seconds = 0, 0.0
     self.start = 0
+    self.final: TrainState | None = None  # as the last checkpoint has it
     self.window: Metrics = {}
     if checkpoints.latest_step is None:
       self.state = recipe.init()
@@ -126,9 +130,9 @@ class _Run:
     self.metrics: list[Writer] = [JsonlWriter(folder / 'metrics.jsonl', keep_through=keep)]
     self.evaluations: list[Writer] = [JsonlWriter(folder / 'evaluations.jsonl', keep_through=keep)]
     if config.tensorboard:
-      board = TensorBoardWriter(folder / 'tensorboard', keep_through=keep)
-      self.metrics.append(board)
-      self.evaluations.append(board)
+      board = functools.partial(TensorBoardWriter, folder / 'tensorboard', keep_through=keep)
+      self.metrics.append(board())
+      self.evaluations.append(board(prefix='evaluation/'))
     self.progress = Progress(name, config.steps, self.start)
     self.pending: collections.deque[_Pending] = collections.deque()
     self.logged_tokens = self.tokens
@@ -214,11 +218,12 @@ class _Run:
     facts = {'tokens': self.tokens, 'seconds': self.seconds, 'window': window}
     # Another stage may start from a checkpoint that was evaluated: it gets the last touch too.
     state = self.state if scalars is None else self.recipe.finish(self.state)
+    self.final = state if step == self.config.steps else None
     self.checkpoints.save(step, state, facts, scalars)
     self.skip_time()
 
   def close(self) -> None:
-    for writer in {*self.metrics, *self.evaluations}:
+    for writer in (*self.metrics, *self.evaluations):
       writer.close()
 
 
@@ -269,6 +274,7 @@ def train(
         if stopping:
           stop.honoured = True
           return Outcome(run.state, run.tokens, run.seconds, stopped=True)
-    return Outcome(recipe.finish(run.state), run.tokens, run.seconds, stopped=False)
+    final = run.state if run.final is None else run.final
+    return Outcome(final, run.tokens, run.seconds, stopped=False)
   finally:
     run.close()

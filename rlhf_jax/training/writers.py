@@ -58,16 +58,17 @@ def _step_of(line: str) -> float:
 class TensorBoardWriter:
   """TensorBoard event files through tensorboardX (no TensorFlow)."""
 
-  def __init__(self, folder: pathlib.Path, *, keep_through: int):
+  def __init__(self, folder: pathlib.Path, *, keep_through: int, prefix: str = ''):
     from tensorboardX import SummaryWriter  # slow to import, and optional by config
 
+    self._prefix = prefix
     # purge_step hides events of steps that are made again after a resume.
     self._writer = SummaryWriter(str(folder), purge_step=keep_through + 1)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
       if isinstance(value, int | float):
-        self._writer.add_scalar(name, value, step)
+        self._writer.add_scalar(self._prefix + name, value, step)
 
   def close(self) -> None:
     self._writer.close()
