@@ -132,7 +132,7 @@ def make_tokenizer(config: DataConfig, feedback: Feedback) -> Tokenizer:
 
 
 def check_devices(config: ExperimentConfig) -> Mesh:
-  """The mesh that a config asks for; raises ConfigError if there is none, or its rows do not fit."""
+  """The mesh a config asks for; raises ConfigError if there is none, or its rows do not fit."""
   mesh = make_mesh(config.mesh)
   check_rows(config, mesh)
   return mesh
