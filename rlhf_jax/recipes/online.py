@@ -140,6 +140,23 @@ def make_judges(parts: Parts, policy: Callable[[Any, Sequences], PolicyOutput]) 
   return Judges(policy, reference, logits)
 
 
+def make_rollout_sampler(
+  parts: Parts,
+) -> Callable[[Any, Prompts, Array], tuple[Sampled, Sequences]]:
+  """Jitted `(policy params, prompts, key)` -> responses, and the same as they are scored."""
+  objective = parts.config.objective
+  assert isinstance(objective, PPOConfig)
+  sampler = probes.make_sampler(parts)
+
+  @jax.jit
+  def sample(params: Any, prompts: Prompts, key: Array) -> tuple[Sampled, Sequences]:
+    sequences, samples = sampler(params, prompts, key)
+    scored = truncate_for_scoring(sequences, samples.finished, objective)
+    return Sampled(sequences, samples.logprobs, scored.stopped), scored.sequences
+
+  return sample
+
+
 def build_ppo(parts: Parts) -> Recipe:
   """The recipe of PPO: every step is a rollout and its epochs of minibatch updates."""
   config = parts.config
@@ -152,14 +169,7 @@ def build_ppo(parts: Parts) -> Recipe:
   batches = pipeline.batches(columns, config.batch_size, config.seed)
   reward = make_reward(parts, reward_model)
 
-  sampler = probes.make_sampler(parts)
-
-  @jax.jit
-  def sample(params: Any, prompts: Prompts, key: Array) -> tuple[Sampled, Sequences]:
-    sequences, samples = sampler(params, prompts, key)
-    scored = truncate_for_scoring(sequences, samples.finished, objective)
-    return Sampled(sequences, samples.logprobs, scored.stopped), scored.sequences
-
+  sample = make_rollout_sampler(parts)
   judges = make_judges(parts, policy)
 
   @jax.jit
