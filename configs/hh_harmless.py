@@ -37,5 +37,5 @@ def model() -> ModelConfig:
 
 
 def evaluation(every: int = 0) -> EvaluationConfig:
-  """All held-out comparisons, and sampled answers to 256 held-out prompts."""
-  return EvaluationConfig(every=every, prompts=256, records=1000)
+  """All held-out comparisons, and sampled answers to all held-out prompts."""
+  return EvaluationConfig(every=every, prompts=1000, records=1000)

@@ -11,16 +11,18 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 
 
 def get_config(arg: str | None = None) -> ExperimentConfig:
-  """CPL with log-ratios to the SFT policy (CPL-KL), which is its behaviour-cloning warm start."""
+  """CPL with log-ratios to the SFT policy, its warm start, and cloning of the chosen responses."""
   del arg
   return ExperimentConfig(
     name='hh_harmless_cpl',
-    objective=CPLConfig(alpha=0.1, lam=0.75, use_reference=True),
-    steps=108,
+    objective=CPLConfig(
+      alpha=0.1, lam=0.75, use_reference=True, bc_coefficient=1.0, bc_responses='chosen'
+    ),
+    steps=54,
     batch_size=32,
     data=hh_harmless.data(),
     policy=InitConfig(init=hh_harmless.SFT),
     reward_model=InitConfig(init=hh_harmless.REWARD_MODEL),
-    optimizer=OptimizerConfig(learning_rate=2e-4, schedule='linear', warmup_updates=20),
-    evaluation=hh_harmless.evaluation(every=54),
+    optimizer=OptimizerConfig(learning_rate=2e-4, schedule='linear', warmup_updates=10),
+    evaluation=hh_harmless.evaluation(every=27),
   )

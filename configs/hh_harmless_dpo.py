@@ -11,16 +11,20 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 
 
 def get_config(arg: str | None = None) -> ExperimentConfig:
-  """Sigmoid DPO with the reference's log-probs computed once; the reward model only measures."""
+  """Sigmoid DPO with the reference's log-probs computed once; the reward model only measures.
+
+  Without the likelihood term both responses lose probability, <eos> included, and sampled responses
+  grow long (docs/hh_harmless.md).
+  """
   del arg
   return ExperimentConfig(
     name='hh_harmless_dpo',
-    objective=DPOConfig(beta=0.1, reference='cached'),
-    steps=108,
+    objective=DPOConfig(beta=0.1, nll_coefficient=1.0, reference='cached'),
+    steps=54,
     batch_size=32,
     data=hh_harmless.data(),
     policy=InitConfig(init=hh_harmless.SFT),
     reward_model=InitConfig(init=hh_harmless.REWARD_MODEL),
-    optimizer=OptimizerConfig(learning_rate=2e-4, schedule='linear', warmup_updates=20),
-    evaluation=hh_harmless.evaluation(every=54),
+    optimizer=OptimizerConfig(learning_rate=2e-4, schedule='linear', warmup_updates=10),
+    evaluation=hh_harmless.evaluation(every=27),
   )

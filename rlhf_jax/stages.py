@@ -105,8 +105,13 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def resolve(config: ExperimentConfig, root: str | pathlib.Path) -> Stage:
-  """Validates a config, runs the stages it depends on where needed, and loads its data."""
+def resolve(
+  config: ExperimentConfig, root: str | pathlib.Path, chain: tuple[str, ...] = ()
+) -> Stage:
+  """Validates a config, runs the stages it depends on where needed, and loads its data.
+
+  `chain` holds the config files that led here, so that a circle of them is refused.
+  """
   config.validate()
   feedback = load_data(config.data, root)
   check_devices(config)
@@ -115,7 +120,7 @@ def resolve(config: ExperimentConfig, root: str | pathlib.Path) -> Stage:
   for role in ROLES:
     init: InitConfig = getattr(config, role)
     if init.init is not None:
-      parents[role] = _parent(config, role, init.init, root)
+      parents[role] = _parent(config, role, init.init, root, chain)
   return Stage(config, parents, feedback, _identity(config, parents, feedback))
 
 
@@ -151,7 +156,13 @@ def _identity(
   return {'config': values, 'data': feedback.fingerprint, 'tokenizer': tokenizer}
 
 
-def _parent(config: ExperimentConfig, role: str, init: str, root: str | pathlib.Path) -> Run:
+def _parent(
+  config: ExperimentConfig,
+  role: str,
+  init: str,
+  root: str | pathlib.Path,
+  chain: tuple[str, ...],
+) -> Run:
   """The finished run behind an `init`: a directory, or the stage of a config file."""
   if pathlib.Path(init).is_dir():
     run = Run(init)
@@ -166,6 +177,13 @@ def _parent(config: ExperimentConfig, role: str, init: str, root: str | pathlib.
   if not pathlib.Path(init.partition(':')[0]).is_file():
     raise ConfigError(
       f'{role}.init', init, 'a run directory or a config file', 'There is neither at that path.'
+    )
+  if init in chain:
+    raise ConfigError(
+      f'{role}.init',
+      init,
+      'a stage that does not start from this one',
+      f'{" -> ".join(chain)} is a circle.',
     )
   needed = load_config(init)
   if not isinstance(needed, ExperimentConfig):
@@ -183,7 +201,7 @@ def _parent(config: ExperimentConfig, role: str, init: str, root: str | pathlib.
       'Name a run that was trained on it, or another config.',
     )
   needed.data = dataclasses.replace(config.data, responses=needed.data.responses)
-  stage = resolve(needed, root)
+  stage = resolve(needed, root, (*chain, init))
   folder = pathlib.Path(root) / 'stages' / f'{needed.name}-{fingerprint(stage.identity)[:12]}'
   run = Run(folder)
   with locked(folder):

@@ -266,3 +266,25 @@ def test_a_mesh_that_does_not_fit_is_named(changes: dict[str, Any], field: str) 
   with pytest.raises(ConfigError) as caught:
     tiny.build_recipe(config, 8)
   assert caught.value.field == field
+
+
+def test_a_circle_of_configs_is_refused(tmp_path: pathlib.Path) -> None:
+  """A stage that starts from itself, by whatever way, could never begin."""
+  file = tmp_path / 'cpl.py'
+  write_config(tmp_path, 'cpl', init=str(file))
+  config = tiny.make_config('cpl')
+  config.policy.init = str(file)
+  with pytest.raises(ConfigError, match='is a circle'):
+    run(config, tmp_path / 'run')
+
+
+def test_a_parent_config_on_another_source_is_refused(tmp_path: pathlib.Path) -> None:
+  """Its tokenizer would know nothing of this stage's texts."""
+  lines = [f'{{"prompt": "a {i}", "chosen": "b {i}", "rejected": "c"}}' for i in range(40)]
+  data = tmp_path / 'data.jsonl'
+  data.write_text('\n'.join(lines) + '\n')
+  config = tiny.make_config('cpl')
+  config.policy.init = write_config(tmp_path, 'sft')
+  config.data.source, config.data.path = 'jsonl', str(data)
+  with pytest.raises(ConfigError, match='a config on the same source'):
+    run(config, tmp_path / 'run')

@@ -61,3 +61,13 @@ def test_tensorboard_gets_the_numbers_and_hides_what_is_made_again(tmp_path: pat
   start = 1.0  # SessionLog.START
   assert ('', 4, start) in events(tmp_path)
   assert ('loss', 4, 0.25) in events(tmp_path)
+
+
+def test_tensorboard_tells_evaluations_from_training(tmp_path: pathlib.Path) -> None:
+  """Both have a 'kl': under one tag they would be drawn as one curve."""
+  for prefix in ('', 'evaluation/'):
+    writer = TensorBoardWriter(tmp_path, keep_through=-1, prefix=prefix)
+    writer.write(1, {'kl': 0.5})
+    writer.close()
+  content = b''.join(path.read_bytes() for path in sorted(tmp_path.iterdir()))
+  assert content.count(b'evaluation/kl') == 1 and content.count(b'kl') == 2
