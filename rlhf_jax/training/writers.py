@@ -63,7 +63,9 @@ class TensorBoardWriter:
 
     self._prefix = prefix
     # purge_step hides events of steps that are made again after a resume.
-    self._writer = SummaryWriter(str(folder), purge_step=keep_through + 1)
+    # The suffix keeps two writers that are opened in the same second from sharing a file.
+    suffix = f'.{prefix.strip("/")}' if prefix else ''
+    self._writer = SummaryWriter(str(folder), purge_step=keep_through + 1, filename_suffix=suffix)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
