@@ -1,7 +1,7 @@
 """Contrastive preference learning on the embedded reviews, from the SFT policy."""
 
-from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig
-from rlhf_jax.objectives import CPLConfig
+from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig, RewardModelInitConfig
+from rlhf_jax.objectives.cpl import CPLConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
@@ -14,7 +14,7 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
     steps=200,
     batch_size=64,
     policy=InitConfig(init='configs/sft.py'),
-    reward_model=InitConfig(init='configs/reward_model.py'),
+    reward_model=RewardModelInitConfig(init='configs/reward_model.py'),
     optimizer=OptimizerConfig(learning_rate=5e-4, schedule='linear', warmup_updates=20),
     evaluation=EvaluationConfig(every=50),
   )

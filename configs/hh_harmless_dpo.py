@@ -5,8 +5,8 @@
 """
 
 from configs import hh_harmless
-from rlhf_jax.config import ExperimentConfig, InitConfig
-from rlhf_jax.objectives import DPOConfig
+from rlhf_jax.config import ExperimentConfig, InitConfig, RewardModelInitConfig
+from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
@@ -24,7 +24,7 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
     batch_size=32,
     data=hh_harmless.data(),
     policy=InitConfig(init=hh_harmless.SFT),
-    reward_model=InitConfig(init=hh_harmless.REWARD_MODEL),
+    reward_model=RewardModelInitConfig(init=hh_harmless.REWARD_MODEL),
     optimizer=OptimizerConfig(learning_rate=2e-4, schedule='linear', warmup_updates=10),
     evaluation=hh_harmless.evaluation(every=27),
   )

@@ -6,7 +6,7 @@
 
 from configs import hh_harmless
 from rlhf_jax.config import ExperimentConfig, InitConfig
-from rlhf_jax.objectives import RewardModelConfig
+from rlhf_jax.objectives.reward_model import RewardModelConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 

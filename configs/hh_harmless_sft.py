@@ -6,7 +6,7 @@
 
 from configs import hh_harmless
 from rlhf_jax.config import ExperimentConfig
-from rlhf_jax.objectives import SFTConfig
+from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 

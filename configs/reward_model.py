@@ -1,7 +1,7 @@
 """A Bradley-Terry reward model on the embedded reviews, its trunk from the SFT policy."""
 
 from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig
-from rlhf_jax.objectives import RewardModelConfig
+from rlhf_jax.objectives.reward_model import RewardModelConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 

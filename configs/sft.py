@@ -3,7 +3,7 @@
 from rlhf_jax.config import EvaluationConfig, ExperimentConfig
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import SFTConfig
+from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import signal
 import sys
 import traceback
@@ -13,7 +14,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rlhf_jax.common.errors import UserError
-from rlhf_jax.config import load_config, suggestion
+from rlhf_jax.config import load_config
+from rlhf_jax.config_values import suggestion
 from rlhf_jax.stages import StoppedError
 
 DONE, USER_ERROR, STOPPED = 0, 1, 75
@@ -58,6 +60,23 @@ def _restore_none(config: Any) -> None:
         _restore_none(child)
     if value == 'None':
       setattr(config, field.name, None)
+
+
+def not_none(values: dict[str, Any]) -> dict[str, Any]:
+  """The settings that were given; a flag that was not is None."""
+  return {name: value for name, value in values.items() if value is not None}
+
+
+def json_path(value: str | None) -> pathlib.Path | None:
+  """Where a --json flag asks for numbers; raises UserError if that cannot be a file."""
+  if value is None:
+    return None
+  path = pathlib.Path(value)
+  if not path.parent.is_dir():
+    raise UserError(f'--json={path}: there is no folder {path.parent}.')
+  if path.is_dir():
+    raise UserError(f'--json={path}: a folder; name a file in it.')
+  return path
 
 
 def run(main: Callable[[], int], *, resumable: bool = False) -> None:

@@ -30,9 +30,11 @@ from experiments.reporting import tables
 from experiments.reporting.files import write_report
 from experiments.reporting.summary import Completion, Study, summarise
 from rlhf_jax.common.errors import UserError
-from rlhf_jax.config import ExperimentConfig, to_dict
+from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.config_values import to_dict
 from rlhf_jax.evaluation.frontier import FrontierPoint, optimal_frontier
 from rlhf_jax.evaluation.statistics import proportion_interval
+from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.recipes.parts import load_parts
 from rlhf_jax.recipes.probes import reference_rewards
 from rlhf_jax.runs import Run, fingerprint
@@ -131,7 +133,9 @@ def frontier(study: StudyConfig, stages: Stages, folder: pathlib.Path) -> list[F
   path = folder / 'frontier' / f'{fingerprint(made_from)[:16]}.npy'
   if not path.exists():
     print(f'optimal frontier: {study.frontier_samples} responses of SFT to each prompt', flush=True)
-    parts = load_parts(config, {'policy': stages.sft}, load_data(config.data, folder))
+    feedback = load_data(config.data, folder)
+    assert isinstance(feedback, Feedback), 'a study is of texts'
+    parts = load_parts(config, {'policy': stages.sft}, feedback)
     with jax.set_mesh(parts.mesh):
       rewards = reference_rewards(parts, study.frontier_samples)
     path.parent.mkdir(exist_ok=True)

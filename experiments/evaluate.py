@@ -19,11 +19,11 @@ the final parameters), "reference", "reward_model" (directories or null), "data_
 "low", "high", "count"}: the ends of its interval and the number of prompts or records, null where
 a number has no interval (calibration error).
 
-Exit codes: 0 done, 1 something given is wrong (one message says what).
+Exit codes: 0 done, 1 something given is wrong (one message says what), 130 ended by Ctrl-C: there
+is no state to save.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,11 +32,12 @@ from absl import flags
 
 from experiments import cli
 from rlhf_jax.common.errors import RunError, UserError
-from rlhf_jax.config import CHECKPOINTS, ExperimentConfig, InitConfig
+from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
+from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.evaluation.intervals import Measured, measured
 from rlhf_jax.feedback.dataset import Feedback
-from rlhf_jax.objectives import RewardModelConfig, objective_of
+from rlhf_jax.objectives import objective_of
 from rlhf_jax.recipes.finished import open_run, own_questions
 from rlhf_jax.recipes.probes import ask
 from rlhf_jax.runs import Run, write_json
@@ -67,9 +68,7 @@ JSON = flags.DEFINE_string('json', None, 'A file to write the numbers to.')
 
 
 def main() -> int:
-  path = None if JSON.value is None else pathlib.Path(JSON.value)
-  if path is not None and not path.parent.is_dir():
-    raise UserError(f'--json={path}: there is no folder {path.parent}.')
+  path = cli.json_path(JSON.value)
   run = Run(RUN.value)
   run.require_result()
   config, parents = configure(run)
@@ -106,29 +105,24 @@ def configure(run: Run) -> tuple[ExperimentConfig, dict[str, Run]]:
   paths = {'path': DATA_PATH.value, 'held_out_path': HELD_OUT_PATH.value}
   config = dataclasses.replace(
     config,
-    evaluation=dataclasses.replace(config.evaluation, **_not_none(given)),
-    data=dataclasses.replace(config.data, **_not_none(paths)),
+    evaluation=dataclasses.replace(config.evaluation, **cli.not_none(given)),
+    data=dataclasses.replace(config.data, **cli.not_none(paths)),
   )
   config.data.validate('data')
   for role, folder in (('policy', REFERENCE.value), ('reward_model', REWARD_MODEL.value)):
     if folder is None:
       continue
     other = Run(folder)
-    scores = isinstance(other.config.objective, RewardModelConfig)
-    if scores != (role == 'reward_model'):
+    if objective_of(other.config.objective).trains != role:
       flag = 'reward_model' if role == 'reward_model' else 'reference'
       wanted = 'a reward model' if role == 'reward_model' else 'a policy'
       raise RunError(f'--{flag}={folder}: expected the run of {wanted}.')
     parents[role] = other
-    setattr(config, role, InitConfig(init=folder))
-  return config, parents
+  folders = {role: str(run.folder) for role, run in parents.items()}
+  return config.with_inits(folders), parents
 
 
-def _not_none(values: dict[str, Any]) -> dict[str, Any]:
-  return {name: value for name, value in values.items() if value is not None}
-
-
-def load_data(run: Run, config: ExperimentConfig) -> Feedback:
+def load_data(run: Run, config: ExperimentConfig) -> Feedback | ControlFeedback:
   """The records of the run; raises RunError for others."""
   feedback = load_feedback(config.data, quarantine_file(config.data, run.folder.parent))
   if feedback.fingerprint != run.data_fingerprint:

@@ -16,11 +16,11 @@ response depends on its prompt's text, its number and --seed, not on the other p
   "tokens"             its ids, the stop included  "logprobs"       theirs, in nats, unfiltered
   "prompt_tokens"      the ids that were read      "prompt_tokens_cut"  ids that did not fit
 
-Exit codes: 0 done, 1 something given is wrong (one message says what).
+Exit codes: 0 done, 1 something given is wrong (one message says what), 130 ended by Ctrl-C: there
+is no state to save.
 """
 
 import dataclasses
-import pathlib
 import sys
 from typing import Any
 
@@ -32,7 +32,7 @@ from rlhf_jax.common import prng
 from rlhf_jax.common.errors import ConfigError, RunError, UserError
 from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
 from rlhf_jax.feedback.dataset import Feedback, Split
-from rlhf_jax.objectives import RewardModelConfig
+from rlhf_jax.objectives import objective_of
 from rlhf_jax.recipes.completions import Completer, Completion, make_completer
 from rlhf_jax.recipes.finished import open_run
 from rlhf_jax.runs import Run, write_json
@@ -78,11 +78,12 @@ def main() -> int:
       f'--num_samples={NUM_SAMPLES.value}: a dialogue goes on from one response. Leave it, or give '
       '--prompt.'
     )
-  if JSON.value is not None:
-    _check_json(pathlib.Path(JSON.value))
+  path = cli.json_path(JSON.value)
+  if path is not None and not PROMPT.value:
+    raise UserError(f'--json={path}: only the responses to --prompt are written; give one.')
   run = Run(RUN.value)
   config = configure(run.config)
-  if isinstance(config.objective, RewardModelConfig):
+  if objective_of(config.objective).trains == 'reward_model':
     raise RunError(
       f'{run.folder}: a reward model scores responses and cannot write any. Name a run of SFT, '
       'PPO, DPO or CPL; experiments.evaluate says what this one is worth.'
@@ -101,8 +102,8 @@ def main() -> int:
   )
   for completion in completions:
     show(completion, config)
-  if JSON.value is not None:
-    write_json(pathlib.Path(JSON.value), to_json(run, config, completions))
+  if path is not None:
+    write_json(path, to_json(run, config, completions))
   return cli.DONE
 
 
@@ -112,25 +113,14 @@ def configure(config: ExperimentConfig) -> ExperimentConfig:
   lengths = {'response_length': MAX_NEW_TOKENS.value, 'prompt_length': PROMPT_LENGTH.value}
   config = dataclasses.replace(
     config,
-    generation=dataclasses.replace(config.generation, **_not_none(given)),
-    data=dataclasses.replace(config.data, **_not_none(lengths)),
+    generation=dataclasses.replace(config.generation, **cli.not_none(given)),
+    data=dataclasses.replace(config.data, **cli.not_none(lengths)),
   )
   try:
     config.generation.validate('generation')
   except ConfigError as error:
     raise UserError(str(error).replace('--config.generation.', '--')) from error
   return config
-
-
-def _not_none(values: dict[str, Any]) -> dict[str, Any]:
-  return {name: value for name, value in values.items() if value is not None}
-
-
-def _check_json(path: pathlib.Path) -> None:
-  if not PROMPT.value:
-    raise UserError(f'--json={path}: only the responses to --prompt are written; give one.')
-  if not path.parent.is_dir():
-    raise UserError(f'--json={path}: there is no folder {path.parent}.')
 
 
 def key(turns: int) -> jax.Array:

@@ -1,26 +1,21 @@
 """The root config of a stage: one dataclass; `objective` selects the objective by its type."""
 
 import dataclasses
-import difflib
 import importlib.util
-import json
-import math
 import pathlib
-import types
-import typing
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from rlhf_jax.common.errors import ConfigError, UserError
-from rlhf_jax.data.config import DataConfig
+from rlhf_jax.config_values import check_types
+from rlhf_jax.data.config import CONTROL, EMBEDDED, DataConfig
 from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import (
-  OBJECTIVES,
-  ObjectiveConfig,
-  PPOConfig,
-  SFTConfig,
-  objective_of,
-)
+from rlhf_jax.models.gaussian import GaussianPolicyConfig
+from rlhf_jax.objectives import ObjectiveConfig, objective_of
+from rlhf_jax.objectives.sft import SFTConfig
+from rlhf_jax.rollout.config import RolloutConfig
+from rlhf_jax.rollout.rewards import AGGREGATES
 from rlhf_jax.sharding.mesh import MeshConfig
 from rlhf_jax.training.checkpoints import CheckpointConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
@@ -43,6 +38,37 @@ class InitConfig:
     """Raises ConfigError for values that cannot work."""
     if self.checkpoint not in CHECKPOINTS:
       raise ConfigError(f'{path}.checkpoint', self.checkpoint, f'one of {CHECKPOINTS}')
+
+
+@dataclasses.dataclass(kw_only=True)
+class RewardModelInitConfig(InitConfig):
+  """Which finished reward models score responses."""
+
+  # Further ones, runs or configs like `init`: together they are an ensemble.
+  ensemble: tuple[str, ...] = ()
+  # The ensemble's score: its 'mean'; its 'worst' member's; or, 'uncertainty', the mean less
+  # uncertainty_coefficient times the variance over members (Coste et al. 2023).
+  aggregate: str = 'mean'
+  uncertainty_coefficient: float = 1.0
+
+  def validate(self, path: str) -> None:
+    """Raises ConfigError for values that cannot work."""
+    super().validate(path)
+    if self.aggregate not in AGGREGATES:
+      raise ConfigError(f'{path}.aggregate', self.aggregate, f'one of {AGGREGATES}')
+    if self.aggregate != 'mean' and not self.ensemble:
+      raise ConfigError(
+        f'{path}.aggregate',
+        self.aggregate,
+        "'mean' with a single reward model",
+        f'Name the other members in {path}.ensemble.',
+      )
+    if self.ensemble and self.init is None:
+      raise ConfigError(f'{path}.init', None, "the ensemble's first member")
+    if not self.uncertainty_coefficient >= 0:
+      raise ConfigError(
+        f'{path}.uncertainty_coefficient', self.uncertainty_coefficient, 'a number >= 0'
+      )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -94,20 +120,25 @@ class ExperimentConfig:
   seed: int = 0
   # Iterations of the loop: one update each, or one rollout with its epochs of minibatches.
   steps: int = 100
-  # Rows (demonstrations, comparisons or prompts) an iteration, over all devices.
+  # Rows (demonstrations, comparisons or prompts) an iteration, over all devices; objectives that
+  # sample several responses to each prompt have so many times more of those.
   batch_size: int = 64
-  # Microbatches a minibatch is split into; the gradients are the same.
+  # Microbatches a minibatch is split into, to save memory; the gradients are the same.
   accumulation: int = 1
   objective: ObjectiveConfig = dataclasses.field(default_factory=SFTConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   # The decoder, if policy.init names none; a stage that starts from another has that one's decoder.
-  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  # On the embedded control task, a GaussianPolicyConfig.
+  model: ModelConfig | GaussianPolicyConfig = dataclasses.field(default_factory=ModelConfig)
   # Where the trained policy (or the reward model's trunk) starts; it is also the frozen reference.
   policy: InitConfig = dataclasses.field(default_factory=InitConfig)
-  # The reward model: PPO's source of reward, and for any policy the proxy reward in evaluations.
-  reward_model: InitConfig = dataclasses.field(default_factory=InitConfig)
+  # The reward model: the reward of objectives that sample, and for any policy the proxy reward in
+  # evaluations.
+  reward_model: RewardModelInitConfig = dataclasses.field(default_factory=RewardModelInitConfig)
   # How responses are sampled, in rollouts and in evaluations alike.
   generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
+  # What sampled responses are paid; for objectives that learn from their own samples.
+  rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
@@ -133,10 +164,35 @@ class ExperimentConfig:
       if hasattr(value, 'validate'):
         value.validate(field.name)
     self._validate_rows()
+    self._validate_model()
     self._validate_sources()
 
+  def inits(self) -> dict[str, 'Init']:
+    """The stages this one starts from, by role: 'policy', 'reward_model', 'reward_model_1', ..."""
+    named = {'policy': self.policy.init, 'reward_model': self.reward_model.init}
+    ensemble = enumerate(self.reward_model.ensemble, start=1)
+    named |= {f'reward_model_{number}': init for number, init in ensemble}
+    return {
+      role: Init(init, getattr(self, field_of(role)).checkpoint)
+      for role, init in named.items()
+      if init is not None
+    }
+
+  def with_inits(self, inits: Mapping[str, str]) -> 'ExperimentConfig':
+    """The same stage, starting from other places, by role."""
+    members = [name for name in inits if name not in ('policy', 'reward_model')]
+    return dataclasses.replace(
+      self,
+      policy=dataclasses.replace(self.policy, init=inits.get('policy')),
+      reward_model=dataclasses.replace(
+        self.reward_model,
+        init=inits.get('reward_model'),
+        ensemble=tuple(inits[name] for name in sorted(members, key=lambda name: (len(name), name))),
+      ),
+    )
+
   def _validate_rows(self) -> None:
-    minibatches = self.objective.minibatches if isinstance(self.objective, PPOConfig) else 1
+    minibatches = getattr(self.objective, 'minibatches', 1)
     if self.batch_size % (minibatches * self.accumulation):
       parts = f'accumulation {self.accumulation}'
       if minibatches > 1:
@@ -148,6 +204,16 @@ class ExperimentConfig:
         'Every microbatch needs the same number of rows.',
       )
 
+  def _validate_model(self) -> None:
+    control = self.data.source == CONTROL
+    if control != isinstance(self.model, GaussianPolicyConfig):
+      raise ConfigError(
+        'model',
+        type(self.model).__name__,
+        f'a {"GaussianPolicyConfig" if control else "ModelConfig"} with {self.data.source!r}',
+        'Control has states and actions in the place of texts.',
+      )
+
   def _validate_sources(self) -> None:
     objective = objective_of(self.objective)
     if objective.reference(self.objective) and self.policy.init is None:
@@ -157,68 +223,69 @@ class ExperimentConfig:
         f'a run or a config that {objective.name} starts from',
         'Its frozen reference is the policy it starts from.',
       )
-    if isinstance(self.objective, PPOConfig):
-      if self.objective.reward == 'reward_model' and self.reward_model.init is None:
-        raise ConfigError(
-          'reward_model.init',
-          None,
-          'a reward model for PPO',
-          'Name a run or a config (configs/reward_model.py), or on an embedded task set '
-          '--config.objective.reward=task.',
-        )
-      if self.objective.reward == 'task' and not self.data.source.startswith('embedded:'):
-        raise ConfigError(
-          'objective.reward',
-          'task',
-          f"'reward_model' with {self.data.source!r}",
-          'Only embedded tasks have a gold reward.',
-        )
-      if self.generation.top_k != 0 or self.generation.top_p != 1:
-        raise ConfigError(
-          'generation',
-          f'top_k={self.generation.top_k}, top_p={self.generation.top_p}',
-          'top_k 0 and top_p 1 for PPO',
-          'Ratios and KL are those of the unfiltered policy: it must be the one that samples.',
-        )
-      fixed_length = not (self.generation.stop_at_eos or self.generation.stop_tokens)
-      if self.objective.score_placement == 'last_position' and not fixed_length:
-        raise ConfigError(
-          'objective.score_placement',
-          'last_position',
-          'responses of a fixed length',
-          'Set --config.generation.stop_at_eos=False (and no stop_tokens), or pay at last_token.',
-        )
-      if self.generation.temperature == 0:
-        raise ConfigError(
-          'generation.temperature', 0.0, 'a number > 0 for PPO', 'Greedy rollouts explore nothing.'
-        )
+    if objective.data == 'prompts':
+      self._validate_rewards(objective.name)
+      self._validate_sampling(objective.name)
 
-
-def check_types(config: Any, path: str = '') -> None:
-  """Demands of every field, also of configs within, the type it is annotated with.
-
-  Flags are checked where they are read, but a config file can put anything anywhere. Raises
-  ConfigError.
-  """
-  for name, hint in typing.get_type_hints(type(config)).items():
-    value = getattr(config, name)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if not any(_fits(value, option) for option in options):
-      kinds = ' or '.join(
-        str(option) if typing.get_args(option) else option.__name__ for option in options
+  def _validate_rewards(self, name: str) -> None:
+    sources = self.rollout.sources()
+    if 'reward_model' in sources and self.reward_model.init is None:
+      raise ConfigError(
+        'reward_model.init',
+        None,
+        f'a reward model for {name}',
+        'Name a run or a config (configs/reward_model.py), or another source of reward: '
+        "--config.rollout.rewards[0].source='task' on an embedded task, or a Python function.",
       )
-      raise ConfigError(f'{path}{name}', value, f'{kinds}, not {type(value).__name__}')
-    if dataclasses.is_dataclass(value):
-      check_types(value, f'{path}{name}.')
+    if 'task' in sources and self.data.source != EMBEDDED:
+      raise ConfigError(
+        f'rollout.rewards[{sources.index("task")}].source',
+        'task',
+        f"'reward_model' or a function with {self.data.source!r}",
+        'Only embedded tasks have a gold reward.',
+      )
+    if getattr(self.objective, 'value_model', None) == 'reward_model':
+      if self.reward_model.init is None:
+        raise ConfigError(
+          'objective.value_model', 'reward_model', "'shared' or 'separate' without a reward model"
+        )
+
+  def _validate_sampling(self, name: str) -> None:
+    if self.generation.top_k != 0 or self.generation.top_p != 1:
+      raise ConfigError(
+        'generation',
+        f'top_k={self.generation.top_k}, top_p={self.generation.top_p}',
+        f'top_k 0 and top_p 1 for {name}',
+        'Ratios and KL are those of the unfiltered policy: it must be the one that samples.',
+      )
+    if self.generation.temperature == 0:
+      raise ConfigError(
+        'generation.temperature',
+        0.0,
+        f'a number > 0 for {name}',
+        'Greedy rollouts explore nothing.',
+      )
+    fixed_length = not (self.generation.stop_at_eos or self.generation.stop_tokens)
+    placement = getattr(self.objective, 'score_placement', None)
+    if placement == 'last_position' and not fixed_length:
+      raise ConfigError(
+        'objective.score_placement',
+        'last_position',
+        'responses of a fixed length',
+        'Set --config.generation.stop_at_eos=False (and no stop_tokens), or pay at last_token.',
+      )
 
 
-def _fits(value: Any, option: Any) -> bool:
-  if typing.get_origin(option) is tuple:
-    kind = typing.get_args(option)[0]
-    return isinstance(value, tuple) and all(_fits(item, kind) for item in value)
-  if option is float:
-    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
-  return isinstance(value, option) and (option is bool or not isinstance(value, bool))
+class Init(NamedTuple):
+  """A run directory or a config, and which checkpoint of it."""
+
+  init: str
+  checkpoint: str
+
+
+def field_of(role: str) -> str:
+  """The field of a config that names the stage of a role: 'reward_model_1' -> 'reward_model'."""
+  return 'policy' if role == 'policy' else 'reward_model'
 
 
 def load_config(reference: str) -> Any:
@@ -241,60 +308,3 @@ def load_config(reference: str) -> Any:
   if not hasattr(module, 'get_config'):
     raise UserError(f'{path}: a config file must define get_config(arg=None).')
   return module.get_config(argument) if argument else module.get_config()
-
-
-def to_dict(config: Any) -> Any:
-  """A config as JSON values; a dataclass in a union carries its objective's name as 'kind'."""
-  if dataclasses.is_dataclass(config) and not isinstance(config, type):
-    values = {
-      field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)
-    }
-    kinds = [name for name, row in OBJECTIVES.items() if row.config is type(config)]
-    return {'kind': kinds[0], **values} if kinds else values
-  if isinstance(config, tuple | list):
-    return [to_dict(value) for value in config]
-  return config
-
-
-def from_dict(kind: type, values: dict[str, Any]) -> Any:
-  """The inverse of `to_dict`. Raises UserError for unknown fields."""
-  values = dict(values)
-  values.pop('kind', None)
-  hints = typing.get_type_hints(kind)
-  unknown = sorted(values.keys() - hints.keys())
-  if unknown:
-    raise UserError(f'{kind.__name__} has no field {unknown[0]!r}: {suggestion(unknown[0], hints)}')
-  return kind(**{name: _typed(hints[name], value) for name, value in values.items()})
-
-
-def _typed(hint: Any, value: Any) -> Any:
-  options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-  if isinstance(value, dict):
-    named = [row.config for name, row in OBJECTIVES.items() if name == value.get('kind')]
-    kinds: list[Any] = [*named, *filter(dataclasses.is_dataclass, options)]
-    return from_dict(kinds[0], value)
-  if isinstance(value, list):
-    return tuple(value)
-  return value
-
-
-def suggestion(name: str, known: Any) -> str:
-  """`did you mean ...?`, or the list of what there is."""
-  close = difflib.get_close_matches(name, list(known), n=1)
-  return f'did you mean {close[0]!r}?' if close else f'there are {", ".join(sorted(known))}.'
-
-
-def canonical_json(values: Any) -> str:
-  """One text for equal values, to compare and to fingerprint."""
-  return json.dumps(values, sort_keys=True, indent=1)
-
-
-def differences(first: Any, second: Any, path: str = '') -> list[str]:
-  """Where two `to_dict` values differ, as `field: 1 -> 2` lines."""
-  if isinstance(first, dict) and isinstance(second, dict):
-    return [
-      line
-      for name in sorted(first.keys() | second.keys())
-      for line in differences(first.get(name), second.get(name), f'{path}.{name}' if path else name)
-    ]
-  return [] if first == second else [f'{path}: {first!r} -> {second!r}']

@@ -22,7 +22,8 @@ import jax
 
 from rlhf_jax import __version__
 from rlhf_jax.common.errors import RunError
-from rlhf_jax.config import ExperimentConfig, canonical_json, differences, from_dict
+from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.config_values import KINDS, canonical_json, differences, from_dict
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.models.config import ModelConfig
@@ -108,10 +109,7 @@ class Run:
   def config(self) -> ExperimentConfig:
     """The config the run was made with; its `init` fields name the parents' directories."""
     origin = self._origin()
-    config = from_dict(ExperimentConfig, origin['identity']['config'])
-    for role in ('policy', 'reward_model'):
-      getattr(config, role).init = origin['parents'].get(role)
-    return config
+    return from_dict(ExperimentConfig, origin['identity']['config']).with_inits(origin['parents'])
 
   @property
   def params_sha256(self) -> str:
@@ -140,9 +138,10 @@ class Run:
     return {role: Run(folder) for role, folder in self._origin()['parents'].items()}
 
   @property
-  def model(self) -> ModelConfig:
-    """The decoder of the run, with its vocabulary size filled in."""
-    return from_dict(ModelConfig, self.require_result()['model'])
+  def model(self) -> Any:
+    """The decoder of the run, with its vocabulary size filled in, or its policy for control."""
+    values = self.require_result()['model']
+    return from_dict(KINDS.get(values.get('kind'), ModelConfig), values)
 
   def tokenizer(self) -> Tokenizer:
     """The tokenizer of the run."""
@@ -169,7 +168,7 @@ class Run:
     return result['best_step'] if checkpoint == 'best' else result['step']
 
   def restore_role(self, role: str, abstract: Any, checkpoint: str = 'final') -> Any:
-    """Parameters of one role ('policy', 'reward_model'), in the shardings of `abstract`."""
+    """Parameters of one role ('policy', a target's too), in the shardings of `abstract`."""
     step = self.step(checkpoint)
     checkpoints = Checkpoints(self.folder / 'checkpoints', self.config.checkpoint)
     try:
@@ -177,8 +176,18 @@ class Run:
     finally:
       checkpoints.close()
 
+  @property
+  def _learnt(self) -> bool:
+    """Whether there is something of a training step: metrics, a checkpoint, a batch that failed."""
+    metrics = self.folder / 'metrics.jsonl'
+    return (metrics.exists() and metrics.stat().st_size > 0) or any(
+      path for name in ('checkpoints/[0-9]*', 'nonfinite/*') for path in self.folder.glob(name)
+    )
+
   def check(self, identity: dict[str, Any], *, overwrite: bool) -> None:
     """Finds that the directory is free, this run's own, or may be deleted.
+
+    A run that ended before it had learnt anything, say by a mistake in its config, may be.
 
     Args:
       identity: JSON values of all the run's result depends on.
@@ -198,7 +207,7 @@ class Run:
         'Name another --workdir.'
       )
     found = self._origin()['identity']
-    if found != identity and not overwrite:
+    if found != identity and not overwrite and self._learnt:
       lines = '\n  '.join(differences(found, identity))
       raise RunError(
         f'{self.folder}: belongs to a run with another config; it differs (there -> here) in\n'

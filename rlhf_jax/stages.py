@@ -13,27 +13,21 @@ import jax
 
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.config import (
-  ExperimentConfig,
-  InitConfig,
-  canonical_json,
-  from_dict,
-  load_config,
-  to_dict,
-)
-from rlhf_jax.data.config import TRAINED_TOKENIZERS, DataConfig
+from rlhf_jax.config import ExperimentConfig, field_of, load_config
+from rlhf_jax.config_values import canonical_json, from_dict, to_dict
+from rlhf_jax.data.config import CONTROL, TRAINED_TOKENIZERS, DataConfig
+from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.objectives import objective_of
 from rlhf_jax.recipes import build
 from rlhf_jax.recipes.parts import check_devices
+from rlhf_jax.recipes.rewards import reward_fingerprints
 from rlhf_jax.runs import Run, environment_record, fingerprint, git_revision, write_json
 from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.loop import LoopConfig, train
 from rlhf_jax.training.writers import read_rows
-
-ROLES = ('policy', 'reward_model')
 
 
 class Stage(NamedTuple):
@@ -48,7 +42,7 @@ class Stage(NamedTuple):
 
   config: ExperimentConfig
   parents: dict[str, Run]
-  feedback: Feedback
+  feedback: Feedback | ControlFeedback
   identity: dict[str, Any]
 
 
@@ -116,21 +110,19 @@ def resolve(
   feedback = load_data(config.data, root)
   check_devices(config)
   feedback.require('train', objective_of(config.objective).data)
-  parents = {}
-  for role in ROLES:
-    init: InitConfig = getattr(config, role)
-    if init.init is not None:
-      parents[role] = _parent(config, role, init.init, root, chain)
+  parents = {
+    role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()
+  }
   return Stage(config, parents, feedback, _identity(config, parents, feedback))
 
 
-def load_data(data: DataConfig, root: str | pathlib.Path) -> Feedback:
+def load_data(data: DataConfig, root: str | pathlib.Path) -> Feedback | ControlFeedback:
   """The feedback of a stage; the stages of one process that read the same data share it."""
   return _load(canonical_json(to_dict(data)), quarantine_file(data, root))
 
 
 @functools.lru_cache(maxsize=2)
-def _load(data: str, quarantine: pathlib.Path) -> Feedback:
+def _load(data: str, quarantine: pathlib.Path) -> Feedback | ControlFeedback:
   return load_feedback(from_dict(DataConfig, json.loads(data)), quarantine)
 
 
@@ -142,18 +134,22 @@ def quarantine_file(data: DataConfig, root: str | pathlib.Path) -> pathlib.Path:
 
 
 def _identity(
-  config: ExperimentConfig, parents: dict[str, Run], feedback: Feedback
+  config: ExperimentConfig, parents: dict[str, Run], feedback: Feedback | ControlFeedback
 ) -> dict[str, Any]:
   """All a result depends on; a parent counts by its parameters, wherever they lie."""
-  values = to_dict(config)
-  for role in ROLES:
-    values[role]['init'] = None
-    if role in parents:
-      values[role]['init'] = parents[role].params_identity(getattr(config, role).checkpoint)
+  checkpoints = {role: init.checkpoint for role, init in config.inits().items()}
+  sources = {role: run.params_identity(checkpoints[role]) for role, run in parents.items()}
+  values = to_dict(config.with_inits(sources))
   tokenizer = None
-  if 'policy' not in parents and config.data.tokenizer not in TRAINED_TOKENIZERS:
+  own = 'policy' not in parents and config.data.source != CONTROL
+  if own and config.data.tokenizer not in TRAINED_TOKENIZERS:
     tokenizer = load_tokenizer(pathlib.Path(config.data.tokenizer)).fingerprint
-  return {'config': values, 'data': feedback.fingerprint, 'tokenizer': tokenizer}
+  return {
+    'config': values,
+    'data': feedback.fingerprint,
+    'tokenizer': tokenizer,
+    'rewards': reward_fingerprints(config.rollout),
+  }
 
 
 def _parent(
@@ -164,11 +160,12 @@ def _parent(
   chain: tuple[str, ...],
 ) -> Run:
   """The finished run behind an `init`: a directory, or the stage of a config file."""
+  field = f'{field_of(role)}.{"init" if role == field_of(role) else "ensemble"}'
   if pathlib.Path(init).is_dir():
     run = Run(init)
     if run.result is None:
       raise ConfigError(
-        f'{role}.init',
+        field,
         init,
         'the directory of a finished run',
         'It has no result.json: run its command again to finish it.',
@@ -176,26 +173,24 @@ def _parent(
     return run
   if not pathlib.Path(init.partition(':')[0]).is_file():
     raise ConfigError(
-      f'{role}.init', init, 'a run directory or a config file', 'There is neither at that path.'
+      field, init, 'a run directory or a config file', 'There is neither at that path.'
     )
   if init in chain:
     raise ConfigError(
-      f'{role}.init',
+      field,
       init,
       'a stage that does not start from this one',
       f'{" -> ".join(chain)} is a circle.',
     )
   needed = load_config(init)
   if not isinstance(needed, ExperimentConfig):
-    raise ConfigError(
-      f'{role}.init', init, f'the config of one stage, not a {type(needed).__name__}'
-    )
+    raise ConfigError(field, init, f'the config of one stage, not a {type(needed).__name__}')
   # It works on behalf of this stage: on the same devices, on the same data (or what is held out
   # here might be trained on there); only which responses it imitates is its own affair.
   needed.mesh = config.mesh
   if needed.data.source != config.data.source:
     raise ConfigError(
-      f'{role}.init',
+      field,
       init,
       f'a config on the same source, {config.data.source!r}, not {needed.data.source!r}',
       'Name a run that was trained on it, or another config.',
@@ -230,7 +225,8 @@ def _execute(stage: Stage, run: Run) -> StageOutcome:
     'seeds': {'run': config.seed, 'evaluation': config.evaluation.seed},
   }
   write_json(run.folder / 'record.json', record)
-  built.tokenizer.save(run.folder / 'tokenizer')
+  if built.tokenizer is not None:
+    built.tokenizer.save(run.folder / 'tokenizer')
   checkpoints = Checkpoints(run.folder / 'checkpoints', config.checkpoint)
   loop = LoopConfig(
     steps=config.steps,
@@ -247,6 +243,7 @@ def _execute(stage: Stage, run: Run) -> StageOutcome:
     checkpoints.close()
   if outcome.stopped:
     return StageOutcome(run, stopped=True)
+  evaluation = _last_row(run.folder / 'evaluations.jsonl')
   write_json(
     run.folder / 'result.json',
     {
@@ -257,7 +254,8 @@ def _execute(stage: Stage, run: Run) -> StageOutcome:
       'tokens': outcome.tokens,
       'seconds': outcome.seconds,
       'metrics': _last_row(run.folder / 'metrics.jsonl'),
-      'evaluation': _last_row(run.folder / 'evaluations.jsonl'),
+      'evaluation': evaluation,
+      **{name: evaluation.get(name) for name in built.recipe.headline if evaluation is not None},
     },
   )
   return StageOutcome(run, stopped=False)

@@ -3,7 +3,9 @@
 import dataclasses
 
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.config import ExperimentConfig, differences, to_dict
+from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.config_values import differences, to_dict
+from rlhf_jax.data.config import EMBEDDED
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -33,6 +35,7 @@ class StudyConfig:
     Raises:
       ConfigError: names the field, its value, what was expected and what to do.
     """
+    self._validate_types()
     if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
       raise ConfigError('seeds', self.seeds, 'one or more different integers >= 0')
     if not self.objectives:
@@ -44,6 +47,25 @@ class StudyConfig:
       raise ConfigError('objectives.sft', '...', 'another name', "'sft' is the start.")
     self._validate_matched()
     self._validate_stages()
+
+  def _validate_types(self) -> None:
+    """Of the study's own fields; a stage's are checked with the stage."""
+
+    def demand(field: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+      if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ConfigError(field, value, f'{expected}, not {type(value).__name__}')
+
+    demand('name', self.name, str, 'a text')
+    demand('seeds', self.seeds, tuple, 'a tuple of integers')
+    for seed in self.seeds:
+      demand('seeds', seed, int, 'integers')
+    demand('frontier_samples', self.frontier_samples, int, 'an integer')
+    demand('kl_budget', self.kl_budget, (int, float), 'a number')
+    demand('objectives', self.objectives, dict, 'a dict of ExperimentConfigs by name')
+    stages: dict[str, object] = {'sft': self.sft, 'reward_model': self.reward_model}
+    stages |= {f'objectives.{name}': config for name, config in self.objectives.items()}
+    for name, config in stages.items():
+      demand(name, config, ExperimentConfig, 'an ExperimentConfig')
 
   def _validate_matched(self) -> None:
     """Compares every stage with the first objective."""
@@ -61,7 +83,7 @@ class StudyConfig:
       line
       for line in differences(to_dict(getattr(first, part)), to_dict(getattr(config, part)), part)
       # How often is not what; and a start may imitate all responses, chosen or not.
-      if not line.startswith(('evaluation.every:', 'data.responses:'))
+      if not line.startswith(('evaluation.every:', 'data.responses:', 'data.convert:'))
     ]
     if found:
       raise ConfigError(
@@ -84,12 +106,12 @@ class StudyConfig:
       except ConfigError as error:
         raise ConfigError.within(name, error) from error
     first = next(iter(self.objectives.values()))
-    if not first.data.source.startswith('embedded:'):
+    if first.data.source != EMBEDDED:
       raise ConfigError(
         'objectives.*.data.source',
         first.data.source,
-        'an embedded task',
-        'A study is judged by a gold reward, which only embedded tasks have.',
+        f'{EMBEDDED!r}',
+        'A study is judged by a gold reward of texts, which only that task has.',
       )
     if first.evaluation.prompts < 2:
       raise ConfigError(

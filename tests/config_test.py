@@ -12,17 +12,14 @@ from typing import Any
 import pytest
 
 from rlhf_jax.common.errors import ConfigError, UserError
-from rlhf_jax.config import (
-  ExperimentConfig,
-  InitConfig,
-  canonical_json,
-  differences,
-  from_dict,
-  load_config,
-  to_dict,
-)
+from rlhf_jax.config import ExperimentConfig, InitConfig, load_config
+from rlhf_jax.config_values import canonical_json, differences, from_dict, to_dict
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.objectives import OBJECTIVES, CPLConfig, DPOConfig, PPOConfig, SFTConfig
+from rlhf_jax.objectives import OBJECTIVES
+from rlhf_jax.objectives.cpl import CPLConfig
+from rlhf_jax.objectives.dpo import DPOConfig
+from rlhf_jax.objectives.ppo import PPOConfig
+from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.study import StudyConfig
 from tests import tiny
 

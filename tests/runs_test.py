@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax import runs
 from rlhf_jax.common.errors import RunError
-from rlhf_jax.config import to_dict
+from rlhf_jax.config_values import to_dict
 from rlhf_jax.runs import Run, fingerprint, write_json
 from tests import tiny
 
@@ -73,6 +73,23 @@ def test_a_directory_that_is_free_or_its_own_passes(tmp_path: pathlib.Path) -> N
   Run(tmp_path / 'absent').check(identity, overwrite=False)
   with pytest.raises(RunError, match="data: 'd' -> 'e'"):
     run.check({**identity, 'data': 'e'}, overwrite=False)
+
+
+@pytest.mark.parametrize('trace', ['checkpoints/3/x', 'nonfinite/step_1.npz', 'metrics.jsonl'])
+def test_a_run_that_never_made_a_step_gives_way_to_another(
+  tmp_path: pathlib.Path, trace: str
+) -> None:
+  """What a mistake in the config leaves behind is no result; any trace of a step is."""
+  run = claimed(tmp_path / 'dpo')
+  (run.folder / 'evaluations.jsonl').write_text('{"step": 0}\n')
+  (run.folder / 'metrics.jsonl').touch()
+  (run.folder / 'checkpoints').mkdir()
+  run.check({'data': 'e'}, overwrite=False)
+  path = run.folder / trace
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text('x')
+  with pytest.raises(RunError, match='another config'):
+    run.check({'data': 'e'}, overwrite=False)
 
 
 def test_the_revision_marks_changed_files(

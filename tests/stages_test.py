@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax import stages
 from rlhf_jax.common.errors import ConfigError, RunError, UserError
-from rlhf_jax.config import EvaluationConfig, InitConfig
+from rlhf_jax.config import EvaluationConfig, InitConfig, RewardModelInitConfig
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import MeshConfig
 from rlhf_jax.training.checkpoints import CheckpointConfig
@@ -60,7 +60,7 @@ def test_a_stage_runs_what_it_starts_from_once(tmp_path: pathlib.Path, trained: 
   reward_model = write_config(tmp_path, 'reward_model', sft)
 
   def cpl(**changes: Any) -> Any:
-    starts = {'policy': InitConfig(init=sft), 'reward_model': InitConfig(init=reward_model)}
+    starts = {'policy': InitConfig(init=sft), 'reward_model': RewardModelInitConfig(init=reward_model)}
     return tiny.make_config('cpl', steps=1, **{**starts, **changes})
 
   # The reward model starts from the SFT stage too, which runs once for both.
@@ -93,7 +93,7 @@ def test_a_stage_runs_what_it_starts_from_once(tmp_path: pathlib.Path, trained: 
   trained.clear()
   named = cpl(
     policy=InitConfig(init=str(found['policy'].folder)),
-    reward_model=InitConfig(init=str(found['reward_model'].folder)),
+    reward_model=RewardModelInitConfig(init=str(found['reward_model'].folder)),
   )
   assert run(named, tmp_path / 'first').params_sha256 == first.params_sha256
   assert trained == []

@@ -11,18 +11,40 @@ from unittest import mock
 import jax
 
 from rlhf_jax import stages
-from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig, LogConfig
+from rlhf_jax.config import (
+  EvaluationConfig,
+  ExperimentConfig,
+  InitConfig,
+  LogConfig,
+  RewardModelInitConfig,
+)
 from rlhf_jax.data.config import DataConfig, ReviewsConfig
 from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import (
-  CPLConfig,
-  DPOConfig,
-  ObjectiveConfig,
-  PPOConfig,
-  RewardModelConfig,
-  SFTConfig,
-)
+from rlhf_jax.objectives import ObjectiveConfig, objective_of
+from rlhf_jax.objectives.alol import ALoLConfig
+from rlhf_jax.objectives.best_of_n import BestOfNConfig
+from rlhf_jax.objectives.cpl import CPLConfig
+from rlhf_jax.objectives.cpl_dense import DenseCPLConfig
+from rlhf_jax.objectives.dpo import DPOConfig
+from rlhf_jax.objectives.grpo import GRPOConfig
+from rlhf_jax.objectives.ilql import ILQLConfig
+from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
+from rlhf_jax.objectives.kto import KTOConfig
+from rlhf_jax.objectives.online_dpo import OnlineDPOConfig
+from rlhf_jax.objectives.orpo import ORPOConfig
+from rlhf_jax.objectives.ppo import PPOConfig
+from rlhf_jax.objectives.reinforce import ReinforceConfig
+from rlhf_jax.objectives.reinforce_pp import ReinforcePPConfig
+from rlhf_jax.objectives.reward_listwise import ListwiseRewardConfig
+from rlhf_jax.objectives.reward_model import RewardModelConfig
+from rlhf_jax.objectives.reward_process import ProcessRewardConfig
+from rlhf_jax.objectives.reward_rating import RatingRewardConfig
+from rlhf_jax.objectives.rloo import RLOOConfig
+from rlhf_jax.objectives.sft import SFTConfig
+from rlhf_jax.objectives.simpo import SimPOConfig
+from rlhf_jax.objectives.unlikelihood import UnlikelihoodConfig
+from rlhf_jax.objectives.weighted_bc import WeightedBCConfig
 from rlhf_jax.recipes import Built, build, parts
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import make_mesh
@@ -39,7 +61,24 @@ OBJECTIVES: dict[str, Callable[[], ObjectiveConfig]] = {
   'dpo': functools.partial(DPOConfig, beta=0.5, label_smoothing=0.1, nll_coefficient=0.1),
   'cpl': functools.partial(CPLConfig, gamma=0.9, bc_coefficient=0.1),
   'cpl_kl': functools.partial(CPLConfig, alpha=0.5, lam=0.75, use_reference=True),
-  'ppo': functools.partial(PPOConfig, epochs=2, minibatches=2, kl_target=0.05, kl_horizon=100),
+  'cpl_dense': functools.partial(DenseCPLConfig, use_reference=True),
+  'simpo': SimPOConfig,
+  'orpo': ORPOConfig,
+  'unlikelihood': UnlikelihoodConfig,
+  'kto': KTOConfig,
+  'alol': functools.partial(ALoLConfig, variant='token'),
+  'ilql': functools.partial(ILQLConfig, awac_beta=0.5),
+  'weighted_bc': functools.partial(WeightedBCConfig, variant='weighted'),
+  'reward_listwise': functools.partial(ListwiseRewardConfig, normalization_samples=8),
+  'reward_rating': functools.partial(RatingRewardConfig, normalization='demonstrations'),
+  'reward_process': ProcessRewardConfig,
+  'rloo': functools.partial(RLOOConfig, samples=2, minibatches=2),
+  'reinforce': ReinforceConfig,
+  'reinforce_pp': functools.partial(ReinforcePPConfig, samples=2, group_baseline=True, epochs=2),
+  'grpo': functools.partial(GRPOConfig, samples=4, epochs=2),
+  'online_dpo': functools.partial(OnlineDPOConfig, minibatches=2),
+  'best_of_n': functools.partial(BestOfNConfig, samples=4, keep=2),
+  'ppo': lambda: PPOConfig(epochs=2, minibatches=2, kl=KLPenaltyConfig(target=0.05, horizon=100)),
 }
 # A tensor axis of 2 divides the heads, and the vocabulary once it is rounded up.
 MODEL = ModelConfig(width=16, layers=1, heads=2, mlp_width=32, vocab_multiple=8)
@@ -57,7 +96,9 @@ def make_config(case: str, start: str | pathlib.Path | None = None, **changes: A
       prompt_length=4,
       response_length=6,
       held_out=12.0,
-      reviews=ReviewsConfig(demonstrations=28, comparisons=28, prompts=28),
+      reviews=ReviewsConfig(
+        demonstrations=28, comparisons=28, prompts=28, ratings=28, rankings=28, step_ratings=28
+      ),
     ),
     model=dataclasses.replace(MODEL),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_updates=2),
@@ -67,8 +108,8 @@ def make_config(case: str, start: str | pathlib.Path | None = None, **changes: A
   )
   if start is not None and case != 'sft':
     config.policy = InitConfig(init=str(pathlib.Path(start) / 'sft'))
-    if case == 'ppo':
-      config.reward_model = InitConfig(init=str(pathlib.Path(start) / 'reward_model'))
+    if objective_of(config.objective).data == 'prompts':
+      config.reward_model = RewardModelInitConfig(init=str(pathlib.Path(start) / 'reward_model'))
   return dataclasses.replace(config, **changes)
 
 
@@ -91,11 +132,7 @@ def devices(count: int) -> Iterator[None]:
 def build_recipe(config: ExperimentConfig, count: int = 1) -> Built:
   """The recipe of a config whose parents are finished, on the first `count` devices."""
   config.validate()
-  parents = {
-    role: Run(getattr(config, role).init)
-    for role in stages.ROLES
-    if getattr(config, role).init is not None
-  }
+  parents = {role: Run(init) for role, (init, _) in config.inits().items()}
   with devices(count):
     return build(config, parents, feedback_of(config.data.response_length))
 

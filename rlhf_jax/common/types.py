@@ -68,6 +68,74 @@ class Pairs:
 
 
 @struct.dataclass
+class Ratings:
+  """Responses that were scored one by one.
+
+  Attributes:
+    sequences: `[B, ...]`.
+    score: `[B]` float32, higher is better.
+    reference_logprobs: `[B, R]` float32, as in `Pairs`.
+  """
+
+  sequences: Sequences
+  score: Array
+  reference_logprobs: Array | None = None
+
+
+@struct.dataclass
+class Rankings:
+  """Several responses to a prompt, in the order of somebody's preference.
+
+  Attributes:
+    sequences: `[B, K, ...]`; rows with fewer than K responses repeat their first.
+    rank: `[B, K]` int32, 1 the best; equal ranks were not told apart.
+    mask: `[B, K]` bool, False at the repetitions.
+    reference_logprobs: `[B, K, R]` float32, as in `Pairs`.
+  """
+
+  sequences: Sequences
+  rank: Array
+  mask: Array
+  reference_logprobs: Array | None = None
+
+
+@struct.dataclass
+class StepRatings:
+  """Responses whose steps were scored one by one.
+
+  Attributes:
+    sequences: `[B, ...]`.
+    score: `[B, R]` float32, at the last token of each step the score of that step.
+    score_mask: `[B, R]` bool, True at the last tokens of steps that were not cut off.
+  """
+
+  sequences: Sequences
+  score: Array
+  score_mask: Array
+
+
+@struct.dataclass
+class Experience:
+  """Sampled and scored responses, before an objective has made of them what it learns from.
+
+  Attributes:
+    sequences: `[N, ...]`; the samples of one prompt are adjacent, `N = prompts * samples`.
+    old_logprobs: `[N, R]` float32 under the policy that sampled, zero where the mask is False.
+    reference_logprobs: `[N, R]` float32 under the frozen reference, zero where the mask is False.
+    scores: `[N]` float32, one reward a response; it includes `token_rewards`.
+    token_rewards: `[N, R]` float32, the part of the reward that is paid token by token, or None.
+    values: `[N, R]` float32 value estimates, or None for objectives without a value function.
+  """
+
+  sequences: Sequences
+  old_logprobs: Array
+  reference_logprobs: Array
+  scores: Array
+  token_rewards: Array | None = None
+  values: Array | None = None
+
+
+@struct.dataclass
 class Rollouts:
   """Sampled responses with everything an on-policy update needs; arrays are `[B, R]` float32.
 
@@ -75,8 +143,8 @@ class Rollouts:
     sequences: the prompts and the sampled responses.
     old_logprobs: log-probs under the policy that sampled.
     reference_logprobs: log-probs under the frozen reference.
-    old_values: value estimates before the update.
     advantages: advantage estimates, zero where `response_mask` is False.
+    old_values: value estimates before the update; None without a value function, as are the rest.
     returns: targets of the value function.
     value_mask: `[B, R]` bool, positions at which the value function is trained.
   """
@@ -84,10 +152,10 @@ class Rollouts:
   sequences: Sequences
   old_logprobs: Array
   reference_logprobs: Array
-  old_values: Array
   advantages: Array
-  returns: Array
-  value_mask: Array
+  old_values: Array | None = None
+  returns: Array | None = None
+  value_mask: Array | None = None
 
 
 @struct.dataclass
@@ -103,3 +171,27 @@ class PolicyOutput:
   logprobs: Array
   entropy: Array
   values: Array | None = None
+
+
+@struct.dataclass
+class QOutput:
+  """What a policy with action values says about given responses; `[B, R]` float32 each.
+
+  The heads see the state in which each response token is chosen. `next_values[b, t]` is the value
+  of the state after token t, 0 after the last one of a response.
+
+  Attributes:
+    logprobs: log-probs of the response tokens under the policy.
+    values: V of each state.
+    next_values: V of each next state.
+    q: `[2, B, R]`, both Q functions at the response tokens.
+    target_q: `[B, R]`, the smaller of the two slow copies of Q at the response tokens; no gradient.
+    q_nll: `[2, B, R]`, cross-entropy of the response tokens under softmax(Q).
+  """
+
+  logprobs: Array
+  values: Array
+  next_values: Array
+  q: Array
+  target_q: Array
+  q_nll: Array

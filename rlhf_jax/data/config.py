@@ -1,17 +1,23 @@
 """What data a stage learns from, and how text becomes tokens."""
 
 import dataclasses
+import math
 
 from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.data.lqr import LQRConfig
+from rlhf_jax.feedback.convert import CONVERTERS
 from rlhf_jax.feedback.labelling import LabelConfig
 
 TRUNCATIONS = ('keep_end', 'keep_start')
-RESPONSES = ('chosen', 'all')
+RESPONSES = ('chosen', 'preferred', 'all')
 ON_ERROR = ('strict', 'quarantine')
 TRAINED_TOKENIZERS = ('word', 'byte')
 EMBEDDED = 'embedded:reviews'
+CONTROL = 'embedded:lqr'
 # The special tokens and, for bytes, one token each: no vocabulary can be smaller.
 SMALLEST_VOCABULARY = {'word': 5, 'byte': 260}
+# The responses of a ranking all differ, and of responses of one word there are few dozens.
+LARGEST_RANKING = 32
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -22,15 +28,38 @@ class ReviewsConfig:
   demonstrations: int = 6000
   comparisons: int = 16000
   prompts: int = 4096
+  # These three are made when they are first read.
+  ratings: int = 16000
+  rankings: int = 8000
+  step_ratings: int = 4000
   labels: LabelConfig = dataclasses.field(default_factory=LabelConfig)
+  # Standard deviation of what annotators add to the gold reward in a rating, in nats. At 0.6 two
+  # ratings order a pair about as reliably as a comparison at labels.temperature 0.5 does:
+  # sigmoid(x / 0.5) is about Phi(x / (1.7 * 0.5)), and sqrt(2) * 0.6 is 1.7 * 0.5.
+  rating_noise: float = 0.6
+  # Responses in a ranking; 4 as in the choices of Ziegler et al. 2019 (section 2.1).
+  ranking_size: int = 4
   # Seeds the texts and the labels: equal seeds give equal feedback, whatever the run's seed.
   seed: int = 0
 
   def validate(self, path: str) -> None:
     """Raises ConfigError for values that cannot work."""
-    for name in ('demonstrations', 'comparisons', 'prompts'):
+    for name in (
+      'demonstrations',
+      'comparisons',
+      'prompts',
+      'ratings',
+      'rankings',
+      'step_ratings',
+    ):
       if getattr(self, name) < 1:
         raise ConfigError(f'{path}.{name}', getattr(self, name), 'an integer >= 1')
+    if not 0 <= self.rating_noise < math.inf:
+      raise ConfigError(f'{path}.rating_noise', self.rating_noise, 'a number >= 0')
+    if not 2 <= self.ranking_size <= LARGEST_RANKING:
+      raise ConfigError(
+        f'{path}.ranking_size', self.ranking_size, f'an integer in [2, {LARGEST_RANKING}]'
+      )
     if self.seed < 0:
       raise ConfigError(f'{path}.seed', self.seed, 'an integer >= 0')
     self.labels.validate(f'{path}.labels')
@@ -66,7 +95,8 @@ class TFDSConfig:
 class DataConfig:
   """A source of feedback, and the shape of its batches."""
 
-  # 'embedded:reviews' (a task with a known optimum), 'jsonl' (a file) or 'tfds:NAME'.
+  # 'embedded:reviews' (a task with a known optimum), 'embedded:lqr' (control with a known optimum),
+  # 'jsonl' (a file) or 'tfds:NAME'.
   source: str = EMBEDDED
   # The file of 'jsonl', plain or .gz; the data_dir of 'tfds:NAME' (None: the tfds default).
   path: str | None = None
@@ -78,8 +108,13 @@ class DataConfig:
   # 'strict': a bad record is an error; 'quarantine': it goes to a side file with the reason.
   on_error: str = 'strict'
   # What supervised stages imitate: the demonstrations (the chosen responses where the source has
-  # none), or 'all', which adds both responses of every comparison (CPL's behaviour cloning).
+  # none); 'preferred', the chosen responses of comparisons alone (the Preferred-FT baseline of
+  # Rafailov et al. 2023, section 6); or 'all', the demonstrations and both responses of every
+  # comparison (CPL's behaviour cloning).
   responses: str = 'chosen'
+  # A converter (docs/data.md) whose records replace those of their kind, e.g.
+  # 'ratings_to_comparisons', so that DPO can learn from ratings; '': the feedback as it is.
+  convert: str = ''
   # Tokens of a prompt, the first of them <bos>; shorter ones are padded on the left.
   prompt_length: int = 5
   # Tokens of a response, <eos> included; shorter ones are padded on the right, longer ones are cut
@@ -93,6 +128,7 @@ class DataConfig:
   # The most tokens a trained tokenizer may have.
   vocab_size: int = 8192
   reviews: ReviewsConfig = dataclasses.field(default_factory=ReviewsConfig)
+  lqr: LQRConfig = dataclasses.field(default_factory=LQRConfig)
   tfds: TFDSConfig = dataclasses.field(default_factory=TFDSConfig)
 
   def validate(self, path: str) -> None:
@@ -105,6 +141,8 @@ class DataConfig:
     ):
       if getattr(self, name) not in kinds:
         raise ConfigError(f'{path}.{name}', getattr(self, name), f'one of {kinds}')
+    if self.convert and self.convert not in CONVERTERS:
+      raise ConfigError(f'{path}.convert', self.convert, f"'' or one of {', '.join(CONVERTERS)}")
     if not (0 <= self.held_out < 1 or float(self.held_out).is_integer() and self.held_out >= 1):
       raise ConfigError(f'{path}.held_out', self.held_out, 'a fraction in [0, 1) or a whole count')
     if self.prompt_length < 2:
@@ -119,25 +157,30 @@ class DataConfig:
     if self.vocab_size < smallest:
       raise ConfigError(f'{path}.vocab_size', self.vocab_size, f'an integer >= {smallest}')
     self.reviews.validate(f'{path}.reviews')
+    self.lqr.validate(f'{path}.lqr')
     self.tfds.validate(f'{path}.tfds')
 
   def _validate_source(self, path: str) -> None:
     kind, _, name = self.source.partition(':')
-    if self.source not in (EMBEDDED, 'jsonl') and not (kind == 'tfds' and name):
-      raise ConfigError(f'{path}.source', self.source, f"'{EMBEDDED}', 'jsonl' or 'tfds:NAME'")
+    if self.source not in (EMBEDDED, CONTROL, 'jsonl') and not (kind == 'tfds' and name):
+      raise ConfigError(
+        f'{path}.source', self.source, f"'{EMBEDDED}', '{CONTROL}', 'jsonl' or 'tfds:NAME'"
+      )
     if self.source == 'jsonl' and self.path is None:
       raise ConfigError(f'{path}.path', None, 'a file', f'Give it: --config.{path}.path=FILE.')
-    if self.source == EMBEDDED and self.path is not None:
+    if self.source in (EMBEDDED, CONTROL) and self.path is not None:
       raise ConfigError(
         f'{path}.path',
         self.path,
-        f'none with source {EMBEDDED!r}, which makes its own records',
+        f'none with source {self.source!r}, which makes its own records',
         f"To read the file, set --config.{path}.source='jsonl'.",
       )
     if self.source != 'jsonl' and self.held_out_path is not None:
       raise ConfigError(
         f'{path}.held_out_path', self.held_out_path, f'none with source {self.source!r}'
       )
+    if self.source == CONTROL and self.convert:
+      raise ConfigError(f'{path}.convert', self.convert, f"'' with source {CONTROL!r}")
     if self.source == EMBEDDED and self.tokenizer != 'word':
       raise ConfigError(
         f'{path}.tokenizer',

@@ -1,26 +1,40 @@
-"""Files of JSON lines: comparisons, transcripts, demonstrations or prompts."""
+"""Files of JSON lines, of any one kind of records; docs/data.md shows a line of each."""
 
 import gzip
 import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.data.rejects import Rejects
-from rlhf_jax.feedback.records import Comparison, Demonstration, Prompt, RecordError
-
-Record = Prompt | Demonstration | Comparison
-
-TEXT_FIELDS = ('prompt', 'response', 'chosen', 'rejected')
-FORMS = (
-  ('prompt', 'chosen', 'rejected'),
-  ('chosen', 'rejected'),
-  ('prompt', 'response'),
-  ('prompt',),
+from rlhf_jax.feedback.records import (
+  Comparison,
+  Demonstration,
+  Prompt,
+  Ranking,
+  Rating,
+  Record,
+  RecordError,
+  StepRating,
 )
+
+# The fields that settle the kind of a line: texts, and what was said of them.
+TEXTS = ('prompt', 'response', 'chosen', 'rejected')
+# Texts only beside a prompt that stands alone; else they are fields like any other.
+BESIDE_PROMPT = ('completion', 'responses', 'steps', 'completions')
+# Of these the first that the line has counts.
+VERDICTS = {
+  'response': ('score', 'desirable', 'label'),
+  'completion': ('score', 'desirable', 'label'),
+  'responses': ('ranks', 'best'),
+  'steps': ('scores',),
+  'completions': ('labels',),
+}
+# Between the completions that TRL's process reward models are trained on (its `step_separator`).
+TRL_SEPARATOR = '\n'
 # Where the last turn of a transcript begins (Bai et al. 2022, the released HH files).
 TURN = '\n\nAssistant:'
 
@@ -28,10 +42,10 @@ TURN = '\n\nAssistant:'
 def read(path: str, rejects: Rejects) -> list[Record]:
   """Reads a file of one kind of records; lines that cannot be read go to `rejects`.
 
-  The first good line settles the kind: `prompt, chosen, rejected`; `chosen, rejected` as whole
-  transcripts whose common start, up to the last "\\n\\nAssistant:" in it, is the prompt;
-  `prompt, response`; or `prompt`. Comparisons may have `preference`, `margin` and `annotator`.
-  Other fields are left alone, and so are blank lines.
+  The first good line settles which of FORMS all lines have. Of a form's fields all are needed;
+  `chosen, rejected` are whole transcripts whose common start, up to the last "\\n\\nAssistant:" in
+  it, is the prompt. Further fields of the record may be there; others are left alone, and so are
+  blank lines.
 
   Raises:
     DataError: the file is missing, empty, or not readable at all.
@@ -44,7 +58,7 @@ def read(path: str, rejects: Rejects) -> list[Record]:
     try:
       fields = _parse(line)
       form = _form(fields, form)
-      records.append(_record(fields, form))
+      records.append(FORMS[form](fields))
     except RecordError as error:
       rejects.add(path, number, error, line.decode('utf-8', 'backslashreplace').rstrip('\r\n'))
   if not count:
@@ -74,6 +88,8 @@ def _parse(line: bytes) -> dict[str, Any]:
     raise RecordError('', f'not UTF-8 at byte {error.start + 1} of the line') from None
   except json.JSONDecodeError as error:
     raise RecordError('', f'not JSON ({error.msg} at column {error.colno})') from None
+  except ValueError:  # Python refuses such integers
+    raise RecordError('', 'not JSON that can be read (a number of thousands of digits)') from None
   except RecursionError:
     raise RecordError('', 'not JSON that can be read (nested too deeply)') from None
   if not isinstance(fields, dict):
@@ -82,15 +98,19 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _form(fields: dict[str, Any], form: tuple[str, ...] | None) -> tuple[str, ...]:
-  """Which text fields the line has, held against those of the lines before it."""
-  found = tuple(name for name in TEXT_FIELDS if name in fields)
+  """Which of the fields that settle its kind the line has, held against the lines before it."""
+  found = tuple(name for name in TEXTS if name in fields)
+  if found == ('prompt',):
+    found += tuple(name for name in BESIDE_PROMPT if name in fields)
+  verdicts = VERDICTS.get(found[-1], ()) if len(found) == 2 else ()
+  found += tuple(name for name in verdicts if name in fields)[:1]
   if form is None:
     if found not in FORMS:
       forms = '; '.join(', '.join(names) for names in FORMS)
       raise RecordError('', f'expected the fields of one of ({forms}), got {sorted(fields)}')
     return found
   for name in form:
-    if name not in found:
+    if name not in fields:
       raise RecordError(name, f'missing; the line has {sorted(fields)}')
   for name in found:
     if name not in form:
@@ -98,17 +118,59 @@ def _form(fields: dict[str, Any], form: tuple[str, ...] | None) -> tuple[str, ..
   return form
 
 
-def _record(fields: dict[str, Any], form: tuple[str, ...]) -> Record:
-  if form == ('prompt',):
-    return Prompt(fields['prompt'])
-  if 'response' in form:
-    return Demonstration.from_dict(fields)
-  if 'prompt' in form:
-    return Comparison.from_dict(fields)
-  return Comparison.from_dict({**fields, **_split_transcripts(fields)})
+def _renamed(kind: type[Record], fields: dict[str, Any], **names: str) -> Record:
+  """The record whose fields have other names in the line; errors name the line's."""
+  try:
+    return kind.from_dict({**fields, **{ours: fields[theirs] for ours, theirs in names.items()}})
+  except RecordError as error:
+    name, bracket, item = error.field.partition('[')
+    raise RecordError(names.get(name, name) + bracket + item, error.reason) from None
 
 
-def _split_transcripts(fields: dict[str, Any]) -> dict[str, str]:
+def _demonstration(fields: dict[str, Any]) -> Record:
+  return _renamed(Demonstration, fields, response='completion')
+
+
+def _completion_rating(fields: dict[str, Any]) -> Record:
+  return _renamed(Rating, fields, response='completion')
+
+
+def _desirable(field: str) -> Callable[[dict[str, Any]], Record]:
+  """Reads a true-or-false verdict on a `response` or `completion`."""
+
+  def read(fields: dict[str, Any]) -> Record:
+    fields = {**fields, field: _sign(field, fields[field])}
+    text = 'response' if 'response' in fields else 'completion'
+    return _renamed(Rating, fields, response=text, score=field)
+
+  return read
+
+
+def _best(fields: dict[str, Any]) -> Record:
+  best, responses = fields['best'], fields['responses']
+  count = len(responses) if isinstance(responses, list) else 0
+  # A list that is too short, or none, is for the record to refuse.
+  if count and (isinstance(best, bool) or not isinstance(best, int) or not 0 <= best < count):
+    raise RecordError('best', f'expected an integer from 0 to {count - 1}, got {best!r:.60}')
+  ranks = [1 + (number != best) for number in range(count)]
+  return Ranking.from_dict({**fields, 'ranks': ranks})
+
+
+def _labelled_steps(fields: dict[str, Any]) -> Record:
+  labels = fields['labels']
+  if isinstance(labels, list):
+    labels = [_sign(f'labels[{number}]', label) for number, label in enumerate(labels)]
+  fields = {'separator': TRL_SEPARATOR, **fields, 'labels': labels}
+  return _renamed(StepRating, fields, steps='completions', scores='labels')
+
+
+def _sign(field: str, value: object) -> float:
+  if not isinstance(value, bool):
+    raise RecordError(field, f'expected true or false, got {value!r:.60}')
+  return 1.0 if value else -1.0
+
+
+def _transcripts(fields: dict[str, Any]) -> Record:
   for name in ('chosen', 'rejected'):
     if not isinstance(fields[name], str):
       raise RecordError(name, f'expected text, got {type(fields[name]).__name__}')
@@ -119,4 +181,25 @@ def _split_transcripts(fields: dict[str, Any]) -> dict[str, str]:
   if turn < 0:
     raise RecordError('rejected', f'no {TURN!r} in the start it has in common with chosen')
   start = turn + len(TURN)
-  return {'prompt': chosen[:start], 'chosen': chosen[start:], 'rejected': rejected[start:]}
+  texts = {'prompt': chosen[:start], 'chosen': chosen[start:], 'rejected': rejected[start:]}
+  return Comparison.from_dict({**fields, **texts})
+
+
+# The fields that a line must have -> how it is read.
+FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], Record]] = {
+  ('prompt', 'chosen', 'rejected'): Comparison.from_dict,
+  ('chosen', 'rejected'): _transcripts,
+  ('prompt', 'response', 'score'): Rating.from_dict,
+  ('prompt', 'response', 'desirable'): _desirable('desirable'),
+  ('prompt', 'response', 'label'): _desirable('label'),
+  ('prompt', 'completion', 'score'): _completion_rating,
+  ('prompt', 'completion', 'desirable'): _desirable('desirable'),
+  ('prompt', 'completion', 'label'): _desirable('label'),
+  ('prompt', 'responses', 'ranks'): Ranking.from_dict,
+  ('prompt', 'responses', 'best'): _best,
+  ('prompt', 'steps', 'scores'): StepRating.from_dict,
+  ('prompt', 'completions', 'labels'): _labelled_steps,
+  ('prompt', 'response'): Demonstration.from_dict,
+  ('prompt', 'completion'): _demonstration,
+  ('prompt',): lambda fields: _renamed(Prompt, fields, text='prompt'),
+}

@@ -1,99 +1,34 @@
 """Records to token columns, and columns to batches whose order is a function of (seed, step)."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rlhf_jax.common.errors import DataError
-from rlhf_jax.common.types import Pairs, Prompts, Sequences
+from rlhf_jax.data.columns import Array, Batch, Columns, Ragged
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.feedback.records import Comparison, Demonstration, Prompt
-
-# Batches are declared for jax arrays; here, on the host, they hold numpy ones.
-Array = Any
-Batch = Prompts | Sequences | Pairs
-
-
-@dataclasses.dataclass(frozen=True)
-class Ragged:
-  """Rows of different lengths, end to end: row i is `values[offsets[i]:offsets[i + 1]]`."""
-
-  values: Array
-  offsets: Array
-
-  @classmethod
-  def of(cls, rows: Sequence[Sequence[int]]) -> 'Ragged':
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = np.fromiter((token for row in rows for token in row), np.int32, int(offsets[-1]))
-    return cls(values, offsets)
-
-  def take(self, rows: Array, width: int, pad: int, *, left: bool) -> tuple[Array, Array]:
-    """`[...]` row numbers -> int32 tokens and bool mask `[..., width]`, padded on one side."""
-    lengths = np.diff(self.offsets)[rows][..., None]
-    column = np.arange(width) - (width - lengths if left else 0)
-    mask = (column >= 0) & (column < lengths)
-    index = np.where(mask, self.offsets[rows][..., None] + column, 0)
-    return np.where(mask, self.values[index], pad).astype(np.int32), mask
+from rlhf_jax.feedback.records import (
+  Comparison,
+  Demonstration,
+  Prompt,
+  Ranking,
+  Rating,
+  StepRating,
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Columns:
-  """Tokenized records in memory: `N` rows of one prompt and 0, 1 or 2 responses each.
-
-  Attributes:
-    prompts: the prompts' tokens.
-    responses: the responses' tokens, row after row: all of row 0, then all of row 1.
-    responses_per_row: 0 for prompts, 1 for demonstrations, 2 (chosen first) for comparisons.
-    prompt_length: P, to which prompts are padded.
-    response_length: R, to which responses are padded.
-    pad_id: what they are padded with.
-    extras: further `[N, ...]` arrays by field of the batch, e.g. `reference_logprobs`.
-    statistics: counts worth telling: rows, prompts and responses that were cut, pairs that the cut
-      has made identical.
-  """
-
-  prompts: Ragged
-  responses: Ragged
-  responses_per_row: int
-  prompt_length: int
-  response_length: int
-  pad_id: int
-  extras: dict[str, Array]
-  statistics: dict[str, int]
-
-  def __len__(self) -> int:
-    return len(self.prompts.offsets) - 1
-
-  def attach(self, **extras: Array) -> 'Columns':
-    """The same rows with further fields of their batches; raises ValueError for a wrong length."""
-    for name, array in extras.items():
-      if len(array) != len(self):
-        raise ValueError(f'{name}: expected {len(self)} rows, got shape {array.shape}.')
-    return dataclasses.replace(self, extras={**self.extras, **extras})
-
-  def take(self, rows: Array) -> Batch:
-    """`[B]` row numbers -> the batch with these rows, as numpy arrays."""
-    tokens, mask = self.prompts.take(rows, self.prompt_length, self.pad_id, left=True)
-    extras = {name: array[rows] for name, array in self.extras.items()}
-    if self.responses_per_row == 0:
-      return Prompts(tokens, mask, rows.astype(np.int32), **extras)
-    if self.responses_per_row == 1:
-      return Sequences(tokens, mask, *self._responses(rows), **extras)
-    tokens, mask = (np.repeat(x[:, None], 2, axis=1) for x in (tokens, mask))
-    pairs = Sequences(tokens, mask, *self._responses(2 * rows[:, None] + np.arange(2)))
-    return Pairs(pairs, **extras)
-
-  def _responses(self, rows: Array) -> tuple[Array, Array]:
-    return self.responses.take(rows, self.response_length, self.pad_id, left=False)
+def encode(kind: str, records: Sequence[Any], tokenizer: Tokenizer, config: DataConfig) -> Columns:
+  """Records of a kind (one of `feedback.dataset.KINDS`) as columns, by its encoder below."""
+  return ENCODERS[kind](records, tokenizer, config)
 
 
 def encode_prompts(records: Sequence[Prompt], tokenizer: Tokenizer, config: DataConfig) -> Columns:
   """Prompts as columns; batches are `Prompts`."""
-  return _columns([record.text for record in records], [], tokenizer, config)
+  columns = _columns('prompts', [record.text for record in records], [], tokenizer, config)
+  return dataclasses.replace(columns, slots=np.zeros((len(records), 0), np.int64))
 
 
 def encode_demonstrations(
@@ -101,30 +36,100 @@ def encode_demonstrations(
 ) -> Columns:
   """Demonstrations as columns; batches are `Sequences`."""
   prompts = [record.prompt for record in records]
-  return _columns(prompts, [record.response for record in records], tokenizer, config)
+  responses = tokenizer.encode_batch([record.response for record in records])
+  return _columns('demonstrations', prompts, responses, tokenizer, config)
 
 
 def encode_comparisons(
   records: Sequence[Comparison], tokenizer: Tokenizer, config: DataConfig
 ) -> Columns:
-  """Comparisons as columns; batches are `Pairs`."""
-  responses = [text for record in records for text in (record.chosen, record.rejected)]
-  columns = _columns([record.prompt for record in records], responses, tokenizer, config)
-  values, offsets = columns.responses.values, columns.responses.offsets
-  ends = zip(offsets[:-2:2], offsets[1:-1:2], offsets[2::2], strict=True)
-  same = sum(np.array_equal(values[a:b], values[b:c]) for a, b, c in ends)
-  return dataclasses.replace(
-    columns.attach(
-      preference=np.array([record.preference for record in records], np.float32),
-      margin=np.array([record.margin for record in records], np.float32),
-    ),
-    statistics={**columns.statistics, 'identical_pairs': same},
-  )
+  """Comparisons as columns; batches are `Pairs`. Pairs that the cut made identical are counted."""
+  prompts = [record.prompt for record in records]
+  texts = [text for record in records for text in (record.chosen, record.rejected)]
+  columns = _columns('comparisons', prompts, tokenizer.encode_batch(texts), tokenizer, config)
+  columns = dataclasses.replace(columns, slots=np.arange(2 * len(records)).reshape(-1, 2))
+  return columns.attach(
+    preference=np.array([record.preference for record in records], np.float32),
+    margin=np.array([record.margin for record in records], np.float32),
+  ).count(identical_pairs=columns.identical())
+
+
+def encode_ratings(records: Sequence[Rating], tokenizer: Tokenizer, config: DataConfig) -> Columns:
+  """Ratings as columns; batches are `Ratings`."""
+  prompts = [record.prompt for record in records]
+  responses = tokenizer.encode_batch([record.response for record in records])
+  columns = _columns('ratings', prompts, responses, tokenizer, config)
+  return columns.attach(score=np.array([record.score for record in records], np.float32))
+
+
+def encode_rankings(
+  records: Sequence[Ranking], tokenizer: Tokenizer, config: DataConfig
+) -> Columns:
+  """Rankings as columns; batches are `Rankings` with K the most responses that any of them has.
+
+  Shorter ones repeat their first response, with its rank, where `mask` is False. Rankings with
+  responses that the cut made identical are counted.
+  """
+  prompts = [record.prompt for record in records]
+  texts = [text for record in records for text in record.responses]
+  columns = _columns('rankings', prompts, tokenizer.encode_batch(texts), tokenizer, config)
+  counts = np.array([len(record.responses) for record in records], np.int64)[:, None]
+  place = np.arange(counts.max(initial=0))
+  mask = place < counts
+  slots = counts.cumsum(0) - counts + np.where(mask, place, 0)
+  ranks = np.array([rank for record in records for rank in record.ranks], np.int32)
+  columns = dataclasses.replace(columns, slots=slots)
+  return columns.attach(rank=ranks[slots], mask=mask).count(identical_responses=columns.identical())
+
+
+def encode_step_ratings(
+  records: Sequence[StepRating], tokenizer: Tokenizer, config: DataConfig
+) -> Columns:
+  """Step ratings as columns; batches are `StepRatings`. Steps that were cut off are counted.
+
+  The tokens are those of the whole response. A step ends with the last token that has a part of it,
+  so that a token which a step shares with the separator behind it is the step's.
+
+  Raises:
+    DataError: the tokenizer gives two steps the same last token.
+  """
+  prompts = [record.prompt for record in records]
+  encoded = tokenizer.encode_with_starts([record.response for record in records])
+  columns = _columns('step_ratings', prompts, [ids for ids, _ in encoded], tokenizer, config)
+  shape = (len(records), config.response_length)
+  score, mask, cut = np.zeros(shape, np.float32), np.zeros(shape, bool), 0
+  for row, (record, (_, starts)) in enumerate(zip(records, encoded, strict=True)):
+    last = _last_tokens(record, starts)
+    scores = np.array(record.scores, np.float32)[last < config.response_length]
+    kept = last[: len(scores)]
+    score[row, kept], mask[row, kept] = scores, True
+    cut += len(last) - len(kept)
+  return columns.attach(score=score, score_mask=mask).count(steps_cut=cut)
+
+
+def _last_tokens(record: StepRating, starts: Sequence[int]) -> Array:
+  """`[steps]`: the numbers of the tokens that steps end with, from where each token starts."""
+  lengths = np.array([len(step) for step in record.steps])
+  ends = (lengths + len(record.separator)).cumsum() - len(record.separator)
+  last = np.searchsorted(starts, ends) - 1
+  shared = np.flatnonzero(np.diff(last, prepend=-1) <= 0)
+  if shared.size:
+    raise DataError(
+      f'step ratings, prompt {record.prompt!r:.60}: step {shared[0] + 1}, '
+      f'{record.steps[shared[0]]!r:.60}, has no last token of its own. Separate steps by a text '
+      f'(separator, now {record.separator!r}) that the tokenizer does not join them across.'
+    )
+  return last
 
 
 def _columns(
-  prompts: list[str], responses: list[str], tokenizer: Tokenizer, config: DataConfig
+  kind: str,
+  prompts: list[str],
+  responses: list[list[int]],
+  tokenizer: Tokenizer,
+  config: DataConfig,
 ) -> Columns:
+  """Columns with one response a row; `responses` are token ids without an end."""
   begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   room = config.prompt_length - len(begin)
   encoded = tokenizer.encode_batch(prompts)
@@ -135,12 +140,13 @@ def _columns(
         f'prompt {text!r}: no tokens, and the tokenizer has no <bos> to begin with. Give prompts '
         'that are not empty, or a tokenizer with a bos_token.'
       )
-  ended = [[*row, tokenizer.eos_id] for row in tokenizer.encode_batch(responses)]
+  ended = [[*row, tokenizer.eos_id] for row in responses]
   limit = config.response_length
   return Columns(
+    kind=kind,
     prompts=Ragged.of(kept),
     responses=Ragged.of([row[:limit] for row in ended]),
-    responses_per_row=len(responses) // max(len(prompts), 1),
+    slots=np.arange(len(prompts)),
     prompt_length=config.prompt_length,
     response_length=limit,
     pad_id=tokenizer.pad_id,
@@ -159,9 +165,24 @@ def _cut(tokens: list[int], room: int, truncation: str) -> list[int]:
   return tokens[-room:] if truncation == 'keep_end' else tokens[:room]
 
 
+ENCODERS: Mapping[str, Callable[[Sequence[Any], Tokenizer, DataConfig], Columns]] = {
+  'prompts': encode_prompts,
+  'demonstrations': encode_demonstrations,
+  'comparisons': encode_comparisons,
+  'ratings': encode_ratings,
+  'rankings': encode_rankings,
+  'step_ratings': encode_step_ratings,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Batches:
-  """Shuffled batches of columns, for as many epochs as are asked for; `batch` is random access."""
+  """Batches of columns without end; `batch` is random access.
+
+  Attributes:
+    columns: what they hold.
+    order: `order[step]` are the `[B]` row numbers of a step.
+  """
 
   columns: Columns
   order: Any
@@ -171,18 +192,50 @@ class Batches:
     return self.columns.take(self.order[step])
 
 
-def batches(columns: Columns, batch_size: int, seed: int) -> Batches:
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+  """Row numbers drawn with replacement: row i where a uniform falls below `cumulative[i]` first."""
+
+  cumulative: Array
+  batch_size: int
+  seed: int
+
+  def __getitem__(self, step: int) -> Array:
+    uniform = np.random.default_rng([self.seed, step]).random(self.batch_size)
+    return np.searchsorted(self.cumulative, uniform, side='right')
+
+
+def batches(columns: Columns, batch_size: int, seed: int, weights: Array | None = None) -> Batches:
   """Batches in an order that grain shuffles anew every epoch; a batch may straddle two epochs.
 
-  Raises:
-    DataError: there are no rows.
-  """
-  import grain
+  With `weights` `[N]`, rows are drawn with replacement instead, each with a probability in
+  proportion to its weight (A-LoL's sampling by priority: Baheti et al. 2024).
 
+  Raises:
+    DataError: there are no rows, or all of them have weight 0.
+    ValueError: the weights are not one finite number >= 0 a row.
+  """
   if not len(columns):
     raise DataError('There are no rows to make batches of.')
+  if weights is not None:
+    return Batches(columns, _Drawn(_cumulative(weights, len(columns)), batch_size, seed))
+  import grain
+
   order = grain.MapDataset.range(len(columns)).seed(seed).shuffle().repeat().batch(batch_size)
   return Batches(columns, order)
+
+
+def _cumulative(weights: Array, rows: int) -> Array:
+  weights = np.asarray(weights, np.float64)
+  if weights.shape != (rows,):
+    raise ValueError(f'weights: expected one for each of {rows} rows, got shape {weights.shape}.')
+  bad = np.flatnonzero(~((weights >= 0) & (weights < np.inf)))
+  if bad.size:
+    raise ValueError(f'weights: expected finite numbers >= 0, got {weights[bad[0]]} at {bad[0]}.')
+  if not weights.any():
+    raise DataError('All rows have weight 0, so that there is none to draw.')
+  total = (weights / weights.max()).cumsum()
+  return total / total[-1]
 
 
 def sequential(columns: Columns, batch_size: int) -> Iterator[tuple[Batch, Array]]:

@@ -2,20 +2,39 @@
 
 import dataclasses
 import hashlib
+import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rlhf_jax.common.errors import DataError
-from rlhf_jax.data import embedded, jsonl, tfds
-from rlhf_jax.data.config import EMBEDDED, DataConfig
+from rlhf_jax.data import embedded, jsonl, segments, tfds
+from rlhf_jax.data.config import CONTROL, EMBEDDED, DataConfig
 from rlhf_jax.data.rejects import Rejects
 from rlhf_jax.feedback.dataset import Feedback, Split
-from rlhf_jax.feedback.records import Comparison, Demonstration, Prompt
+from rlhf_jax.feedback.records import (
+  Comparison,
+  Demonstration,
+  Prompt,
+  Ranking,
+  Rating,
+  Record,
+  StepRating,
+)
 
-Record = Prompt | Demonstration | Comparison
+_KIND_OF: dict[type[Record], str] = {
+  Prompt: 'prompts',
+  Demonstration: 'demonstrations',
+  Comparison: 'comparisons',
+  Rating: 'ratings',
+  Ranking: 'rankings',
+  StepRating: 'step_ratings',
+}
 
 
-def load(config: DataConfig, quarantine: pathlib.Path | None = None) -> Feedback:
+def load(
+  config: DataConfig, quarantine: pathlib.Path | None = None
+) -> Feedback | segments.ControlFeedback:
   """Reads or makes the feedback that a validated config names.
 
   Args:
@@ -23,19 +42,35 @@ def load(config: DataConfig, quarantine: pathlib.Path | None = None) -> Feedback
     quarantine: where bad records go, with `on_error='quarantine'`.
 
   Returns:
-    The feedback. From comparisons, demonstrations (prompt and chosen) and prompts (each once)
-    derive; from demonstrations, prompts.
+    The feedback, converted where `convert` says so. From comparisons, demonstrations (prompt and
+    chosen) derive where there are none; from any records, prompts (each once).
 
   Raises:
-    DataError: the source is missing or empty, has a bad record, or leaves nothing to learn from.
+    DataError: the source is missing or empty, has a bad record, leaves nothing to learn from, or
+      not what `convert` or `responses` needs.
   """
+  if config.source == CONTROL:
+    return segments.make(config.lqr, config.held_out)
   if config.source == EMBEDDED:
     feedback = embedded.make(config.reviews, config.held_out, config.response_length)
-    return dataclasses.replace(
-      feedback,
-      train=_complete(feedback.train, config.responses),
-      held_out=_complete(feedback.held_out, config.responses),
+  else:
+    feedback = _from_records(config, quarantine)
+  if config.convert:
+    feedback = feedback.converted(config.convert)
+  if config.responses == 'preferred' and not feedback.train.comparisons:
+    raise DataError(
+      f"{feedback.source}: --config.data.responses='preferred' imitates the chosen responses of "
+      f"comparisons; found {feedback.train.sizes}. Set 'chosen' to imitate demonstrations, or name "
+      'a source or a converter (--config.data.convert) that gives comparisons.'
     )
+  return dataclasses.replace(
+    feedback,
+    train=_complete(feedback.train, config.responses),
+    held_out=_complete(feedback.held_out, config.responses),
+  )
+
+
+def _from_records(config: DataConfig, quarantine: pathlib.Path | None) -> Feedback:
   rejects = Rejects()
   kept, held_out = _read(config, rejects)
   quarantined = rejects.settle(config.on_error, quarantine)
@@ -47,12 +82,7 @@ def load(config: DataConfig, quarantine: pathlib.Path | None = None) -> Feedback
       f'{len(held_out)} held out). Lower --config.data.held_out, or mend the source.'
     )
   name = config.source if config.path is None else f'{config.source}:{config.path}'
-  return Feedback(
-    source=name,
-    train=_complete(_split(kept), config.responses),
-    held_out=_complete(_split(held_out), config.responses),
-    quarantined=quarantined,
-  )
+  return Feedback(name, _split(kept), _split(held_out), quarantined=quarantined)
 
 
 def split_by_prompt(
@@ -82,8 +112,12 @@ def _digest(record: Record) -> str:
     text = record.text
   elif record.prompt:
     text = record.prompt
+  elif isinstance(record, Comparison):
+    text = record.chosen
+  elif isinstance(record, Ranking):
+    text = record.responses[0]
   else:
-    text = record.response if isinstance(record, Demonstration) else record.chosen
+    text = record.response
   return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -102,22 +136,24 @@ def _read(config: DataConfig, rejects: Rejects) -> tuple[Sequence[Record], Seque
 
 
 def _split(records: Sequence[Record]) -> Split:
-  return Split(
-    prompts=tuple(record for record in records if isinstance(record, Prompt)),
-    demonstrations=tuple(record for record in records if isinstance(record, Demonstration)),
-    comparisons=tuple(record for record in records if isinstance(record, Comparison)),
-  )
+  kinds: dict[str, list[Record]] = {}
+  for record in records:
+    kinds.setdefault(_KIND_OF[type(record)], []).append(record)
+  return Split(**{kind: tuple(found) for kind, found in kinds.items()})  # type: ignore[arg-type]
 
 
 def _complete(split: Split, responses: str) -> Split:
-  """Derives demonstrations from comparisons, and prompts from both, where the source has none."""
-  demonstrations = list(split.demonstrations)
+  """Adds the demonstrations that comparisons give, and prompts where the source has none."""
+  demonstrations = [] if responses == 'preferred' else list(split.demonstrations)
   if responses == 'all' or not demonstrations:
     for pair in split.comparisons:
       demonstrations.append(Demonstration(pair.prompt, pair.chosen))
       if responses == 'all':
         demonstrations.append(Demonstration(pair.prompt, pair.rejected))
-  texts = [record.prompt for record in demonstrations]
-  texts += [pair.prompt for pair in split.comparisons]
-  prompts = split.prompts if split.prompts else tuple(map(Prompt, dict.fromkeys(texts)))
-  return Split(prompts, tuple(demonstrations), split.comparisons)
+  prompts = split.prompts
+  if not prompts:
+    records: Iterable[Any] = itertools.chain(
+      demonstrations, split.comparisons, split.ratings, split.rankings, split.step_ratings
+    )
+    prompts = tuple(map(Prompt, dict.fromkeys(record.prompt for record in records)))
+  return dataclasses.replace(split, prompts=prompts, demonstrations=tuple(demonstrations))

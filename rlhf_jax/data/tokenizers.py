@@ -50,6 +50,14 @@ class Tokenizer:
     """Token ids of each text, with nothing added at either end."""
     return [row.ids for row in self.backend.encode_batch(list(texts), add_special_tokens=False)]
 
+  def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    """The ids of `encode_batch` and, of each, the number of the character with which it starts.
+
+    Tokens that share a character start with it alike; starts never fall.
+    """
+    rows = self.backend.encode_batch(list(texts), add_special_tokens=False)
+    return [(row.ids, [start for start, _ in row.offsets]) for row in rows]
+
   def decode(self, ids: Iterable[int]) -> str:
     """The text of token ids; padding, beginning and end are left out, unknown words are '<unk>'."""
     skipped = (self.pad_id, self.bos_id, self.eos_id)

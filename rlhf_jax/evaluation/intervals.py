@@ -15,8 +15,9 @@ from rlhf_jax.evaluation.statistics import (
 
 # Numbers that are rates of outcomes in [0, 1], and the arrays with the outcomes.
 RATES = {'win_rate': 'win', 'finished': 'finished', 'held_out_accuracy': 'held_out_right'}
-# Numbers that are ratios of totals: the arrays with the parts of numerator and denominator.
-RATIOS = {'held_out_nll': ('held_out_nll_total', 'held_out_tokens')}
+# A number may be a ratio of totals: the arrays of its name with these endings hold the answers'
+# parts of numerator and denominator.
+RATIO = ('_total', '_weight')
 
 
 class Measured(NamedTuple):
@@ -41,7 +42,9 @@ def measured(scalars: Mapping[str, float], arrays: Mapping[str, np.ndarray]) -> 
   """
   found = {}
   for name, mean in scalars.items():
-    sources = RATIOS.get(name, (RATES.get(name, name),))
+    sources: tuple[str, ...] = tuple(name + ending for ending in RATIO)
+    if sources[0] not in arrays:
+      sources = (RATES.get(name, name),)
     answers = [np.asarray(arrays[source], np.float64) for source in sources if source in arrays]
     if not np.isfinite(mean) or not all(np.isfinite(values).all() for values in answers):
       raise NonFiniteError(f'{name}: {mean}, some of the answers behind it are not finite numbers.')
@@ -52,6 +55,6 @@ def measured(scalars: Mapping[str, float], arrays: Mapping[str, np.ndarray]) -> 
 
 
 def _interval(name: str, answers: list[np.ndarray]) -> Interval:
-  if name in RATIOS:
+  if len(answers) == 2:
     return ratio_interval(answers[0], answers[1])
   return proportion_interval(answers[0][None]) if name in RATES else mean_interval(answers[0])

@@ -1,4 +1,4 @@
-"""Simulated annotators: noisy choices between pairs of scored responses."""
+"""Simulated annotators: noisy choices between pairs of scored responses, and noisy rankings."""
 
 import dataclasses
 import math
@@ -103,6 +103,37 @@ def label(scores: Array, temperatures: Array, flip_rate: float, rng: np.random.G
   wins = flip_rate + (1 - 2 * flip_rate) * np.exp(-np.logaddexp(0.0, -ratio))
   first = rng.random(len(scores)) < wins
   return Labels(first, np.where(first, wins, 1 - wins), annotator)
+
+
+class Orders(NamedTuple):
+  """Rankings of `[N, K]` responses.
+
+  Attributes:
+    rank: `[N, K]` int, 1 the best; every row has the numbers from 1 to K.
+    annotator: `[N]` int, whose order it is.
+  """
+
+  rank: Array
+  annotator: Array
+
+
+def rank(scores: Array, temperatures: Array, flip_rate: float, rng: np.random.Generator) -> Orders:
+  """Draws orders from p(y_1 > ... > y_K) = prod_k e^(s_k / T) / sum_(j >= k) e^(s_j / T).
+
+  The Plackett-Luce model (Plackett 1975), exactly: the order of s + T g with independent standard
+  Gumbel g (Yellott 1977). With K = 2 it is the model of `label`.
+
+  Args:
+    scores: `[N, K]` float, in nats.
+    temperatures: `[A]`, of the annotators; each row is given to one of them at random.
+    flip_rate: the probability that an order is recorded the wrong way round, from worst to best.
+    rng: source of the draws.
+  """
+  annotator = rng.integers(len(temperatures), size=len(scores))
+  noisy = scores + temperatures[annotator][:, None] * rng.gumbel(size=scores.shape)
+  flipped = rng.random(len(scores)) < flip_rate
+  best_first = np.argsort(np.where(flipped[:, None], noisy, -noisy), axis=1, kind='stable')
+  return Orders(1 + np.argsort(best_first, axis=1), annotator)
 
 
 def bayes_accuracy(probability: Array) -> float:

@@ -1,11 +1,14 @@
 """The records that feedback consists of; each checks itself where it is made."""
 
 import dataclasses
-import math
+import typing
 from collections.abc import Mapping
 from typing import Any, Self
 
 from rlhf_jax.common.errors import DataError
+
+# Of float32, in which batches hold numbers.
+_LARGEST = 3.4e38
 
 
 class RecordError(DataError):
@@ -22,12 +25,16 @@ class _Record:
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-    """Reads the record's fields; raises RecordError for a field that is missing or wrong."""
-    known = dataclasses.fields(cls)  # type: ignore[arg-type]
-    for field in known:
-      if field.default is dataclasses.MISSING and field.name not in fields:
+    """Reads the record's fields, lists as tuples; raises RecordError for one missing or wrong."""
+    values = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+      if field.name in fields:
+        value = fields[field.name]
+        several = isinstance(value, list) and typing.get_origin(field.type) is tuple
+        values[field.name] = tuple(value) if several else value
+      elif field.default is dataclasses.MISSING:
         raise RecordError(field.name, f'missing; the record has {sorted(fields)}')
-    return cls(**{field.name: fields[field.name] for field in known if field.name in fields})
+    return cls(**values)
 
   def to_dict(self) -> dict[str, Any]:
     """All fields, by name."""
@@ -94,6 +101,110 @@ class Comparison(_Record):
     _check_text('annotator', self.annotator)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rating(_Record):
+  """A response that was scored by itself.
+
+  Attributes:
+    prompt: what it answers.
+    response: the response.
+    score: how good it was said to be, in the source's units, higher is better; of labels that say
+      no more than desirable or undesirable, 1 and -1.
+    annotator: who said so; '' where unknown.
+  """
+
+  prompt: str
+  response: str
+  score: float
+  annotator: str = ''
+
+  def __post_init__(self) -> None:
+    _check_text('prompt', self.prompt)
+    _check_response('response', self.response)
+    _check_number('score', self.score)
+    _check_text('annotator', self.annotator)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking(_Record):
+  """Several responses to a prompt, put in an order.
+
+  Attributes:
+    prompt: what all answer.
+    responses: two or more, all different, in any order.
+    ranks: of each response, 1 the best; equal ranks were not told apart, so that the choice of the
+      best of four is (1, 2, 2, 2). They are not all equal.
+    annotator: whose order it is; '' where unknown.
+  """
+
+  prompt: str
+  responses: tuple[str, ...]
+  ranks: tuple[int, ...]
+  annotator: str = ''
+
+  def __post_init__(self) -> None:
+    _check_text('prompt', self.prompt)
+    _check_several('responses', self.responses, 2)
+    seen: dict[str, int] = {}
+    for number, response in enumerate(self.responses):
+      _check_response(f'responses[{number}]', response)
+      same = seen.setdefault(response.strip(), number)
+      if same != number:
+        raise RecordError(f'responses[{number}]', f'the same text as responses[{same}]')
+    _check_several('ranks', self.ranks, 1)
+    _check_one_each('ranks', self.ranks, 'responses', self.responses)
+    for number, rank in enumerate(self.ranks):
+      if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= len(self.ranks):
+        raise RecordError(
+          f'ranks[{number}]', f'expected an integer from 1 to {len(self.ranks)}, got {rank!r:.60}'
+        )
+    if min(self.ranks) != 1:
+      raise RecordError('ranks', f'the smallest is {min(self.ranks)}; the best has rank 1')
+    if max(self.ranks) == 1:
+      raise RecordError('ranks', 'all equal: the ranking says nothing')
+    _check_text('annotator', self.annotator)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRating(_Record):
+  """A response whose steps were scored one by one.
+
+  Attributes:
+    prompt: what it answers.
+    steps: one or more; with the separator between them they are the response.
+    scores: of each step, higher is better; of labels that say no more than right or wrong, 1 and
+      -1.
+    annotator: who said so; '' where unknown.
+    separator: what stands between two steps and belongs to neither.
+  """
+
+  prompt: str
+  steps: tuple[str, ...]
+  scores: tuple[float, ...]
+  annotator: str = ''
+  separator: str = ' '
+
+  @property
+  def response(self) -> str:
+    """The whole response."""
+    return self.separator.join(self.steps)
+
+  def __post_init__(self) -> None:
+    _check_text('prompt', self.prompt)
+    _check_several('steps', self.steps, 1)
+    for number, step in enumerate(self.steps):
+      _check_response(f'steps[{number}]', step)
+    _check_several('scores', self.scores, 1)
+    _check_one_each('scores', self.scores, 'steps', self.steps)
+    for number, score in enumerate(self.scores):
+      _check_number(f'scores[{number}]', score)
+    _check_text('annotator', self.annotator)
+    _check_text('separator', self.separator)
+
+
+Record = Prompt | Demonstration | Comparison | Rating | Ranking | StepRating
+
+
 def _check_text(field: str, value: object) -> None:
   if not isinstance(value, str):
     raise RecordError(field, f'expected text, got {type(value).__name__} {value!r:.60}')
@@ -110,5 +221,20 @@ def _check_response(field: str, value: object) -> None:
 
 
 def _check_number(field: str, value: object) -> None:
-  if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+  number = not isinstance(value, bool) and isinstance(value, int | float)
+  if not (number and abs(value) <= _LARGEST):  # type: ignore[arg-type]
     raise RecordError(field, f'expected a finite number, got {value!r:.60}')
+
+
+def _check_several(field: str, value: object, least: int) -> None:
+  if not isinstance(value, tuple):
+    raise RecordError(
+      field, f'expected a list (a tuple in Python), got {type(value).__name__} {value!r:.60}'
+    )
+  if len(value) < least:
+    raise RecordError(field, f'expected at least {least}, got {len(value)}')
+
+
+def _check_one_each(field: str, values: tuple, other: str, others: tuple) -> None:
+  if len(values) != len(others):
+    raise RecordError(field, f'{len(values)} of them for {len(others)} {other}')

@@ -1,9 +1,12 @@
 """Sampling of responses: prefill, then a decode loop that ends when every row has."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from rlhf_jax.common import prng
@@ -47,6 +50,15 @@ class _State:
   cache: Cache
 
 
+class _Drawing(NamedTuple):
+  """How tokens are drawn, with a key `[B]` for each row, and what ends a row."""
+
+  keys: Array
+  config: GenerationConfig
+  stops: tuple[int, ...]
+  pad_id: int
+
+
 def generate(
   model: ModelConfig,
   params: Any,
@@ -57,12 +69,13 @@ def generate(
   max_new_tokens: int,
   eos_id: int,
   pad_id: int,
+  readout: Callable[[Array], Array] | None = None,
 ) -> Samples:
   """Samples a response to each prompt. Pure; to be jitted by the caller.
 
   Token t of a row is drawn with a key made of `key`, the row's `prompts.index` and t: rows with
   different numbers draw independently, and a row's sample does not depend on its neighbours. For
-  several samples of one prompt give each a number of its own.
+  several samples of one prompt give each a number of its own (`repeat_prompts`).
 
   Args:
     model: the policy's architecture.
@@ -73,14 +86,17 @@ def generate(
     max_new_tokens: R, the longest response.
     eos_id: the id that ends a response; -1: none, only `config.stop_tokens` and the length do.
     pad_id: fills `tokens` after the end.
+    readout: from final hidden states `[B, width]`, in the compute type, to the next token's logits
+      `[B, V]` float32; None: the decoder's own. Make it inside the jitted function, from parameters
+      that are arguments of that: what it closes over is then no constant of the program.
 
   Returns:
-    the responses. Their log-probs are those that `roles.policy_output` gives at
+    the responses. Their log-probs are those of `roles.policy_output` (or of the `readout`) at
     `config.temperature`, and at temperature 1 where that is 0.
 
   Raises:
     ValueError: max_new_tokens is below 1.
-    ShapeError: the prompts' arrays disagree.
+    ShapeError: the prompts' arrays disagree, or what `readout` gives is not `[B, V]`.
   """
   sizes = check_shapes(
     'tokens:BP mask:BP index:B', tokens=prompts.tokens, mask=prompts.mask, index=prompts.index
@@ -88,36 +104,19 @@ def generate(
   if max_new_tokens < 1:
     raise ValueError(f'max_new_tokens={max_new_tokens}: expected at least 1.')
   params = decoder.decoding_params(model, params)
+  if readout is None:
+    readout = functools.partial(decoder.logits, model, params)
   stops = config.stop_tokens if eos_id < 0 else (eos_id, *config.stop_tokens)
-  keys = prng.row_keys(key, prompts.index)
-  rows, shape = sizes['B'], (sizes['B'], max_new_tokens)
-
-  def extend(state: _State) -> _State:
-    """Reads the last token of each row and samples the next."""
-    tokens, mask = state.last[:, None], ~state.samples.finished[:, None]
-    hidden, cache = decoder.hidden_states(model, params, tokens, mask, cache=state.cache)
-    logits = decoder.logits(model, params, hidden[:, 0])
-    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
-    drawn, logprobs = sample_tokens(logits, step_keys, config)
-    samples = _append(state.samples, state.step, drawn, logprobs, stops, pad_id)
-    return _State(state.step + 1, drawn, samples, cache)
+  drawing = _Drawing(prng.row_keys(key, prompts.index), config, stops, pad_id)
 
   def unfinished(state: _State) -> Array:
     return (state.step < max_new_tokens) & ~state.samples.finished.all()
 
-  # The last token sampled is never read, so the cache needs no column for it. The prompt's last
-  # token is left to the loop, which then holds the only copy of a step: half as much to compile.
-  cache = init_cache(model, rows, sizes['P'] + max_new_tokens - 1)
-  if sizes['P'] > 1:
-    start = (prompts.tokens[:, :-1], prompts.mask[:, :-1])
-    _, cache = decoder.hidden_states(model, params, *start, cache=cache)
-  samples = Samples(
-    tokens=jnp.full(shape, pad_id, jnp.int32),
-    mask=jnp.zeros(shape, bool),
-    logprobs=jnp.zeros(shape, jnp.float32),
-    finished=jnp.zeros(rows, bool),
-  )
+  # The last token sampled is never read, so the cache needs no column for it.
+  cache = _prefill(model, params, prompts, sizes['P'] + max_new_tokens - 1)
+  samples = _no_samples((sizes['B'], max_new_tokens), pad_id)
   state = _State(jnp.zeros((), jnp.int32), prompts.tokens[:, -1], samples, cache)
+  extend = functools.partial(_extend, model, params, readout, drawing)
   return jax.lax.while_loop(unfinished, extend, state).samples
 
 
@@ -157,6 +156,30 @@ def filter_logits(logits: Array, config: GenerationConfig) -> Array:
   return logits
 
 
+def repeat_prompts(prompts: Prompts, samples: int) -> Prompts:
+  """Several copies of each prompt, to sample as many responses to it.
+
+  Args:
+    prompts: `[B, P]`, on the host or on devices.
+    samples: copies of each.
+
+  Returns:
+    `[B * samples, P]`; copies are adjacent, and copy k of a prompt is numbered
+    `index * samples + k`, so that every row draws by itself.
+
+  Raises:
+    ValueError: samples is below 1.
+  """
+  if samples < 1:
+    raise ValueError(f'samples={samples}: expected at least 1.')
+  copies = prompts.index[:, None] * samples + np.arange(samples, dtype=np.int32)
+  return Prompts(
+    tokens=prompts.tokens.repeat(samples, axis=0),
+    mask=prompts.mask.repeat(samples, axis=0),
+    index=copies.reshape(-1),
+  )
+
+
 def samples_to_sequences(prompts: Prompts, samples: Samples) -> Sequences:
   """Prompts with their sampled responses."""
   return Sequences(
@@ -167,20 +190,60 @@ def samples_to_sequences(prompts: Prompts, samples: Samples) -> Sequences:
   )
 
 
+def _prefill(model: ModelConfig, params: Any, prompts: Prompts, columns: int) -> Cache:
+  """A cache of that many columns that holds the prompts, their last tokens left out.
+
+  Those are left to the loop, which then has the only copy of a step: half as much to compile.
+  """
+  rows, length = prompts.tokens.shape
+  cache = init_cache(model, rows, columns)
+  if length > 1:
+    start = (prompts.tokens[:, :-1], prompts.mask[:, :-1])
+    _, cache = decoder.hidden_states(model, params, *start, cache=cache)
+  return cache
+
+
+def _no_samples(shape: tuple[int, int], pad_id: int) -> Samples:
+  return Samples(
+    tokens=jnp.full(shape, pad_id, jnp.int32),
+    mask=jnp.zeros(shape, bool),
+    logprobs=jnp.zeros(shape, jnp.float32),
+    finished=jnp.zeros(shape[0], bool),
+  )
+
+
+def _extend(
+  model: ModelConfig,
+  params: Any,
+  readout: Callable[[Array], Array],
+  drawing: _Drawing,
+  state: _State,
+) -> _State:
+  """Reads the last token of each row and samples the next."""
+  tokens, mask = state.last[:, None], ~state.samples.finished[:, None]
+  hidden, cache = decoder.hidden_states(model, params, tokens, mask, cache=state.cache)
+  logits = readout(hidden[:, 0])
+  check_shapes('hidden:B1D logits:BV', hidden=hidden, logits=logits)
+  keys = jax.vmap(jax.random.fold_in, (0, None))(drawing.keys, state.step)
+  drawn, logprobs = sample_tokens(logits, keys, drawing.config)
+  samples = _append(state.samples, state.step, drawn, logprobs, drawing)
+  return _State(state.step + 1, drawn, samples, cache)
+
+
 def _append(
-  samples: Samples, step: Array, drawn: Array, logprobs: Array, stops: tuple[int, ...], pad_id: int
+  samples: Samples, step: Array, drawn: Array, logprobs: Array, drawing: _Drawing
 ) -> Samples:
   """Writes column `step` of rows that go on, and marks those that a stop token ends."""
   running = ~samples.finished
   stopped = jnp.zeros_like(running)
-  for stop in stops:
+  for stop in drawing.stops:
     stopped |= drawn == stop
 
   def write(column: Array, array: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(array, column[:, None], step, axis=1)
 
   return Samples(
-    tokens=write(jnp.where(running, drawn, pad_id), samples.tokens),
+    tokens=write(jnp.where(running, drawn, drawing.pad_id), samples.tokens),
     mask=write(running, samples.mask),
     logprobs=write(jnp.where(running, logprobs, 0.0), samples.logprobs),
     finished=samples.finished | (running & stopped),

@@ -20,7 +20,7 @@ from rlhf_jax.models import rotary
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import Block, Norm, named
-from rlhf_jax.sharding.mesh import constrain_batch
+from rlhf_jax.sharding.mesh import constrain, constrain_batch
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -198,12 +198,14 @@ def _init_boxed(config: ModelConfig, key: Array) -> Params:
 
 
 def _embed(config: ModelConfig, params: Params, tokens: Array, positions: Array) -> Array:
-  x = params['embedding'][tokens].astype(config.dtype)
+  # Rows must not be cut over fsdp, as the batch is that they are looked up for: the compiler could
+  # lay the result out in no other way than by copying all of it to all devices.
+  x = constrain(params['embedding'], 'tensor', None)[tokens].astype(config.dtype)
   if config.embedding_scale != 1.0:
     # Rounded to the compute type first, as Gemma does.
     x = x * jnp.asarray(config.embedding_scale, config.dtype)
   if config.positions == 'learned':
-    x = x + params['positions'][positions].astype(config.dtype)
+    x = x + constrain(params['positions'], None, None)[positions].astype(config.dtype)
   return x
 
 

@@ -51,7 +51,7 @@ def policy_output(
     arrays `[B, R]` float32; entries where the response mask is False mean nothing.
   """
   _check_temperature(temperature)
-  hidden = _states(config, params, sequences)
+  hidden = response_states(config, params, sequences)
 
   def read(params: Params, hidden: Array, tokens: Array) -> tuple[Array, Array]:
     scores = decoder.logits(config, params, hidden) / temperature
@@ -66,7 +66,7 @@ def policy_output(
     return PolicyOutput(logprobs=logprobs, entropy=entropies)
   if value_trunk is not None:
     own = config if value_config is None else value_config
-    hidden = _states(own, value_trunk, sequences)
+    hidden = response_states(own, value_trunk, sequences)
   values = scalar_head(value_head, hidden)
   return PolicyOutput(logprobs=logprobs, entropy=entropies, values=values)
 
@@ -76,7 +76,7 @@ def response_logits(
 ) -> Array:
   """`[B, R, V]` float32 logits from which each response token is drawn, over the temperature."""
   _check_temperature(temperature)
-  return decoder.logits(config, params, _states(config, params, sequences)) / temperature
+  return decoder.logits(config, params, response_states(config, params, sequences)) / temperature
 
 
 def init_reward_model(config: ModelConfig, key: Array) -> Params:
@@ -106,6 +106,22 @@ def reward_model_axes(config: ModelConfig) -> Params:
     'head': scalar_head_axes(),
     'normalizer': {'gain': (), 'bias': ()},
   }
+
+
+def token_reward(config: ModelConfig, params: Params, sequences: Sequences) -> Array:
+  """A process reward model's score at each response token, `[B, R]` float32.
+
+  The head is read at the token itself, once it has been read by the trunk.
+  """
+  tokens, mask = _whole(sequences)
+  hidden, _ = decoder.hidden_states(config, params['trunk'], tokens, mask)
+  return scalar_head(params['head'], hidden[:, sequences.prompt.shape[1] :])
+
+
+def prompt_states(config: ModelConfig, params: Params, sequences: Sequences) -> Array:
+  """`[B, width]` hidden states at the last token of each prompt."""
+  hidden, _ = decoder.hidden_states(config, params, sequences.prompt, sequences.prompt_mask)
+  return hidden[:, -1]
 
 
 def reward_score(
@@ -147,7 +163,7 @@ def _whole(sequences: Sequences) -> tuple[Array, Array]:
   return tokens, mask
 
 
-def _states(config: ModelConfig, params: Params, sequences: Sequences) -> Array:
+def response_states(config: ModelConfig, params: Params, sequences: Sequences) -> Array:
   """`[B, R, width]` hidden states from which each response token is predicted."""
   tokens, mask = _whole(sequences)
   # Nothing is predicted from the last response token: it is not read.

@@ -1,23 +1,56 @@
 """Objectives: one file each; a config's type selects the objective."""
 
-from rlhf_jax.objectives import cpl, dpo, ppo, reward_model, sft
-from rlhf_jax.objectives.base import Actors, LossOutput, Objective
-from rlhf_jax.objectives.cpl import CPLConfig
-from rlhf_jax.objectives.dpo import DPOConfig
-from rlhf_jax.objectives.ppo import PPOConfig
-from rlhf_jax.objectives.reward_model import RewardModelConfig
-from rlhf_jax.objectives.sft import SFTConfig
-
-ObjectiveConfig = SFTConfig | RewardModelConfig | DPOConfig | CPLConfig | PPOConfig
+from rlhf_jax.objectives import (
+  alol,
+  best_of_n,
+  cpl,
+  cpl_dense,
+  dpo,
+  grpo,
+  ilql,
+  kto,
+  online_dpo,
+  orpo,
+  ppo,
+  reinforce,
+  reinforce_pp,
+  reward_listwise,
+  reward_model,
+  reward_process,
+  reward_rating,
+  rloo,
+  sft,
+  simpo,
+  unlikelihood,
+  weighted_bc,
+)
+from rlhf_jax.objectives.base import Actors, LossOutput, Objective, ObjectiveConfig
 
 OBJECTIVES: dict[str, Objective] = {
-  objective.name: objective
-  for objective in (
-    sft.OBJECTIVE,
-    reward_model.OBJECTIVE,
-    dpo.OBJECTIVE,
-    cpl.OBJECTIVE,
-    ppo.OBJECTIVE,
+  module.OBJECTIVE.name: module.OBJECTIVE
+  for module in (
+    sft,
+    weighted_bc,
+    reward_model,
+    reward_listwise,
+    reward_rating,
+    reward_process,
+    dpo,
+    simpo,
+    orpo,
+    unlikelihood,
+    cpl,
+    cpl_dense,
+    kto,
+    alol,
+    ilql,
+    ppo,
+    rloo,
+    reinforce,
+    reinforce_pp,
+    grpo,
+    online_dpo,
+    best_of_n,
   )
 }
 
@@ -30,16 +63,4 @@ def objective_of(config: ObjectiveConfig) -> Objective:
   raise TypeError(f'{type(config).__name__} is not the config of any objective.')
 
 
-__all__ = [
-  'Actors',
-  'CPLConfig',
-  'DPOConfig',
-  'LossOutput',
-  'OBJECTIVES',
-  'Objective',
-  'ObjectiveConfig',
-  'PPOConfig',
-  'RewardModelConfig',
-  'SFTConfig',
-  'objective_of',
-]
+__all__ = ['OBJECTIVES', 'Actors', 'LossOutput', 'Objective', 'ObjectiveConfig', 'objective_of']

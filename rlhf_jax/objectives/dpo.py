@@ -15,6 +15,7 @@ from rlhf_jax.objectives.base import (
   LossOutput,
   Objective,
   Params,
+  always,
   of_preferred,
   pair_logprobs,
 )
@@ -168,4 +169,4 @@ def difference(config: DPOConfig, actors: Actors, params: Params, batch: Pairs) 
   return rewards[:, 0] - rewards[:, 1]
 
 
-OBJECTIVE = Objective('dpo', DPOConfig, 'comparisons', loss, lambda config: True, difference)
+OBJECTIVE = Objective('dpo', DPOConfig, 'comparisons', loss, always, difference)

@@ -9,7 +9,7 @@ from rlhf_jax.common.checks import check_float, check_shapes
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Pairs
-from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params, flatten_pairs
+from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params, flatten_rows
 
 Array = jax.Array
 
@@ -37,11 +37,16 @@ class RewardModelConfig:
     for name in ('margin_coefficient', 'center_coefficient'):
       if not getattr(self, name) >= 0:
         raise ConfigError(f'{path}.{name}', getattr(self, name), 'a number >= 0')
-    kinds = ('none', 'policy_samples', 'demonstrations')
-    if self.normalization not in kinds:
-      raise ConfigError(f'{path}.normalization', self.normalization, f'one of {kinds}')
-    if self.normalization_samples < 2:
-      raise ConfigError(f'{path}.normalization_samples', self.normalization_samples, 'at least 2')
+    check_normalization(path, self.normalization, self.normalization_samples)
+
+
+def check_normalization(path: str, kind: str, samples: int) -> None:
+  """Raises ConfigError for a `normalization` that is none."""
+  kinds = ('none', 'policy_samples', 'demonstrations')
+  if kind not in kinds:
+    raise ConfigError(f'{path}.normalization', kind, f'one of {kinds}')
+  if samples < 2:
+    raise ConfigError(f'{path}.normalization_samples', samples, 'at least 2')
 
 
 def bradley_terry(
@@ -96,7 +101,7 @@ def preference_metrics(difference: Array, preference: Array) -> dict[str, Mean]:
 def pair_scores(actors: Actors, params: Params, batch: Pairs) -> Array:
   """Scores of both responses, `[B, 2]` float32."""
   assert actors.reward is not None
-  return actors.reward(params, flatten_pairs(batch.sequences)).reshape(-1, 2).astype(jnp.float32)
+  return actors.reward(params, flatten_rows(batch.sequences)).reshape(-1, 2).astype(jnp.float32)
 
 
 def loss(config: RewardModelConfig, actors: Actors, params: Params, batch: Pairs) -> LossOutput:
@@ -123,5 +128,10 @@ def difference(config: RewardModelConfig, actors: Actors, params: Params, batch:
 
 
 OBJECTIVE = Objective(
-  'reward_model', RewardModelConfig, 'comparisons', loss, lambda config: False, difference
+  'reward_model',
+  RewardModelConfig,
+  'comparisons',
+  loss,
+  difference=difference,
+  trains='reward_model',
 )

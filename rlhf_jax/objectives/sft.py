@@ -29,10 +29,9 @@ def loss(config: SFTConfig, actors: Actors, params: Params, batch: Sequences) ->
     batch: `[B, P]` prompts and `[B, R]` responses.
   """
   del config
-  check_shapes('prompt:BP prompt_mask:BP response:BR response_mask:BR', **vars(batch))
   assert actors.policy is not None
-  output = actors.policy(params, batch)
-  mask = batch.response_mask
+  output, mask = actors.policy(params, batch), batch.response_mask
+  check_shapes('mask:BR logprobs:BR', mask=mask, logprobs=output.logprobs)
   mean = Mean.of(-output.logprobs, mask)
   return mean, {
     'nll': mean,
@@ -41,4 +40,4 @@ def loss(config: SFTConfig, actors: Actors, params: Params, batch: Sequences) ->
   }
 
 
-OBJECTIVE = Objective('sft', SFTConfig, 'demonstrations', loss, lambda config: False)
+OBJECTIVE = Objective('sft', SFTConfig, 'demonstrations', loss)

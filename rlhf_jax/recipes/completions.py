@@ -13,7 +13,8 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.feedback.records import Prompt
 from rlhf_jax.generation.sample import Samples
 from rlhf_jax.recipes.finished import Finished
-from rlhf_jax.recipes.probes import make_sampler
+from rlhf_jax.recipes.parts import Parts
+from rlhf_jax.recipes.policies import make_sampler
 from rlhf_jax.sharding.mesh import put_batch
 
 Array = jax.Array
@@ -56,6 +57,7 @@ def make_completer(opened: Finished) -> Completer:
   that are as good as equally likely.)
   """
   parts = opened.parts
+  assert isinstance(parts, Parts), 'only policies over text are opened without feedback'
   sampler = jax.jit(make_sampler(parts))
   room = parts.config.data.prompt_length - (parts.tokenizer.bos_id is not None)
 
@@ -67,7 +69,7 @@ def make_completer(opened: Finished) -> Completer:
     prompts: Any = columns.take(np.arange(len(rows)))
     prompts = dataclasses.replace(prompts, index=np.array([_number(*row) for row in rows]))
     with jax.set_mesh(parts.mesh):
-      _, drawn = sampler(opened.params['policy'], put_batch(prompts, parts.mesh), key)
+      _, drawn = sampler(opened.params, put_batch(prompts, parts.mesh), key)
     lengths = [len(row) for row in parts.tokenizer.encode_batch([text for text, _ in rows])]
     return _completions(parts.tokenizer.decode, rows, prompts, jax.device_get(drawn), lengths, room)
 

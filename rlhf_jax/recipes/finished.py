@@ -7,32 +7,38 @@ import jax
 
 from rlhf_jax.common.errors import RunError
 from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.feedback.dataset import Feedback
-from rlhf_jax.objectives import RewardModelConfig, objective_of
+from rlhf_jax.models import q_heads
+from rlhf_jax.models.gaussian import GaussianPolicyConfig
+from rlhf_jax.objectives import objective_of
+from rlhf_jax.objectives.ilql import ILQLConfig
+from rlhf_jax.recipes.control import ControlParts, abstract_policy, control_questions
 from rlhf_jax.recipes.offline import offline_questions
 from rlhf_jax.recipes.online import online_questions
 from rlhf_jax.recipes.parts import (
   Parts,
   abstract_decoder,
+  abstract_q_heads,
   abstract_reward_model,
   check_length,
-  load_reward_model,
 )
 from rlhf_jax.recipes.probes import Question
+from rlhf_jax.recipes.rewards import load_reward_model
 from rlhf_jax.runs import Run
 
 
 class Finished(NamedTuple):
-  """A finished run's pieces, and the parameters it is known by: 'policy' or 'reward_model'."""
+  """A finished run's pieces, and the parameters it is known by: a policy's or a reward model's."""
 
-  parts: Parts
+  parts: Parts | ControlParts
   params: dict[str, Any]
 
 
 def open_run(
   run: Run,
   config: ExperimentConfig,
-  feedback: Feedback,
+  feedback: Feedback | ControlFeedback,
   mesh: jax.sharding.Mesh,
   *,
   parents: Mapping[str, Run],
@@ -53,6 +59,12 @@ def open_run(
     ConfigError: its decoder cannot hold sequences as long as the config says.
   """
   run.require_result()
+  if isinstance(feedback, ControlFeedback):
+    control = ControlParts(config, mesh, feedback, run.model, parents)
+    policy = run.restore_role('policy', abstract_policy(control), checkpoint)
+    return Finished(control, {'policy': policy})
+  if isinstance(run.model, GaussianPolicyConfig):
+    raise RunError(f'{run.folder}: a policy for control, which neither reads nor writes text.')
   model, tokenizer = run.model, run.tokenizer()
   check_length(model, config)
   for role, parent in parents.items():
@@ -68,13 +80,20 @@ def open_run(
       'have the same.'
     )
   parts = Parts(config, mesh, feedback, tokenizer, model, parents)
-  scores = isinstance(config.objective, RewardModelConfig)
-  role = 'reward_model' if scores else 'policy'
-  abstract = abstract_reward_model(model, mesh) if scores else abstract_decoder(model, mesh)
-  return Finished(parts, {role: run.restore_role(role, abstract, checkpoint)})
+  if objective_of(config.objective).trains == 'reward_model':
+    roles = {'reward_model': abstract_reward_model(model, mesh)}
+  else:
+    roles = {'policy': abstract_decoder(model, mesh)}
+  if isinstance(config.objective, ILQLConfig):
+    roles['q_heads'] = abstract_q_heads(model, mesh)
+    roles['q_target'] = q_heads.target_of(roles['q_heads'])
+  params = {role: run.restore_role(role, tree, checkpoint) for role, tree in roles.items()}
+  return Finished(parts, params)
 
 
-def own_questions(parts: Parts) -> list[Question]:
+def own_questions(parts: Parts | ControlParts) -> list[Question]:
   """What the run's evaluations asked along its way."""
+  if isinstance(parts, ControlParts):
+    return control_questions(parts)
   online = objective_of(parts.config.objective).data == 'prompts'
   return online_questions(parts, load_reward_model(parts)) if online else offline_questions(parts)

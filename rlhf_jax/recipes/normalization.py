@@ -11,7 +11,6 @@ from rlhf_jax.common import prng
 from rlhf_jax.common.types import Array, Sequences
 from rlhf_jax.data import pipeline
 from rlhf_jax.models import roles
-from rlhf_jax.objectives import RewardModelConfig
 from rlhf_jax.recipes.parts import Parts, init_decoder
 from rlhf_jax.recipes.probes import device_batches, prompt_columns, sample_scores
 
@@ -23,9 +22,9 @@ def normalized(parts: Parts, params: Any) -> Any:
   et al. 2019); 'demonstrations': gain 1 and bias -mean over training demonstrations (Huang et al.
   2024).
   """
-  config = parts.config.objective
-  assert isinstance(config, RewardModelConfig)
-  if config.normalization == 'none':
+  config: Any = parts.config.objective
+  kind = getattr(config, 'normalization', 'none')
+  if kind == 'none':
     return params
 
   @jax.jit
@@ -33,11 +32,12 @@ def normalized(parts: Parts, params: Any) -> Any:
     return roles.reward_score(parts.model, params, rows, normalize=False)
 
   count = config.normalization_samples
-  if config.normalization == 'policy_samples':
+  if kind == 'policy_samples':
     columns = prompt_columns(parts, 'train', count)
     key = prng.stream_key(prng.base_key(parts.config.seed), prng.Stream.NORMALIZATION)
     rounds = math.ceil(count / len(columns))
-    policy = parts.reference if 'policy' in parts.parents else init_decoder(parts)
+    trunk = parts.reference if 'policy' in parts.parents else init_decoder(parts)
+    policy = {'policy': trunk}
     scores = sample_scores(parts, lambda rows: raw(params, rows), policy, key, columns, rounds)
     scores = scores.ravel()[:count]
     gain = 1.0 / max(float(scores.std()), 1e-6)

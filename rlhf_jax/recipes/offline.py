@@ -1,4 +1,4 @@
-"""Recipes of objectives that learn from given responses: SFT, reward models, DPO, CPL."""
+"""Recipes of objectives that learn from given responses."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,28 +8,35 @@ import jax
 import numpy as np
 
 from rlhf_jax.common.metrics import Metrics, Sum
-from rlhf_jax.common.types import Pairs, Sequences
+from rlhf_jax.common.rows import map_rows
+from rlhf_jax.common.types import Sequences
 from rlhf_jax.data import pipeline
-from rlhf_jax.models import roles
-from rlhf_jax.objectives import Actors, RewardModelConfig, objective_of
-from rlhf_jax.objectives.base import flatten_pairs
+from rlhf_jax.models import q_heads, roles
+from rlhf_jax.objectives import Actors, objective_of
+from rlhf_jax.objectives.base import response_logprobs
+from rlhf_jax.objectives.ilql import ILQLConfig
+from rlhf_jax.recipes.baselines import reference_baselines
 from rlhf_jax.recipes.normalization import normalized
 from rlhf_jax.recipes.parts import (
   Parts,
+  StageParts,
   abstract_decoder,
+  abstract_q_heads,
   abstract_reward_model,
   init_decoder,
+  init_q_heads,
   init_reward_model,
-  load_reward_model,
-  make_trainer,
 )
 from rlhf_jax.recipes.probes import (
   Question,
   ask,
-  likelihood_question,
+  device_batches,
+  loss_question,
   policy_question,
   preference_question,
 )
+from rlhf_jax.recipes.rewards import load_reward_model
+from rlhf_jax.recipes.trainer import Trees, make_trainer
 from rlhf_jax.sharding.mesh import put_batch
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
@@ -40,89 +47,155 @@ Columns = pipeline.Columns
 
 def make_actors(parts: Parts) -> Actors:
   """The apply functions of an offline objective; given responses are scored at temperature 1."""
+  model = parts.model
 
   def policy(params: Any, sequences: Sequences) -> Any:
-    return roles.policy_output(parts.model, params['policy'], sequences, temperature=1.0)
+    return roles.policy_output(model, params['policy'], sequences, temperature=1.0)
 
   def reward(params: Any, sequences: Sequences) -> Array:
-    return roles.reward_score(parts.model, params['reward_model'], sequences, normalize=False)
+    return roles.reward_score(model, params['reward_model'], sequences, normalize=False)
 
-  return Actors(policy=policy, reward=reward)
+  def token_reward(params: Any, sequences: Sequences) -> Array:
+    return roles.token_reward(model, params['reward_model'], sequences)
+
+  def q(params: Any, sequences: Sequences) -> Any:
+    policy, heads, target = (params[role] for role in ('policy', 'q_heads', 'q_target'))
+    return q_heads.q_output(model, policy, heads, target, sequences)
+
+  return Actors(policy, reward, token_reward, q)
 
 
 def count_tokens(batch: Any) -> Metrics:
   """Real tokens that an update reads."""
-  sequences = batch.sequences if isinstance(batch, Pairs) else batch
-  return {'tokens': Sum(sequences.prompt_mask.sum() + sequences.response_mask.sum())}
+  sequences = getattr(batch, 'sequences', batch)
+  tokens = sequences.response_mask.sum()
+  if isinstance(sequences, Sequences):  # segments of control have no prompt; their steps count
+    tokens += sequences.prompt_mask.sum()
+  return {'tokens': Sum(tokens)}
 
 
-class Scorer(NamedTuple):
-  """The frozen reference and the jitted function that adds its log-probs to pairs."""
+class Preparation(NamedTuple):
+  """What is done to a batch before its update, without gradients.
 
-  reference: Any
-  score: Callable[[Any, Pairs], Pairs]
+  Attributes:
+    reference: the frozen reference by role, `{'policy': ...}`; None where none is needed.
+    score: jitted `(reference, batch) -> batch` with the reference's log-probs.
+    prepare: jitted `(params, reference, batch) -> batch`, the objective's own preparation.
+  """
 
+  reference: dict[str, Any] | None
+  score: Callable[[Any, Any], Any]
+  prepare: Callable[[Any, Any, Any], Any]
 
-def make_scorer(parts: Parts) -> Scorer:
-  """The stage's reference, scoring pairs."""
-  actors = make_actors(parts)
-
-  def score(reference: Any, pairs: Pairs) -> Pairs:
-    assert actors.policy is not None
-    logprobs = actors.policy({'policy': reference}, flatten_pairs(pairs.sequences)).logprobs
-    return dataclasses.replace(
-      pairs, reference_logprobs=logprobs.reshape(pairs.sequences.response.shape)
-    )
-
-  return Scorer(parts.reference, jax.jit(score))
+  def __call__(self, params: Any, batch: Any) -> Any:
+    if self.reference is not None and batch.reference_logprobs is None:
+      batch = self.score(self.reference, batch)
+    return self.prepare(params, self.reference, batch)
 
 
-def cache_reference(parts: Parts, scorer: Scorer, columns: Columns) -> Columns:
-  """Scores the whole dataset once: the columns with `reference_logprobs` `[N, 2, R]` attached."""
+def make_preparation(parts: StageParts, actors: Actors) -> Preparation:
+  """The stage's preparation of batches."""
+  config = parts.config
+  objective = objective_of(config.objective)
+
+  def score(reference: Any, batch: Any) -> Any:
+    def read(sequences: Sequences) -> Array:
+      return response_logprobs(actors, reference, sequences)
+
+    logprobs = map_rows(read, batch.sequences, config.accumulation)
+    return dataclasses.replace(batch, reference_logprobs=logprobs)
+
+  def prepare(params: Any, reference: Any, batch: Any) -> Any:
+    assert objective.prepare is not None
+    return objective.prepare(config.objective, actors, params, reference, batch)
+
+  needed = objective.reference(config.objective)
+  return Preparation(
+    {'policy': parts.reference} if needed else None,
+    jax.jit(score),
+    (lambda params, reference, batch: batch) if objective.prepare is None else jax.jit(prepare),
+  )
+
+
+def cache_reference(parts: StageParts, preparation: Preparation, columns: Columns) -> Columns:
+  """Scores the whole dataset once: the columns with the reference's log-probs attached."""
   rows = []
-  for batch, real in pipeline.sequential(columns, parts.config.batch_size):
-    scored = scorer.score(scorer.reference, put_batch(batch, parts.mesh))
+  for batch, real in device_batches(parts, columns, parts.config.batch_size):
+    scored = preparation.score(preparation.reference, batch)
     rows.append(np.asarray(scored.reference_logprobs)[real])
   return columns.attach(reference_logprobs=np.concatenate(rows))
 
 
-def reference_adder(scorer: Scorer | None) -> Callable[[Any], Any]:
-  """Adds the reference's log-probs to a batch on the mesh; without a scorer it adds nothing."""
-  if scorer is None:
-    return lambda batch: batch
-  return lambda batch: scorer.score(scorer.reference, batch)
+class Dataset(NamedTuple):
+  """Training rows, and with what weights they are drawn; None: each once an epoch."""
+
+  columns: Columns
+  weights: np.ndarray | None
+
+
+def curated(parts: Parts, columns: Columns) -> Dataset:
+  """What the objective makes of the dataset's ratings; other data stay as they are."""
+  objective = objective_of(parts.config.objective)
+  if objective.curate is None:
+    return Dataset(columns, None)
+  scores, keep, weights = objective.curate(
+    parts.config.objective,
+    np.asarray(columns.extras['score'], np.float64),
+    lambda: reference_baselines(parts, columns),
+  )
+  columns = columns.attach(score=scores.astype(np.float32)).select(np.flatnonzero(keep))
+  columns = columns.count(rows_left_out=int((~keep).sum()))
+  return Dataset(columns, None if weights is None else weights[keep])
+
+
+def make_trees(parts: Parts) -> Trees:
+  """What the stage trains: a policy, a reward model, or a policy with Q heads."""
+  model, mesh = parts.model, parts.mesh
+  if objective_of(parts.config.objective).trains == 'reward_model':
+    return Trees(
+      {'reward_model': abstract_reward_model(model, mesh)}, lambda: _new_reward(parts), {}
+    )
+  policy = {'policy': abstract_decoder(model, mesh)}
+  if not isinstance(parts.config.objective, ILQLConfig):
+    return Trees(policy, lambda: {'policy': init_decoder(parts)}, {})
+  rate = parts.config.objective.target_rate
+
+  def targets(params: dict[str, Any]) -> dict[str, Any]:
+    return {'q_target': q_heads.target_of(params['q_heads'])}
+
+  def move(slow: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(lambda old, new: old + rate * (new - old), slow, targets(params))
+
+  return Trees(
+    {**policy, 'q_heads': abstract_q_heads(model, mesh)},
+    lambda: {'policy': init_decoder(parts), 'q_heads': init_q_heads(parts)},
+    {},
+    targets,
+    move,
+  )
+
+
+class Learner(NamedTuple):
+  """What sets one family of offline stages apart from another.
+
+  Attributes:
+    actors: the apply functions of the objective.
+    trees: what is trained.
+    dataset: the training rows.
+    questions: what is asked of the model along the run.
+    finish: the last touch to the state.
+  """
+
+  actors: Actors
+  trees: Trees
+  dataset: Dataset
+  questions: Callable[[Preparation], list[Question]]
+  finish: Callable[[TrainState], TrainState] = lambda state: state
 
 
 def build_offline(parts: Parts) -> Recipe:
-  """The recipe of SFT, a reward model, DPO or CPL."""
-  config = parts.config
-  objective = objective_of(config.objective)
+  """The recipe of an objective that learns from given responses."""
   actors = make_actors(parts)
-  columns = encode(parts, 'train')
-  scorer = make_scorer(parts) if objective.reference(config.objective) else None
-  cached = scorer is not None and getattr(config.objective, 'reference', 'online') == 'cached'
-  if scorer is not None and cached:
-    columns = cache_reference(parts, scorer, columns)
-  batches = pipeline.batches(columns, config.batch_size, config.seed)
-  count = jax.jit(count_tokens)
-
-  add_reference = reference_adder(scorer)
-
-  def prepare(state: TrainState, batch: Any) -> Prepared:
-    batch = put_batch(batch, parts.mesh)
-    batch = batch if cached else add_reference(batch)
-    return Prepared(batch, state.carry, count(batch))
-
-  def loss(params: Any, batch: Any) -> Any:
-    return objective.loss(config.objective, actors, params, batch)
-
-  abstract: dict[str, Any] = (
-    {'reward_model': abstract_reward_model(parts.model, parts.mesh)}
-    if isinstance(config.objective, RewardModelConfig)
-    else {'policy': abstract_decoder(parts.model, parts.mesh)}
-  )
-  trainer = make_trainer(parts, abstract, lambda: initial_params(parts), {}, loss)
-  questions = questions_of(parts, actors, add_reference)
 
   def finish(state: TrainState) -> TrainState:
     if 'reward_model' not in state.params:
@@ -131,6 +204,33 @@ def build_offline(parts: Parts) -> Recipe:
       state, params={'reward_model': normalized(parts, state.params['reward_model'])}
     )
 
+  def questions(preparation: Preparation) -> list[Question]:
+    return questions_of(parts, actors, preparation)
+
+  dataset = curated(parts, encode(parts, 'train'))
+  return offline_recipe(parts, Learner(actors, make_trees(parts), dataset, questions, finish))
+
+
+def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
+  """The recipe that any offline stage has."""
+  config = parts.config
+  objective = objective_of(config.objective)
+  columns, weights = learner.dataset
+  preparation = make_preparation(parts, learner.actors)
+  if preparation.reference is not None and getattr(config.objective, 'reference', '') == 'cached':
+    columns = cache_reference(parts, preparation, columns)
+  batches = pipeline.batches(columns, config.batch_size, config.seed, weights)
+  count = jax.jit(count_tokens)
+
+  def prepare(state: TrainState, batch: Any) -> Prepared:
+    batch = put_batch(batch, parts.mesh)
+    return Prepared(preparation(state.by_role, batch), state.carry, count(batch))
+
+  def loss(params: Any, batch: Any) -> Any:
+    return objective.loss(config.objective, learner.actors, params, batch)
+
+  trainer = make_trainer(parts, learner.trees, loss)
+  questions = learner.questions(preparation)
   return Recipe(
     trainer.abstract,
     trainer.init,
@@ -138,47 +238,38 @@ def build_offline(parts: Parts) -> Recipe:
     prepare,
     trainer.update,
     lambda params, step: ask(questions, params, step),
-    finish,
-    ('loss', 'accuracy') if objective.difference else ('loss', 'entropy'),
+    learner.finish,
+    ('loss', 'accuracy') if objective.difference else ('loss',),
     columns.statistics,
   )
 
 
 def offline_questions(parts: Parts) -> list[Question]:
   """What is asked of a stage, apart from its training."""
-  scorer = (
-    make_scorer(parts)
-    if objective_of(parts.config.objective).reference(parts.config.objective)
-    else None
-  )
-  return questions_of(parts, make_actors(parts), reference_adder(scorer))
+  actors = make_actors(parts)
+  return questions_of(parts, actors, make_preparation(parts, actors))
 
 
-def questions_of(
-  parts: Parts, actors: Actors, add_reference: Callable[[Any], Any]
-) -> list[Question]:
-  """Held-out likelihood or preferences, and for a policy what it answers."""
+def questions_of(parts: Parts, actors: Actors, preparation: Preparation) -> list[Question]:
+  """Held-out preferences or losses, and for a policy what it answers."""
   config = parts.config
+  objective = objective_of(config.objective)
   questions: list[Question] = []
-  if config.evaluation.records:
+  # What is curated from the training set as a whole has no counterpart on held-out records.
+  if config.evaluation.records and objective.curate is None:
     held_out = encode(parts, 'held_out', config.evaluation.records)
-    if objective_of(config.objective).difference is None:
-      questions.append(likelihood_question(parts, actors, held_out))
-    else:
-      questions.append(preference_question(parts, actors, held_out, add_reference))
-  if not isinstance(config.objective, RewardModelConfig):
+    ask_about = loss_question if objective.difference is None else preference_question
+    questions.append(ask_about(parts, actors, held_out, preparation.__call__))
+  if objective.trains == 'policy':
     policy = policy_question(parts, load_reward_model(parts))
     questions += [policy] if policy else []
   return questions
 
 
-def initial_params(parts: Parts) -> dict[str, Any]:
-  """What is trained at step 0; a reward model is normalised beforehand where Ziegler et al. do."""
-  config = parts.config.objective
-  if not isinstance(config, RewardModelConfig):
-    return {'policy': init_decoder(parts)}
+def _new_reward(parts: Parts) -> dict[str, Any]:
+  """A reward model at step 0, normalised beforehand where Ziegler et al. do."""
   params = init_reward_model(parts)
-  if config.normalization == 'policy_samples':
+  if getattr(parts.config.objective, 'normalization', 'none') == 'policy_samples':
     params = normalized(parts, params)
   return {'reward_model': params}
 
@@ -187,7 +278,4 @@ def encode(parts: Parts, split: str, count: int | None = None) -> Columns:
   """The (first `count`) records of the kind the objective eats, as token ids."""
   kind = objective_of(parts.config.objective).data
   records = parts.feedback.require(split, kind)[:count]
-  encoder = (
-    pipeline.encode_demonstrations if kind == 'demonstrations' else pipeline.encode_comparisons
-  )
-  return encoder(records, parts.tokenizer, parts.config.data)
+  return pipeline.encode(kind, records, parts.tokenizer, parts.config.data)

@@ -5,30 +5,40 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 
 from rlhf_jax.common import prng
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.config import ExperimentConfig, field_of
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.config import TRAINED_TOKENIZERS, DataConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.dataset import Feedback
-from rlhf_jax.models import decoder, heads, roles
+from rlhf_jax.models import decoder, heads, q_heads, roles
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import PPOConfig
+from rlhf_jax.objectives import objective_of
 from rlhf_jax.runs import Run
-from rlhf_jax.sharding.mesh import batch_sharding, make_mesh, replicated
-from rlhf_jax.sharding.rules import opt_state_shardings, param_shardings
-from rlhf_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from rlhf_jax.training.state import TrainState
-from rlhf_jax.training.step import Loss, Schedule, make_update
+from rlhf_jax.sharding.mesh import make_mesh
+from rlhf_jax.sharding.rules import param_shardings
 
 Array = jax.Array
 Mesh = jax.sharding.Mesh
+
+
+class StageParts(Protocol):
+  """What stages of every kind have."""
+
+  @property
+  def config(self) -> ExperimentConfig: ...
+
+  @property
+  def mesh(self) -> Mesh: ...
+
+  @property
+  def reference(self) -> Any | None:
+    """The parameters that the trained policy starts from, frozen; None without a parent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,24 +78,38 @@ def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: F
       decoder cannot hold the sequences or the vocabulary.
   """
   mesh = check_devices(config)
+  assert isinstance(config.model, ModelConfig), 'validate() demands it of texts'
   if 'policy' in parents:
     tokenizer = parents['policy'].tokenizer()
     model = inherit(config.model, parents['policy'].model)
   else:
     tokenizer = make_tokenizer(config.data, feedback)
     model = config.model.with_vocabulary(tokenizer.vocab_size)
-  if 'reward_model' in parents:
-    theirs = parents['reward_model'].tokenizer()
-    if theirs.fingerprint != tokenizer.fingerprint:
-      raise ConfigError(
-        'reward_model.init',
-        config.reward_model.init,
-        "a reward model with the policy's tokenizer",
-        'Train it from the same start (its policy.init), or on the same data.',
-      )
+  for role, run in parents.items():
+    check_parent(role, run, config, tokenizer)
   check_length(model, config)
   check_tokens(config, model)
   return Parts(config, mesh, feedback, tokenizer, model, parents)
+
+
+def check_parent(role: str, run: Run, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
+  """Raises ConfigError for a run that cannot be what its role says."""
+  field = field_of(role)
+  trained, wanted = objective_of(run.config.objective).trains, field
+  if trained != wanted:
+    raise ConfigError(
+      f'{field}.init',
+      str(run.folder),
+      f'the run of a {wanted.replace("_", " ")}',
+      f'That run trained a {trained.replace("_", " ")}.',
+    )
+  if run.tokenizer().fingerprint != tokenizer.fingerprint:
+    raise ConfigError(
+      f'{field}.init',
+      str(run.folder),
+      f"a {wanted.replace('_', ' ')} with the policy's tokenizer",
+      'Train it from the same start (its policy.init), or on the same data.',
+    )
 
 
 def inherit(asked: ModelConfig, parent: ModelConfig) -> ModelConfig:
@@ -113,9 +137,10 @@ def inherit(asked: ModelConfig, parent: ModelConfig) -> ModelConfig:
 
 def check_tokens(config: ExperimentConfig, model: ModelConfig) -> None:
   """Token ids in a config must be ids of the vocabulary."""
-  tokens = {'generation.stop_tokens': config.generation.stop_tokens}
-  if isinstance(config.objective, PPOConfig):
-    tokens['objective.score_truncation_token'] = (config.objective.score_truncation_token,)
+  tokens = {
+    'generation.stop_tokens': config.generation.stop_tokens,
+    'rollout.score_truncation_token': (config.rollout.score_truncation_token,),
+  }
   for field, ids in tokens.items():
     if any(token >= model.vocab_size for token in ids):
       raise ConfigError(field, ids, f'ids below {model.vocab_size}, the size of the vocabulary')
@@ -168,7 +193,7 @@ def check_length(model: ModelConfig, config: ExperimentConfig) -> None:
     )
 
 
-def _placed(axes: Any, init: Callable[[Array], Any], mesh: Mesh) -> Any:
+def placed(axes: Any, init: Callable[[Array], Any], mesh: Mesh) -> Any:
   """Shapes, dtypes and shardings of what `init` would make."""
   abstract = jax.eval_shape(init, jax.random.key(0))
   shardings = param_shardings(axes, abstract, mesh)
@@ -181,12 +206,17 @@ def _placed(axes: Any, init: Callable[[Array], Any], mesh: Mesh) -> Any:
 
 def abstract_decoder(model: ModelConfig, mesh: Mesh) -> Any:
   """A decoder's shapes and shardings."""
-  return _placed(decoder.logical_axes(model), lambda key: decoder.init(model, key), mesh)
+  return placed(decoder.logical_axes(model), lambda key: decoder.init(model, key), mesh)
+
+
+def abstract_q_heads(model: ModelConfig, mesh: Mesh) -> Any:
+  """Shapes and shardings of the heads of offline Q-learning."""
+  return placed(q_heads.q_heads_axes(), lambda key: q_heads.q_heads_init(model, key), mesh)
 
 
 def abstract_head(model: ModelConfig, mesh: Mesh) -> Any:
   """A scalar head's shapes and shardings."""
-  return _placed(
+  return placed(
     heads.scalar_head_axes(),
     lambda key: heads.scalar_head_init(key, model.width, init='zero'),
     mesh,
@@ -195,7 +225,7 @@ def abstract_head(model: ModelConfig, mesh: Mesh) -> Any:
 
 def abstract_reward_model(model: ModelConfig, mesh: Mesh) -> Any:
   """A reward model's shapes and shardings."""
-  return _placed(
+  return placed(
     roles.reward_model_axes(model), lambda key: roles.init_reward_model(model, key), mesh
   )
 
@@ -227,89 +257,10 @@ def init_reward_model(parts: Parts) -> Any:
   return jax.device_put(params, shardings_of(abstract))
 
 
-class FrozenRewardModel(NamedTuple):
-  """A trained reward model: its decoder config and its parameters on the mesh."""
-
-  model: ModelConfig
-  params: Any
-
-
-def load_reward_model(parts: Parts) -> FrozenRewardModel | None:
-  """The reward model the config names; None if it names none."""
-  if 'reward_model' not in parts.parents:
-    return None
-  run = parts.parents['reward_model']
-  params = run.restore_role(
-    'reward_model',
-    abstract_reward_model(run.model, parts.mesh),
-    parts.config.reward_model.checkpoint,
+def init_q_heads(parts: Parts) -> Any:
+  """New heads of offline Q-learning."""
+  abstract = abstract_q_heads(parts.model, parts.mesh)
+  init = jax.jit(
+    lambda key: q_heads.q_heads_init(parts.model, key), out_shardings=shardings_of(abstract)
   )
-  return FrozenRewardModel(run.model, params)
-
-
-class Trainer(NamedTuple):
-  """The parts of a recipe that do not depend on the objective's family."""
-
-  abstract: TrainState
-  init: Callable[[], TrainState]
-  update: Callable[[TrainState, Any], Any]
-
-
-def make_trainer(
-  parts: Parts,
-  abstract_params: Any,
-  init_params: Callable[[], Any],
-  carry: dict[str, float],
-  loss: Loss,
-) -> Trainer:
-  """The optimizer, the sharded state, and the jitted update with the state donated.
-
-  Args:
-    parts: the stage's pieces.
-    abstract_params: trained parameters by role, with shardings.
-    init_params: makes them.
-    carry: initial values of what the recipe carries from step to step.
-    loss: `(params, batch) -> (Mean, metrics)`.
-  """
-  config = parts.config
-  objective = config.objective
-  schedule = Schedule(
-    epochs=getattr(objective, 'epochs', 1),
-    minibatches=getattr(objective, 'minibatches', 1),
-    accumulation=config.accumulation,
-  )
-  total_updates = config.steps * schedule.epochs * schedule.minibatches
-  optimizer = make_optimizer(config.optimizer, total_updates)
-
-  def create(params: Any) -> TrainState:
-    values = {name: jnp.float32(value) for name, value in carry.items()}
-    return TrainState.create(params, optimizer, config.seed, values)
-
-  everywhere = replicated(parts.mesh)
-  param_sharding = shardings_of(abstract_params)
-  shapes = jax.eval_shape(create, abstract_params)
-  shardings: Any = TrainState(
-    step=everywhere,
-    params=param_sharding,
-    opt_state=opt_state_shardings(optimizer, abstract_params, param_sharding, parts.mesh),
-    key=everywhere,
-    carry={name: everywhere for name in carry},
-  )
-  abstract = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    shapes,
-    shardings,
-  )
-  update = jax.jit(
-    make_update(loss, optimizer, learning_rate_schedule(config.optimizer, total_updates), schedule),
-    in_shardings=(shardings, batch_sharding(parts.mesh)),
-    out_shardings=(shardings, everywhere),
-    donate_argnums=0,
-  )
-
-  def init() -> TrainState:
-    return jax.jit(
-      create, in_shardings=(param_sharding,), out_shardings=shardings, donate_argnums=0
-    )(init_params())
-
-  return Trainer(abstract, init, update)
+  return init(init_key(parts, 1))

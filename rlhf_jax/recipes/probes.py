@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_jax.common import prng
 from rlhf_jax.common.errors import DataError
-from rlhf_jax.common.masked import masked_sum
+from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Prompts, Sequences
 from rlhf_jax.data import pipeline
 from rlhf_jax.evaluation.policy import (
@@ -20,11 +20,10 @@ from rlhf_jax.evaluation.policy import (
   wins,
 )
 from rlhf_jax.evaluation.preferences import log_losses, preference_scores, verdicts_right
-from rlhf_jax.generation.sample import Samples, generate, samples_to_sequences
-from rlhf_jax.models import roles
 from rlhf_jax.objectives import Actors, objective_of
-from rlhf_jax.ops.kl import exact_kl
-from rlhf_jax.recipes.parts import FrozenRewardModel, Parts
+from rlhf_jax.recipes.parts import Parts, StageParts
+from rlhf_jax.recipes.policies import Roles, make_kl, make_sampler
+from rlhf_jax.recipes.rewards import FrozenRewardModel, make_score
 from rlhf_jax.sharding.mesh import put_batch
 from rlhf_jax.training.recipe import Evaluation
 
@@ -50,57 +49,6 @@ def ask(questions: Sequence[Question], params: Any, step: int) -> Evaluation:
   return Evaluation(scalars, arrays)
 
 
-def temperature_of(parts: Parts) -> float:
-  """The temperature every logits tensor is divided by; greedy sampling measures at 1."""
-  temperature = parts.config.generation.temperature
-  return temperature if temperature > 0 else 1.0
-
-
-def make_sampler(parts: Parts) -> Callable[[Any, Prompts, Array], tuple[Sequences, Samples]]:
-  """`(policy params, prompts, key) -> responses` at the generation settings; to be jitted."""
-  config = parts.config
-
-  def sample(params: Any, prompts: Prompts, key: Array) -> tuple[Sequences, Samples]:
-    samples = generate(
-      parts.model,
-      params,
-      prompts,
-      key,
-      config=config.generation,
-      max_new_tokens=config.data.response_length,
-      eos_id=parts.tokenizer.eos_id if config.generation.stop_at_eos else -1,
-      pad_id=parts.tokenizer.pad_id,
-    )
-    return samples_to_sequences(prompts, samples), samples
-
-  return sample
-
-
-def make_kl(parts: Parts) -> Callable[[Any, Any, Sequences], Array]:
-  """Jitted `(params, reference params, sequences) -> [B]` exact KL summed along each response."""
-  temperature = temperature_of(parts)
-
-  @jax.jit
-  def kl(params: Any, reference: Any, sequences: Sequences) -> Array:
-    logits, reference_logits = (
-      roles.response_logits(parts.model, tree, sequences, temperature=temperature)
-      for tree in (params, reference)
-    )
-    return masked_sum(exact_kl(logits, reference_logits), sequences.response_mask, axis=-1)
-
-  return kl
-
-
-def make_score(reward_model: FrozenRewardModel) -> Callable[[Sequences], Array]:
-  """`sequences -> [B]` normalised scores; the parameters are an argument of the jitted function."""
-
-  @jax.jit
-  def score(params: Any, sequences: Sequences) -> Array:
-    return roles.reward_score(reward_model.model, params, sequences)
-
-  return lambda sequences: score(reward_model.params, sequences)
-
-
 def prompt_columns(parts: Parts, split: str, count: int | None) -> pipeline.Columns:
   """The first prompts of a split, encoded."""
   prompts = parts.feedback.require(split, 'prompts')[:count]
@@ -108,7 +56,7 @@ def prompt_columns(parts: Parts, split: str, count: int | None) -> pipeline.Colu
 
 
 def device_batches(
-  parts: Parts, columns: pipeline.Columns, batch_size: int | None = None
+  parts: StageParts, columns: pipeline.Columns, batch_size: int | None = None
 ) -> Iterator[tuple[Any, np.ndarray]]:
   """Every row once, on the mesh; `[B]` bool says which rows are not filling."""
   size = parts.config.evaluation.batch_size if batch_size is None else batch_size
@@ -117,7 +65,7 @@ def device_batches(
 
 
 def policy_probes(
-  parts: Parts, reference: Any | None, reward_model: FrozenRewardModel | None
+  parts: Parts, reference: Roles | None, reward_model: FrozenRewardModel | None
 ) -> PolicyProbes:
   """What can be measured of this stage's policy."""
   sampler, kl_of = make_sampler(parts), make_kl(parts)
@@ -127,14 +75,16 @@ def policy_probes(
     sequences, samples = sampler(params, prompts, key)
     return Answers(sequences, samples.finished)
 
-  def kl(params: Any, rows: Sequences) -> Array:
+  def kl(params: Roles, rows: Sequences) -> Array:
+    assert reference is not None
     return kl_of(params, reference, rows)
 
   task = parts.feedback.task
+  score = None if reward_model is None else make_score(reward_model)
   return PolicyProbes(
     generate=answer,
     kl=None if reference is None else kl,
-    proxy=None if reward_model is None else make_score(reward_model),
+    proxy=None if score is None else lambda rows: score(rows).scores,
     gold=None if task is None else task.gold_reward,
     decode=parts.tokenizer.decode,
   )
@@ -146,7 +96,7 @@ def policy_question(parts: Parts, reward_model: FrozenRewardModel | None) -> Que
   if not config.evaluation.prompts:
     return None
   columns = prompt_columns(parts, 'held_out', config.evaluation.prompts)
-  reference = parts.reference
+  reference = None if parts.reference is None else {'policy': parts.reference}
   probes = policy_probes(parts, reference, reward_model)
   key = prng.base_key(config.evaluation.seed)
 
@@ -160,7 +110,7 @@ def policy_question(parts: Parts, reward_model: FrozenRewardModel | None) -> Que
 
   def question(params: Any, step: int) -> Evaluation:
     del step
-    arrays = answers(params['policy'], _POLICY)
+    arrays = answers(params, _POLICY)
     if reference is not None:
       if not baseline:
         baseline.update(answers(reference, _BASELINE))
@@ -178,7 +128,7 @@ def policy_question(parts: Parts, reward_model: FrozenRewardModel | None) -> Que
 
 
 def preference_question(
-  parts: Parts, actors: Actors, columns: pipeline.Columns, prepare: Callable[[Any], Any]
+  parts: StageParts, actors: Actors, columns: pipeline.Columns, prepare: Callable[[Any, Any], Any]
 ) -> Question:
   """Does the model prefer what people preferred, on held-out comparisons?
 
@@ -186,7 +136,8 @@ def preference_question(
     parts: the stage's pieces.
     actors: apply functions of the objective.
     columns: held-out comparisons.
-    prepare: what training does to a batch before its update (adds the reference's log-probs).
+    prepare: from `(params, batch)`, what training does to a batch before its update (adds the
+      reference's log-probs).
   """
   config = parts.config
   objective = objective_of(config.objective)
@@ -200,7 +151,7 @@ def preference_question(
   def question(params: Any, step: int) -> Evaluation:
     del step
     found = [
-      np.asarray(differences(params, prepare(batch)))[real]
+      np.asarray(differences(params, prepare(params, batch)))[real]
       for batch, real in device_batches(parts, columns)
     ]
     differences_found, labels = np.concatenate(found), columns.extras['preference']
@@ -216,24 +167,44 @@ def preference_question(
   return question
 
 
-def likelihood_question(parts: Parts, actors: Actors, columns: pipeline.Columns) -> Question:
-  """How likely are held-out demonstrations, in nats a token?"""
+def loss_question(
+  parts: StageParts, actors: Actors, columns: pipeline.Columns, prepare: Callable[[Any, Any], Any]
+) -> Question:
+  """What are loss and metrics of the objective on held-out records, each by itself?
+
+  Args:
+    parts: the stage's pieces.
+    actors: apply functions of the objective.
+    columns: held-out records.
+    prepare: from `(params, batch)`, what training does to a batch before its update.
+  """
+  config = parts.config
+  objective = objective_of(config.objective)
 
   @jax.jit
-  def totals(params: Any, rows: Sequences) -> Array:
-    assert actors.policy is not None
-    return masked_sum(actors.policy(params, rows).logprobs, rows.response_mask, axis=-1)
+  def one_by_one(params: Any, batch: Any) -> dict[str, Mean]:
+    def row_loss(row: Any) -> dict[str, Mean]:
+      alone = jax.tree.map(lambda x: x[None], row)
+      mean, metrics = objective.loss(config.objective, actors, params, alone)
+      return {'loss': mean, **{k: v for k, v in metrics.items() if isinstance(v, Mean)}}
+
+    return jax.vmap(row_loss)(batch)
 
   def question(params: Any, step: int) -> Evaluation:
     del step
-    found = [
-      (-np.asarray(totals(params, batch))[real], np.asarray(batch.response_mask.sum(-1))[real])
-      for batch, real in device_batches(parts, columns)
-    ]
-    total, tokens = (np.concatenate(rows) for rows in zip(*found, strict=True))
+    found: dict[str, list[np.ndarray]] = {}
+    for batch, real in device_batches(parts, columns):
+      for name, mean in jax.device_get(one_by_one(params, prepare(params, batch))).items():
+        found.setdefault(name, []).append(np.stack([mean.total, mean.weight], axis=1)[real])
+    rows = {f'held_out_{name}': np.concatenate(parts) for name, parts in found.items()}
+    totals = {name: array.sum(0, dtype=np.float64) for name, array in rows.items()}
     return Evaluation(
-      {'held_out_nll': float(total.sum(dtype=np.float64) / max(tokens.sum(), 1))},
-      {'held_out_nll_total': total, 'held_out_tokens': tokens},
+      {name: float(total / max(weight, 1e-8)) for name, (total, weight) in totals.items()},
+      {
+        f'{name}_{part}': array[:, column]
+        for name, array in rows.items()
+        for column, part in enumerate(('total', 'weight'))
+      },
     )
 
   return question
@@ -242,7 +213,7 @@ def likelihood_question(parts: Parts, actors: Actors, columns: pipeline.Columns)
 def sample_scores(
   parts: Parts,
   score: Callable[[Sequences], Any],
-  params: Any,
+  params: Roles,
   key: Array,
   columns: pipeline.Columns,
   rounds: int,
@@ -278,6 +249,6 @@ def reference_rewards(parts: Parts, samples: int) -> np.ndarray:
 
   columns = prompt_columns(parts, 'held_out', config.prompts)
   key = prng.stream_key(prng.base_key(config.seed), prng.Stream.EVALUATION, _FRONTIER)
-  reference = parts.reference
+  reference = {'policy': parts.reference}
   batch_size = _FRONTIER_BATCHES * config.batch_size
   return sample_scores(parts, gold, reference, key, columns, samples, batch_size).T

@@ -1,4 +1,4 @@
-"""From a score per response to a reward per token."""
+"""What a response is scored as: where it is cut for scoring, and what not stopping costs."""
 
 import dataclasses
 from typing import NamedTuple
@@ -6,10 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.common.checks import check_float, check_shapes
-from rlhf_jax.common.masked import last_true, whiten
+from rlhf_jax.common.checks import check_float
 from rlhf_jax.common.types import Sequences
-from rlhf_jax.objectives.ppo import PPOConfig
+from rlhf_jax.rollout.config import RolloutConfig
 
 Array = jax.Array
 
@@ -21,7 +20,7 @@ class Stopped(NamedTuple):
   stopped: Array
 
 
-def truncate_for_scoring(sequences: Sequences, finished: Array, config: PPOConfig) -> Stopped:
+def truncate_for_scoring(sequences: Sequences, finished: Array, config: RolloutConfig) -> Stopped:
   """Cuts responses after the first truncation token at or after the given position, if asked to.
 
   The cut holds for scoring alone (Ziegler et al. 2019, released code): the policy trains on what it
@@ -43,7 +42,7 @@ def truncate_for_scoring(sequences: Sequences, finished: Array, config: PPOConfi
   )
 
 
-def handle_missing_stop(scores: Array, stopped: Array, config: PPOConfig) -> Array:
+def handle_missing_stop(scores: Array, stopped: Array, config: RolloutConfig) -> Array:
   """Scores `[B]` float32 with the named treatment of responses that never stopped.
 
   Raises `ShapeError` for integer scores, which were truncated somewhere before.
@@ -55,38 +54,3 @@ def handle_missing_stop(scores: Array, stopped: Array, config: PPOConfig) -> Arr
   if config.missing_stop == 'subtract':
     return jnp.where(stopped, scores, scores - config.missing_stop_value)
   return scores
-
-
-class Shaped(NamedTuple):
-  """Rewards `[B, R]` float32, and the mask `[B, R]` of positions that have a value."""
-
-  rewards: Array
-  value_mask: Array
-
-
-def shape_rewards(scores: Array, penalties: Array, mask: Array, config: PPOConfig) -> Shaped:
-  """Adds each response's score to its per-token penalties at the configured place.
-
-  Args:
-    scores: `[B]` float.
-    penalties: `[B, R]` float, `-beta k1` of each token; read under `mask` only.
-    mask: `[B, R]` bool, the response's tokens.
-    config: `score_placement` and `whiten_rewards` are read.
-  """
-  check_shapes('scores:B penalties:BR mask:BR', scores=scores, penalties=penalties, mask=mask)
-  check_float(scores=scores, penalties=penalties)
-  positions = jnp.arange(mask.shape[-1])
-  last = last_true(mask)
-  if config.score_placement == 'last_token':
-    place, value_mask = last, mask
-  elif config.score_placement == 'after_stop':
-    place = jnp.minimum(last + 1, mask.shape[-1] - 1)
-    value_mask = positions <= place[:, None]
-  else:
-    place = jnp.full_like(last, mask.shape[-1] - 1)
-    value_mask = jnp.ones_like(mask)
-  rewards = jnp.where(mask, penalties, 0.0).astype(jnp.float32)
-  rewards = rewards + jnp.where(positions == place[:, None], scores[:, None], 0.0)
-  if config.whiten_rewards:
-    rewards = whiten(rewards, value_mask, keep_mean=True)
-  return Shaped(rewards, value_mask)

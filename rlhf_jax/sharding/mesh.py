@@ -103,7 +103,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-  """Asks the compiler to lay the leading axes of `x` over the named mesh axes.
+  """Asks the compiler to lay the leading axes of `x` over the named mesh axes; None: not cut.
 
   Without a mesh (`jax.set_mesh`), or in code already mapped over it, this does nothing. An axis
   that the mesh does not divide, like the rows of a short last batch, is left to the compiler.
@@ -120,7 +120,7 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     known = automatic.issuperset(names)
     divides = known and size % math.prod(mesh.shape[name] for name in names) == 0
     spec.append(axis if names and divides else None)
-  if all(axis is None for axis in spec):
+  if not automatic or (spec.count(None) == len(spec) and any(axis is not None for axis in axes)):
     return x
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 

@@ -70,7 +70,12 @@ class Checkpoints:
     name = self._config.best_metric
     if name and name not in scalars:
       given = ', '.join(sorted(scalars))
-      raise ConfigError('checkpoint.best_metric', name, f'one of what evaluations give: {given}')
+      raise ConfigError(
+        'checkpoint.best_metric',
+        name,
+        f'one of what evaluations give: {given or "nothing"}',
+        '' if given else 'Set evaluation.prompts or evaluation.records.',
+      )
 
   @property
   def latest_step(self) -> int | None:
@@ -124,14 +129,19 @@ class Checkpoints:
       raise RunError(f'{self._folder}: there is no checkpoint to resume from.')
     loaded = self._load(step, _by_part(abstract))
     progress = self._checkpointer.checkpointables_metadata(step).custom_metadata
-    params = {
-      role: trees.unflatten(tree, loaded[_PARAMS + role]) for role, tree in abstract.params.items()
-    }
-    state = TrainState(params=params, **trees.unflatten(_rest(abstract), loaded[_REST]))
+
+    def roles(like: dict[str, Any]) -> dict[str, Any]:
+      return {role: trees.unflatten(tree, loaded[_PARAMS + role]) for role, tree in like.items()}
+
+    state = TrainState(
+      params=roles(abstract.params),
+      targets=roles(abstract.targets),
+      **trees.unflatten(_rest(abstract), loaded[_REST]),
+    )
     return state, dict(progress) if isinstance(progress, dict) else {}
 
   def restore_role(self, role: str, abstract: Any, step: int) -> Any:
-    """The parameters of one role alone, in the shapes and shardings of `abstract`."""
+    """One role's parameters or targets alone, in the shapes and shardings of `abstract`."""
     part = _PARAMS + role
     return trees.unflatten(abstract, self._load(step, {part: trees.flatten(abstract)})[part])
 
@@ -168,5 +178,5 @@ def _rest(state: TrainState) -> dict[str, Any]:
 
 def _by_part(state: TrainState) -> dict[str, Any]:
   """Each role's parameters apart, so that another stage can load one; flat, canonically named."""
-  params = {_PARAMS + role: trees.flatten(tree) for role, tree in state.params.items()}
+  params = {_PARAMS + role: trees.flatten(tree) for role, tree in state.by_role.items()}
   return {**params, _REST: trees.flatten(_rest(state))}

@@ -172,7 +172,9 @@ class _Run:
     batch = {name: np.asarray(leaf) for name, leaf in trees.flatten(done.batch).items()}
     path = folder / f'step_{done.step:08}.npz'
     np.savez(path, **batch)  # type: ignore[arg-type]
-    path.with_suffix('.json').write_text(json.dumps({'step': done.step, **values}, indent=1))
+    # JSON has no nan and no infinity: their names stand for them.
+    written = {name: x if np.isfinite(x) else str(x) for name, x in values.items()}
+    path.with_suffix('.json').write_text(json.dumps({'step': done.step, **written}, indent=1))
     named = ', '.join(f'{name} {values[name]}' for name in ('loss', 'gradient_norm'))
     raise NonFiniteError(
       f'{self.folder}: step {done.step}: {named}. The batch and the metrics of that step are in '
@@ -193,7 +195,7 @@ class _Run:
 
   def evaluate(self, step: int) -> dict[str, float]:
     """Asks the recipe's questions and writes the answers."""
-    scalars, arrays = self.recipe.evaluate(self.state.params, step)
+    scalars, arrays = self.recipe.evaluate(self.state.by_role, step)
     if arrays:
       folder = self.folder / 'evaluations'
       folder.mkdir(exist_ok=True)

@@ -20,7 +20,8 @@ class OptimizerConfig:
   Schedules count optimizer updates: an iteration of PPO makes epochs x minibatches of them.
   """
 
-  # 'adamw'; 'rmsprop' (Rafailov et al. 2023); 'sgd'.
+  # 'adamw'; 'rmsprop', PyTorch's uncentred one (Rafailov et al. 2023, with b2=0.99 and epsilon
+  # 1e-8); 'sgd'.
   name: str = 'adamw'
   # Peak learning rate.
   learning_rate: float = 1e-3
@@ -32,7 +33,8 @@ class OptimizerConfig:
   final_fraction: float = 0.0
   # Largest global gradient norm; 0 is no clipping.
   clip_norm: float = 1.0
-  # Decay rates of the moments; rmsprop uses b2 (PyTorch's default for it is 0.99).
+  # Decay rates of the moments, PyTorch's and optax's for Adam; rmsprop uses b2 alone, which PyTorch
+  # has at 0.99 there.
   b1: float = 0.9
   b2: float = 0.999
   # Added to the root of the second moment (1e-5 in Ziegler et al. 2019 and Huang et al. 2024).

@@ -25,7 +25,7 @@ class Prepared(NamedTuple):
   """What an update trains on, the recipe's carry for the next step, and metrics."""
 
   batch: Any
-  carry: dict[str, Any]
+  carry: Any
   metrics: Metrics
 
 
@@ -40,10 +40,11 @@ class Recipe(NamedTuple):
       objectives, scoring with the frozen reference for DPO, a whole rollout for PPO. Frozen trees
       are arguments of its jitted parts, never constants.
     update: jitted `(state, batch) -> (state, metrics)`; the state is donated.
-    evaluate: from `(params, step)` to answers.
+    evaluate: from `(params and targets by role, step)` to answers.
     finish: the last touch to the state after the last step, e.g. a reward model's normalisation.
     shown: metrics of the progress line.
     rows: counts of the training rows for the record: how many there are, how many were cut.
+    headline: numbers of the last evaluation that result.json states at its top.
   """
 
   abstract: TrainState
@@ -55,3 +56,4 @@ class Recipe(NamedTuple):
   finish: Callable[[TrainState], TrainState]
   shown: tuple[str, ...]
   rows: dict[str, int]
+  headline: tuple[str, ...] = ()

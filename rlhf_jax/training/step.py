@@ -14,8 +14,10 @@ from rlhf_jax.common.prng import Stream
 from rlhf_jax.training.state import TrainState
 
 Array = jax.Array
-# (params, batch) -> (loss as total and weight, metrics)
+# (params by role, with the targets among them; batch) -> (loss as total and weight, metrics)
 Loss = Callable[[Any, Any], tuple[Mean, Metrics]]
+# (targets, params after an update) -> targets
+MoveTargets = Callable[[dict[str, Any], Any], dict[str, Any]]
 
 
 class Schedule(NamedTuple):
@@ -72,28 +74,47 @@ def accumulate_gradients(
   return jax.tree.map(lambda g: g / weight, gradients), mean, metrics
 
 
+class _Moving(NamedTuple):
+  """The parts of a state that every optimizer update moves."""
+
+  params: Any
+  opt_state: Any
+  targets: dict[str, Any]
+
+
 def make_update(
   loss: Loss,
   optimizer: optax.GradientTransformation,
   learning_rate: optax.Schedule,
   schedule: Schedule,
+  move_targets: MoveTargets | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
   """The pure function `(state, batch) -> (state, metrics)` of one iteration; the caller jits it.
 
   Minibatch order comes from the state's `MINIBATCHES` stream. Metrics are merged over all updates;
   'loss' and 'gradient_norm' (before clipping) are among them.
+
+  Args:
+    loss: what is minimised, in the state's params; its targets are constants to it.
+    optimizer: moves params.
+    learning_rate: as in the optimizer, for the metrics.
+    schedule: epochs, minibatches, accumulation.
+    move_targets: moves the state's targets after every optimizer update; None: they stay.
   """
   updates_per_step = schedule.epochs * schedule.minibatches
 
-  def update_once(
-    carry: tuple[Any, Any], batch: Any, count: Array
-  ) -> tuple[tuple[Any, Any], Metrics]:
-    params, opt_state = carry
-    gradients, mean, metrics = accumulate_gradients(loss, params, batch, schedule.accumulation)
+  def update_once(carry: _Moving, batch: Any, count: Array) -> tuple[_Moving, Metrics]:
+    params, opt_state, targets = carry
+    fixed = jax.lax.stop_gradient(targets)
+    gradients, mean, metrics = accumulate_gradients(
+      lambda params, rows: loss({**params, **fixed}, rows), params, batch, schedule.accumulation
+    )
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, opt_state, params)
     params = optax.apply_updates(params, updates)
-    return (params, opt_state), {
+    if move_targets is not None:
+      targets = move_targets(targets, params)
+    return _Moving(params, opt_state, targets), {
       **metrics,
       'loss': mean,
       'gradient_norm': Mean.of(norm),
@@ -103,7 +124,7 @@ def make_update(
 
   def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
     start = state.step * updates_per_step
-    carry = (state.params, state.opt_state)
+    carry = _Moving(state.params, state.opt_state, state.targets)
     if updates_per_step == 1:
       carry, metrics = update_once(carry, batch, start)
     else:
@@ -111,18 +132,13 @@ def make_update(
         state.stream(Stream.MINIBATCHES), jax.tree.leaves(batch)[0].shape[0], schedule
       )
 
-      def body(
-        carry: tuple[Any, Any], item: tuple[Array, Array]
-      ) -> tuple[tuple[Any, Any], Metrics]:
+      def body(carry: _Moving, item: tuple[Array, Array]) -> tuple[_Moving, Metrics]:
         rows, number = item
         return update_once(carry, jax.tree.map(lambda x: x[rows], batch), start + number)
 
       carry, stacked = jax.lax.scan(body, carry, (order, jnp.arange(updates_per_step)))
       metrics = metrics_lib.over_updates(stacked)
-    params, opt_state = carry
-    return dataclasses.replace(
-      state, step=state.step + 1, params=params, opt_state=opt_state
-    ), metrics
+    return dataclasses.replace(state, step=state.step + 1, **carry._asdict()), metrics
 
   return update
 

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax import stages
 from rlhf_jax.common.errors import DataError
-from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig, load_config
+from rlhf_jax.config import EvaluationConfig, ExperimentConfig, load_config
 from rlhf_jax.runs import Run
 from tests import tiny
 
@@ -35,7 +35,7 @@ def runs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     config.log.tensorboard = False
     for role, parent in (('policy', 'sft'), ('reward_model', 'reward_model')):
       if getattr(config, role).init is not None:
-        setattr(config, role, InitConfig(init=str(folder / parent)))
+        getattr(config, role).init = str(folder / parent)
     with tiny.devices(1):
       found[name] = stages.run_stage(config, folder / name, root=folder).run
   return found

@@ -1,17 +1,55 @@
 """Files of JSON lines are read whole, and what is wrong with them is said exactly."""
 
 import gzip
+import itertools
 import json
 import pathlib
+import re
+from typing import Any
 
 import pytest
 
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.data import jsonl
 from rlhf_jax.data.rejects import Rejects
-from rlhf_jax.feedback.records import Comparison, Demonstration, Prompt
+from rlhf_jax.feedback.records import (
+  Comparison,
+  Demonstration,
+  Prompt,
+  Ranking,
+  Rating,
+  StepRating,
+)
 
 PAIR = {'prompt': 'How?', 'chosen': 'So.', 'rejected': 'Thus.'}
+TEXT = {'prompt': 'How?', 'response': 'So.'}
+TRL_TEXT = {'prompt': 'How?', 'completion': 'So.'}
+RANKING = {'prompt': 'How?', 'responses': ['a', 'b', 'c']}
+STEPS = {'prompt': 'How?', 'steps': ['So.', 'Thus.'], 'scores': [1, 0.5]}
+TRL_STEPS = {'prompt': 'How?', 'completions': ['So.', 'Thus.'], 'labels': [True, False]}
+# A line of every form, in the order of jsonl.FORMS, and what it says.
+LINES: list[tuple[dict[str, Any], jsonl.Record]] = [
+  (PAIR, Comparison('How?', 'So.', 'Thus.')),
+  (
+    {'chosen': 'a\n\nAssistant: b', 'rejected': 'a\n\nAssistant: c'},
+    Comparison('a\n\nAssistant:', ' b', ' c'),
+  ),
+  ({**TEXT, 'score': -2, 'annotator': 'ann'}, Rating('How?', 'So.', -2, 'ann')),
+  ({**TEXT, 'desirable': True}, Rating('How?', 'So.', 1.0)),
+  ({**TEXT, 'label': False}, Rating('How?', 'So.', -1.0)),
+  ({**TRL_TEXT, 'score': 0.5}, Rating('How?', 'So.', 0.5)),
+  ({**TRL_TEXT, 'desirable': False}, Rating('How?', 'So.', -1.0)),
+  ({**TRL_TEXT, 'label': True}, Rating('How?', 'So.', 1.0)),
+  ({**RANKING, 'ranks': [2, 1, 2]}, Ranking('How?', ('a', 'b', 'c'), (2, 1, 2))),
+  ({**RANKING, 'best': 1}, Ranking('How?', ('a', 'b', 'c'), (2, 1, 2))),
+  (STEPS, StepRating('How?', ('So.', 'Thus.'), (1, 0.5))),
+  (TRL_STEPS, StepRating('How?', ('So.', 'Thus.'), (1, -1), separator='\n')),
+  (TEXT, Demonstration('How?', 'So.')),
+  (TRL_TEXT, Demonstration('How?', 'So.')),
+  ({'prompt': 'How?'}, Prompt('How?')),
+]
+EXAMPLES = list(zip(jsonl.FORMS, LINES, strict=True))
+FORM_NAMES = ['-'.join(form) for form in jsonl.FORMS]
 
 
 def _write(path: pathlib.Path, *lines: object) -> str:
@@ -67,6 +105,120 @@ def test_each_form_is_read_from_plain_and_compressed_files(tmp_path, line, recor
   assert _read(str(path)) == [record, record]
 
 
+@pytest.mark.parametrize('form, example', EXAMPLES, ids=FORM_NAMES)
+def test_the_kind_of_a_line_follows_from_its_fields(tmp_path, form, example):
+  line, record = example
+  assert set(form) <= set(line)
+  # Fields that are nobody's are left alone.
+  assert _read(_write(tmp_path / 'data.jsonl', {**line, 'line': 3, 'tag': None})) == [record]
+
+
+@pytest.mark.parametrize(
+  'line, record',
+  [
+    (
+      {**RANKING, 'best': 0, 'annotator': 'ann'},
+      Ranking('How?', ('a', 'b', 'c'), (1, 2, 2), 'ann'),
+    ),
+    (
+      {**STEPS, 'separator': '\n', 'annotator': 'ann'},
+      StepRating('How?', ('So.', 'Thus.'), (1, 0.5), 'ann', '\n'),
+    ),
+    (
+      {**TRL_STEPS, 'separator': ''},
+      StepRating('How?', ('So.', 'Thus.'), (1, -1), separator=''),
+    ),
+    # The first verdict counts; texts beside responses or pairs are fields like any other.
+    ({**TEXT, 'score': 3, 'label': 'helpful'}, Rating('How?', 'So.', 3)),
+    ({**TEXT, 'steps': ['x'], 'completion': 'y'}, Demonstration('How?', 'So.')),
+    ({**PAIR, 'score': 3, 'responses': ['x']}, Comparison('How?', 'So.', 'Thus.')),
+  ],
+)
+def test_further_fields_of_a_record_are_read(tmp_path, line, record):
+  assert _read(_write(tmp_path / 'data.jsonl', line)) == [record]
+
+
+def test_the_page_on_data_shows_a_line_of_every_form(tmp_path):
+  page = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'data.md'
+  (block,) = re.findall(r'```json\n(.*?)```', page.read_text('utf-8'), re.DOTALL)
+  lines = [json.loads(line) for line in block.splitlines()]
+  for form, (_, record), line in zip(jsonl.FORMS, LINES, lines, strict=True):
+    assert set(form) <= set(line)
+    (found,) = _read(_write(tmp_path / 'data.jsonl', line))
+    assert type(found) is type(record)
+
+
+JUNK: list[Any] = [
+  *(None, True, -1, 0, 7, 1.5, float('nan'), float('inf'), 10**400),
+  *('', ' ', 'x', '\ud800', [], [None], ['x'], [['x']], ['x', 'x'], [1, 2], [True], {}, {'x': 1}),
+]
+
+
+@pytest.mark.parametrize('form, example', EXAMPLES, ids=FORM_NAMES)
+def test_a_mutated_line_is_a_record_or_an_error_that_names_the_field(tmp_path, form, example):
+  """Every field in turn is left out, or replaced by what does not belong there."""
+  good, _ = example
+  for field, junk in itertools.product(good, ['missing', *JUNK]):
+    line = {name: value for name, value in good.items() if name != field}
+    if junk != 'missing':
+      line[field] = junk
+    path = _write(tmp_path / 'data.jsonl', good, line)
+    try:
+      records = _read(path)
+    except DataError as error:
+      text = str(error)
+      assert text.startswith(f'{path}:2: '), text
+      # A text may be wrong only beside another, which the error then names.
+      assert any(f"field '{name}" in text for name in good), (line, text)
+    else:
+      assert len(records) == 2 and type(records[0]) is type(records[1])
+      assert junk != 'missing' or field not in form, line
+    if field in form and (junk in ('missing', None) or junk == {}):
+      with pytest.raises(DataError, match=rf":2: field '{field}'"):
+        _read(path)
+
+
+@pytest.mark.parametrize(
+  'first, line, message',
+  [
+    ({**TEXT, 'score': 1}, TEXT, "field 'score': missing; the line has"),
+    (TEXT, {**TEXT, 'score': 1}, r"field 'score': not expected: the lines before have \['prompt'"),
+    ({**TEXT, 'score': 1}, {**TEXT, 'label': True}, "field 'score': missing"),
+    ({**TEXT, 'label': True}, {**TEXT, 'label': 'yes'}, "field 'label': expected true or false"),
+    ({**TEXT, 'label': True}, {**TEXT, 'label': 1}, "field 'label': expected true or false, got 1"),
+    (TRL_TEXT, {'prompt': 'p', 'completion': ''}, "field 'completion': empty response"),
+    (
+      {**RANKING, 'best': 1},
+      {**RANKING, 'best': 3},
+      "field 'best': expected an integer from 0 to 2",
+    ),
+    ({**RANKING, 'best': 1}, {**RANKING, 'best': True}, "field 'best': expected an integer"),
+    ({**RANKING, 'best': 1}, {**RANKING, 'ranks': [1, 2, 2]}, "field 'best': missing"),
+    (
+      {**RANKING, 'best': 1},
+      {'prompt': 'p', 'responses': ['a', ''], 'best': 0},
+      r"field 'responses\[1\]': empty response",
+    ),
+    (
+      {**RANKING, 'best': 1},
+      {**RANKING, 'best': 1, 'response': 'x'},
+      "field 'response': not expected",
+    ),
+    (TRL_STEPS, {**TRL_STEPS, 'labels': [True, 1]}, r"field 'labels\[1\]': expected true or false"),
+    (TRL_STEPS, {**TRL_STEPS, 'labels': [True]}, "field 'labels': 1 of them for 2 steps"),
+    (
+      TRL_STEPS,
+      {**TRL_STEPS, 'completions': ['a', 2]},
+      r"field 'completions\[1\]': expected text, got int",
+    ),
+    ({'prompt': 'p'}, {'prompt': None}, "field 'prompt': expected text, got NoneType"),
+  ],
+)
+def test_a_bad_line_of_the_newer_forms_is_named(tmp_path, first, line, message):
+  with pytest.raises(DataError, match=f'data.jsonl:2: {message}'):
+    _read(_write(tmp_path / 'data.jsonl', first, line))
+
+
 @pytest.mark.parametrize(
   'line, message',
   [
@@ -74,6 +226,7 @@ def test_each_form_is_read_from_plain_and_compressed_files(tmp_path, line, recor
     (b'\xff\xfe', 'not UTF-8 at byte 1 of the line'),
     (b'[1]', 'expected a JSON object, got list'),
     (b'[' * 100_000, 'nested too deeply'),
+    (b'{"prompt": 1' + b'0' * 5000 + b'}', 'a number of thousands of digits'),
     ({'prompt': 'How?', 'chosen': 'So.'}, "field 'rejected': missing; the line has"),
     ({**PAIR, 'response': 'x'}, "field 'response': not expected: the lines before have"),
     ({**PAIR, 'chosen': '  '}, "field 'chosen': empty response"),
@@ -103,6 +256,10 @@ def test_the_first_bad_line_is_shown_and_the_others_are_counted(tmp_path):
     ({'chosen': 'So.'}, 'expected the fields of one of'),
     ({'text': 'So.'}, r"got \['text'\]"),
     ({**PAIR, 'response': 'x'}, 'expected the fields of one of'),
+    (RANKING, 'prompt, responses, ranks; prompt, responses, best'),
+    ({'prompt': 'How?', 'steps': ['a']}, 'expected the fields of one of'),
+    ({**STEPS, **TRL_STEPS}, 'expected the fields of one of'),
+    ({'response': 'So.', 'score': 1}, 'expected the fields of one of'),
     ({'chosen': 'Human: a', 'rejected': 'Human: b'}, r"no '\\n\\nAssistant:' in the start"),
     ({'chosen': 'Human: a', 'rejected': 'Human: a'}, 'the same text as chosen'),
     ({'chosen': [1], 'rejected': [2]}, "field 'chosen': expected text, got list"),

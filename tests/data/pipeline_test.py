@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 
 from rlhf_jax.common.errors import DataError
-from rlhf_jax.common.types import Pairs, Prompts, Sequences
+from rlhf_jax.common.types import Pairs, Prompts, Rankings, Ratings, Sequences, StepRatings
 from rlhf_jax.data import pipeline, tokenizers
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.feedback.records import Comparison, Demonstration, Prompt
+from rlhf_jax.feedback.dataset import KINDS
+from rlhf_jax.feedback.records import (
+  Comparison,
+  Demonstration,
+  Prompt,
+  Ranking,
+  Rating,
+  StepRating,
+)
 
 CONFIG = DataConfig(prompt_length=4, response_length=4)
 WORDS = 'a b c d e f g h'
@@ -110,6 +118,122 @@ def test_rows_equal_a_slow_assembly_one_by_one():
     assert batch.margin[place] == row
 
 
+def test_ratings_have_one_response_and_its_score():
+  ratings = [Rating('h', 'a b', -0.5), Rating('g', 'c', 2)]
+  batch = _take(pipeline.encode_ratings(ratings, WORD, CONFIG), 1, 0)
+  assert isinstance(batch, Ratings)
+  assert batch.score.tolist() == [2.0, -0.5] and batch.score.dtype == np.float32
+  assert batch.sequences.response.tolist() == [
+    [*_ids('c'), EOS, PAD, PAD],
+    [*_ids('a b'), EOS, PAD],
+  ]
+  assert batch.reference_logprobs is None
+
+
+RANKINGS = [
+  Ranking('h', ('a', 'b c'), (2, 1)),
+  Ranking('g', ('a', 'b', 'c', 'd'), (3, 1, 3, 2)),
+  Ranking('f', ('e', 'f', 'g'), (1, 2, 2)),
+]
+
+
+def test_shorter_rankings_repeat_their_first_response_where_the_mask_is_false():
+  batch = _take(pipeline.encode_rankings(RANKINGS, WORD, CONFIG), 2, 0, 1)
+  assert isinstance(batch, Rankings)
+  assert batch.sequences.response.shape == (3, 4, 4)
+  assert batch.mask.tolist() == [[True] * 3 + [False], [True] * 2 + [False] * 2, [True] * 4]
+  for place, record in enumerate((RANKINGS[2], RANKINGS[0], RANKINGS[1])):
+    for slot in range(4):
+      number = slot if slot < len(record.responses) else 0
+      real = batch.sequences.response_mask[place, slot]
+      expected = [*_ids(record.responses[number]), EOS]
+      assert batch.sequences.response[place, slot][real].tolist() == expected
+      assert batch.rank[place, slot] == record.ranks[number]
+      assert batch.sequences.prompt[place, slot].tolist() == [PAD, PAD, BOS, *_ids(record.prompt)]
+  assert batch.rank.dtype == np.int32 and batch.mask.dtype == bool
+
+
+def test_rankings_with_responses_that_the_cut_makes_identical_are_counted():
+  """The repetitions of a shorter ranking are no such responses."""
+  cut = Ranking('h', ('a b c d e', 'f', 'a b c d g'), (1, 2, 3))
+  columns = pipeline.encode_rankings([*RANKINGS, cut], WORD, CONFIG)
+  assert columns.statistics['identical_responses'] == 1
+
+
+def test_steps_are_scored_at_their_last_token():
+  record = StepRating('h', ('a b', 'c', 'd e'), (0.5, -1, 2))
+  config = dataclasses.replace(CONFIG, response_length=7)
+  batch = _take(pipeline.encode_step_ratings([record], WORD, config), 0)
+  assert isinstance(batch, StepRatings)
+  assert batch.sequences.response.tolist() == [[*_ids('a b c d e'), EOS, PAD]]
+  assert batch.score.tolist() == [[0, 0.5, -1, 0, 2, 0, 0]]
+  assert batch.score_mask.tolist() == [[False, True, True, False, True, False, False]]
+  assert batch.score.dtype == np.float32 and batch.score_mask.dtype == bool
+
+
+@pytest.mark.parametrize('length, kept', [(1, 0), (2, 1), (4, 2), (5, 3), (6, 3)])
+def test_a_step_that_is_cut_anywhere_has_no_score(length, kept):
+  record = StepRating('h', ('a b', 'c', 'd e'), (0, 0, 0))  # a score of 0 is a score
+  config = dataclasses.replace(CONFIG, response_length=length)
+  columns = pipeline.encode_step_ratings([record], WORD, config)
+  batch = _take(columns, 0)
+  assert batch.score_mask.sum() == kept and columns.statistics['steps_cut'] == 3 - kept
+
+
+@pytest.mark.parametrize('separator', [' ', '\n', '\n\n', ' => ', ''])
+def test_steps_end_where_their_text_ends_in_the_tokens_of_the_whole(separator):
+  """Byte-level pieces, with letters of several bytes: the tokens up to a step's last one spell all
+  up to its end, and perhaps the beginning of a separator that shares the token."""
+  rng = np.random.default_rng(0)
+  words = ['☺', 'größer', 'x = 1', 'so,', '  two', 'naïve.', 'end.\n']
+  steps = [tuple(map(str, rng.choice(words, size=rng.integers(1, 6)))) for _ in range(40)]
+  records = [
+    StepRating('p', row, tuple(range(1, len(row) + 1)), separator=separator) for row in steps
+  ]
+  byte = tokenizers.train('byte', words, 300)
+  config = dataclasses.replace(CONFIG, prompt_length=8, response_length=80)
+  columns = pipeline.encode_step_ratings(records, byte, config)
+  ratings = [Rating(x.prompt, x.response, 0) for x in records]
+  plain = _take(pipeline.encode_ratings(ratings, byte, config), *range(40))
+  batch = _take(columns, *range(40))
+  np.testing.assert_array_equal(batch.sequences.response, plain.sequences.response)
+  for row, record in enumerate(records):
+    places = np.flatnonzero(batch.score_mask[row])
+    assert batch.score[row, places].tolist() == list(record.scores)
+    assert not batch.score[row][~batch.score_mask[row]].any()
+    for number, place in enumerate(places):
+      text = byte.decode(batch.sequences.response[row, : place + 1])
+      before = byte.decode(batch.sequences.response[row, :place])
+      end = separator.join(record.steps[: number + 1])
+      assert text.startswith(end) and (end + separator).startswith(text)
+      assert not before.startswith(end)
+
+
+def test_steps_that_share_their_last_token_are_refused():
+  byte = tokenizers.train('byte', ['ab'] * 9, 300)
+  record = StepRating('p', ('a', 'b'), (1, 1), separator='')
+  with pytest.raises(DataError, match="prompt 'p': step 2, 'b', has no last token of its own"):
+    pipeline.encode_step_ratings([record], byte, CONFIG)
+
+
+def test_every_kind_is_encoded_by_name():
+  records: dict[str, Any] = {
+    'prompts': Prompt('a'),
+    'demonstrations': Demonstration('a', 'b'),
+    'comparisons': Comparison('a', 'b', 'c'),
+    'ratings': Rating('a', 'b', 1),
+    'rankings': RANKINGS[0],
+    'step_ratings': StepRating('a', ('b',), (1,)),
+  }
+  assert set(pipeline.ENCODERS) == set(records) == set(KINDS)
+  for kind, record in records.items():
+    columns = pipeline.encode(kind, [record, record], WORD, CONFIG)
+    assert columns.kind == kind and len(columns) == 2
+    assert len(pipeline.encode(kind, [], WORD, CONFIG)) == 0
+    rows = [rows for _, rows in pipeline.sequential(columns, 3)]
+    assert [row.tolist() for row in rows] == [[True, True, False]]
+
+
 def test_attached_columns_travel_with_their_rows():
   columns = pipeline.encode_comparisons(_comparisons(5), WORD, CONFIG)
   cached = np.random.default_rng(0).normal(size=(5, 2, 4)).astype(np.float32)
@@ -157,6 +281,54 @@ def test_a_batch_may_straddle_epochs_and_be_larger_than_the_data():
   columns = pipeline.encode_prompts([Prompt('a')] * 3, WORD, CONFIG)
   flat = sum(_rows(pipeline.batches(columns, 8, seed=0), range(3)), [])
   assert np.bincount(flat).tolist() == [8, 8, 8]
+
+
+def _prompts(rows: int) -> pipeline.Columns:
+  return pipeline.encode_prompts([Prompt('a')] * rows, WORD, CONFIG)
+
+
+def test_weighted_rows_are_drawn_in_proportion_to_their_weights():
+  """Within 4 standard errors; rows of weight 0, wherever they stand, never."""
+  weights = np.array([0.0, 1.0, 3.0, 0.0, 6.0, 0.0])
+  batches = pipeline.batches(_prompts(6), 50, seed=0, weights=weights)
+  flat = sum(_rows(batches, range(400)), [])
+  share = np.bincount(flat, minlength=6) / len(flat)
+  expected = weights / weights.sum()
+  assert (share[weights == 0] == 0).all()
+  error = np.sqrt(expected * (1 - expected) / len(flat))
+  assert (np.abs(share - expected) <= 4 * error).all()
+
+
+def test_the_weighted_order_is_a_function_of_seed_step_and_proportions():
+  columns, weights = _prompts(10), np.arange(10.0)
+  forwards = _rows(pipeline.batches(columns, 4, 3, weights), range(20))
+  backwards = _rows(pipeline.batches(columns, 4, 3, weights), range(19, -1, -1))
+  assert forwards == backwards[::-1]
+  assert forwards == _rows(pipeline.batches(columns, 4, 3, 1e300 * weights / 9), range(20))
+  assert forwards != _rows(pipeline.batches(columns, 4, 4, weights), range(20))
+  assert len({tuple(row) for row in forwards}) > 10  # steps differ
+  one = np.eye(10)[7]
+  assert _rows(pipeline.batches(columns, 4, 3, one), range(3)) == [[7] * 4] * 3
+
+
+@pytest.mark.parametrize(
+  'weights, message',
+  [
+    ([1.0, -0.5, 1.0], r'finite numbers >= 0, got -0.5 at 1'),
+    ([1.0, 1.0, float('nan')], 'finite numbers >= 0, got nan at 2'),
+    ([float('inf'), 1.0, 1.0], 'finite numbers >= 0, got inf at 0'),
+    ([1.0, 1.0], r'one for each of 3 rows, got shape \(2,\)'),
+    ([[1.0, 1.0, 1.0]], r'one for each of 3 rows, got shape \(1, 3\)'),
+  ],
+)
+def test_weights_that_say_nothing_are_refused(weights, message):
+  with pytest.raises(ValueError, match=message):
+    pipeline.batches(_prompts(3), 2, 0, np.array(weights))
+
+
+def test_rows_of_no_weight_at_all_are_refused():
+  with pytest.raises(DataError, match='All rows have weight 0'):
+    pipeline.batches(_prompts(3), 2, 0, np.zeros(3))
 
 
 @pytest.mark.parametrize('rows, size', [(5, 2), (4, 2), (1, 8), (0, 2)])

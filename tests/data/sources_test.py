@@ -10,7 +10,7 @@ from rlhf_jax.common.errors import DataError
 from rlhf_jax.data import sources
 from rlhf_jax.data.config import DataConfig, ReviewsConfig
 from rlhf_jax.feedback.dataset import Feedback
-from rlhf_jax.feedback.records import Comparison, Demonstration, Prompt
+from rlhf_jax.feedback.records import Comparison, Demonstration, Prompt, Ranking, Rating
 
 PAIRS = [
   {'prompt': f'prompt {row // 2}', 'chosen': f'good {row}', 'rejected': f'bad {row}'}
@@ -133,3 +133,89 @@ def test_hh_is_strict_about_its_empty_responses_and_can_be_quarantined(shared_da
   assert feedback.quarantined == 4
   assert len(feedback.held_out.comparisons) >= 577
   assert len(feedback.train.comparisons) + len(feedback.held_out.comparisons) == 2308
+
+
+RATINGS = [
+  {'prompt': f'prompt {row // 2}', 'response': f'text {row}', 'score': row % 3} for row in range(40)
+]
+
+
+def test_ratings_rankings_and_steps_are_read_with_their_prompts(tmp_path):
+  ranking = {'prompt': 'p', 'responses': ['a', 'b'], 'best': 1}
+  steps = {'prompt': 'p', 'steps': ['a', 'b'], 'scores': [0, 1]}
+  for kind, row in (('ratings', RATINGS[0]), ('rankings', ranking), ('step_ratings', steps)):
+    feedback = _load(_file(tmp_path, [row]), held_out=0.0)
+    assert feedback.train.sizes == {'prompts': 1, kind: 1}
+    assert feedback.train.prompts == (Prompt(row['prompt']),)  # type: ignore[arg-type]
+
+
+def test_each_kind_is_held_out_by_prompt(tmp_path):
+  feedback = _load(_file(tmp_path, RATINGS), held_out=0.25)
+  assert feedback.held_out.sizes == {'prompts': 5, 'ratings': 10}
+  assert not {x.prompt for x in feedback.train.ratings} & {
+    x.prompt for x in feedback.held_out.ratings
+  }
+  rows = [{'prompt': '', 'responses': [f'a {i}', 'b'], 'best': 0} for i in range(20)]
+  assert len(_load(_file(tmp_path, rows), held_out=5.0).held_out.rankings) == 5
+
+
+def test_a_converter_is_applied_to_both_sides_and_more_derives_from_what_it_gives(tmp_path):
+  """One setting is enough to fine-tune on, and then compare, what was rated."""
+  feedback = _load(_file(tmp_path, RATINGS), held_out=0.25, convert='ratings_to_comparisons')
+  assert feedback.train.sizes == {
+    'prompts': 15,
+    'demonstrations': 15,
+    'comparisons': 15,
+    'ratings': 30,
+  }
+  assert feedback.held_out.sizes['comparisons'] == 5
+  pair = feedback.train.comparisons[0]
+  assert feedback.train.demonstrations[0] == Demonstration(pair.prompt, pair.chosen)
+  scores = {x['response']: x['score'] for x in RATINGS}
+  assert pair.margin == scores[pair.chosen] - scores[pair.rejected] > 0  # type: ignore[operator]
+
+
+def test_a_converter_of_what_the_source_lacks_is_an_error(tmp_path):
+  with pytest.raises(DataError, match=r'jsonl:.*convert=rankings_to_ratings reads rankings; found'):
+    _load(_file(tmp_path, RATINGS), convert='rankings_to_ratings')
+
+
+def test_the_embedded_task_is_converted_from_its_own_kinds():
+  config = DataConfig(
+    held_out=6.0,
+    reviews=ReviewsConfig(demonstrations=3, comparisons=20, prompts=10, ratings=30, rankings=8),
+  )
+  plain = sources.load(config)
+  config.convert = 'rankings_to_comparisons'
+  feedback = sources.load(config)
+  assert len(feedback.train.comparisons) == 8 * 6 and len(feedback.held_out.comparisons) == 6 * 6
+  assert feedback.bayes_accuracy is None and plain.bayes_accuracy is not None
+  assert feedback.fingerprint != plain.fingerprint
+  first: Ranking = feedback.train.rankings[0]
+  assert feedback.train.comparisons[0].prompt == first.prompt
+  config.convert = 'comparisons_to_ratings'
+  ratings = sources.load(config).require('train', 'ratings')
+  pair = plain.train.comparisons[0]
+  assert ratings[0] == Rating(pair.prompt, pair.chosen, 1.0, pair.annotator)
+  assert len(ratings) == 40
+
+
+def test_preferred_responses_are_the_chosen_ones_even_beside_demonstrations():
+  config = DataConfig(
+    held_out=5.0,
+    responses='preferred',
+    reviews=ReviewsConfig(demonstrations=30, comparisons=20, prompts=10),
+  )
+  feedback = sources.load(config)
+  for side in (feedback.train, feedback.held_out):
+    assert side.demonstrations == tuple(
+      Demonstration(pair.prompt, pair.chosen) for pair in side.comparisons
+    )
+
+
+def test_preferred_responses_need_comparisons(tmp_path):
+  path = _file(tmp_path, RATINGS)
+  with pytest.raises(DataError, match="responses='preferred' imitates the chosen .*'ratings': 36"):
+    _load(path, responses='preferred')
+  converted = _load(path, responses='preferred', convert='ratings_to_comparisons')
+  assert len(converted.train.demonstrations) == len(converted.train.comparisons) > 0

@@ -53,6 +53,23 @@ def test_decoding_leaves_out_padding_beginning_and_end_but_shows_unknown_words()
   assert word.decode(padded) == 'the <unk> was good'
 
 
+@pytest.mark.parametrize('kind', ['word', 'byte'])
+@pytest.mark.parametrize('text', [*TEXTS, *ODD])
+def test_tokens_start_where_their_text_starts(kind, text):
+  """Starts never fall, and the tokens before a start spell the text before it."""
+  trained = tokenizers.train(kind, [*TEXTS, *ODD], 300)
+  ((ids, starts),) = trained.encode_with_starts([text])
+  assert ids == trained.encode_batch([text])[0] and len(starts) == len(ids)
+  assert starts == sorted(starts) and all(0 <= start < len(text) for start in starts)
+  if kind == 'byte':
+    for start in set(starts):
+      place = starts.index(start)
+      # The token before may hold the first bytes of the letter.
+      assert trained.decode(ids[:place]).rstrip('\ufffd') == text[:start]
+  elif '<' not in text:
+    assert [text[start:].split()[0] for start in starts] == text.split()
+
+
 @pytest.mark.parametrize('kind, size', [('word', 7), ('byte', 265)])
 def test_the_vocabulary_is_no_larger_than_asked_for(kind, size):
   assert tokenizers.train(kind, TEXTS * 5, size).vocab_size == size

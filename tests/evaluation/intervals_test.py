@@ -19,7 +19,7 @@ def test_each_number_gets_the_interval_of_its_kind() -> None:
     'held_out_nll': total.sum() / tokens.sum(),
     'held_out_calibration_error': 0.1,
   }
-  arrays = {'kl': kl, 'win': win, 'held_out_nll_total': total, 'held_out_tokens': tokens}
+  arrays = {'kl': kl, 'win': win, 'held_out_nll_total': total, 'held_out_nll_weight': tokens}
   found = measured(scalars, arrays)
   assert list(found) == list(scalars)
   assert found['kl'] == (kl.mean(), mean_interval(kl), 40)

@@ -92,8 +92,20 @@ def test_objectives_that_are_not_matched_are_refused():
     ({'objectives': {}}, 'objectives'),
     ({'frontier_samples': -1}, 'frontier_samples'),
     ({'kl_budget': -0.5}, 'kl_budget'),
+    ({'kl_budget': float('nan')}, 'kl_budget'),
+    ({'name': 3}, 'name'),
+    ({'seeds': 3}, 'seeds'),
+    ({'seeds': [0, 1]}, 'seeds'),
+    ({'seeds': (0, 1.5)}, 'seeds'),
+    ({'seeds': (True, 2)}, 'seeds'),
+    ({'frontier_samples': 10.5}, 'frontier_samples'),
+    ({'kl_budget': '3'}, 'kl_budget'),
+    ({'sft': None}, 'sft'),
+    ({'objectives': ['dpo']}, 'objectives'),
+    ({'objectives': {'dpo': {'beta': 1}}}, 'objectives.dpo'),
   ],
 )
 def test_impossible_studies_are_refused(changes, field):
-  with pytest.raises(ConfigError, match=field):
+  with pytest.raises(ConfigError) as caught:
     make_study(**changes).validate()
+  assert caught.value.field == field

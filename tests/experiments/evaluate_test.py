@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_jax.config import EvaluationConfig, InitConfig
+from rlhf_jax.config import EvaluationConfig, RewardModelInitConfig
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
 from tests.experiments.programs import message, run_program
@@ -24,7 +24,7 @@ PREFERENCES = {'held_out_accuracy', 'held_out_log_loss', 'held_out_calibration_e
 def runs(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
   """Finished runs of DPO, PPO and another reward model that were evaluated along their way."""
   folder = tmp_path_factory.mktemp('runs')
-  judge = InitConfig(init=str(parents / 'reward_model'))
+  judge = RewardModelInitConfig(init=str(parents / 'reward_model'))
   for case in ('dpo', 'ppo', 'reward_model'):
     config = tiny.make_config(case, parents, steps=2, seed=1, evaluation=ASKED)
     if case == 'dpo':

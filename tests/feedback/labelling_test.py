@@ -1,12 +1,13 @@
 """Simulated annotators choose with the probabilities they are said to."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.feedback.labelling import LabelConfig, bayes_accuracy, label, population
+from rlhf_jax.feedback.labelling import LabelConfig, bayes_accuracy, label, population, rank
 
 ROWS = 40_000
 
@@ -77,6 +78,53 @@ def test_annotators_share_the_work_and_differ_in_their_noise():
 def test_a_population_without_spread_has_one_temperature():
   temperatures = population(LabelConfig(temperature=0.5, annotators=3), np.random.default_rng(0))
   assert temperatures.tolist() == [0.5, 0.5, 0.5]
+
+
+def _plackett_luce(scores, order, temperature):
+  """p(order) as a product of choices among those that are left, by the definition."""
+  probability, left = 1.0, list(order)
+  for best in order:
+    probability *= math.exp(scores[best] / temperature) / sum(
+      math.exp(scores[other] / temperature) for other in left
+    )
+    left.remove(best)
+  return probability
+
+
+@pytest.mark.parametrize('scores', [(1.0, 0.0, -0.5), (0.3, 0.3, 2.0), (0.7, 0.0)])
+@pytest.mark.parametrize('flip_rate', [0.0, 0.2])
+def test_the_share_of_every_order_is_plackett_luce_with_flips(scores, flip_rate):
+  """Of all K! orders, within 4 standard errors; a flip turns the whole order round."""
+  temperature, size = 0.7, len(scores)
+  rng = np.random.default_rng(0)
+  orders = rank(np.tile(scores, (ROWS, 1)), np.array([temperature]), flip_rate, rng)
+  total = 0.0
+  for order in itertools.permutations(range(size)):
+    expected = (1 - flip_rate) * _plackett_luce(scores, order, temperature)
+    expected += flip_rate * _plackett_luce(scores, order[::-1], temperature)
+    ranks = [order.index(number) + 1 for number in range(size)]
+    found = (orders.rank == ranks).all(1).mean()
+    assert abs(found - expected) < 4 * math.sqrt(expected * (1 - expected) / ROWS)
+    total += found
+  assert total == pytest.approx(1.0)  # every row is an order
+
+
+def test_an_order_without_noise_is_that_of_the_scores():
+  scores = np.random.default_rng(0).normal(size=(100, 5))
+  orders = rank(scores, np.zeros(1), 0.0, np.random.default_rng(1))
+  by_rank = np.take_along_axis(scores, np.argsort(orders.rank, axis=1), axis=1)
+  assert (np.diff(by_rank, axis=1) < 0).all()
+
+
+def test_orders_are_shared_by_annotators_with_noise_of_their_own():
+  scores = np.tile([1.0, 0.0], (ROWS, 1))
+  orders = rank(scores, np.array([0.0, 5.0]), 0.0, np.random.default_rng(0))
+  first = orders.rank[:, 0] == 1
+  assert abs(np.mean(orders.annotator) - 0.5) < 0.01
+  assert first[orders.annotator == 0].all()
+  noisy = first[orders.annotator == 1]
+  expected = 1 / (1 + math.exp(-1 / 5.0))
+  assert abs(noisy.mean() - expected) < 4 * 0.5 / math.sqrt(len(noisy))
 
 
 @pytest.mark.parametrize(

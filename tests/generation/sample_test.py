@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.types import Prompts
 from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.generation.sample import (
   Samples,
   filter_logits,
   generate,
+  repeat_prompts,
   sample_tokens,
   samples_to_sequences,
 )
@@ -241,6 +243,93 @@ def test_sequences_hold_prompts_and_samples() -> None:
   np.testing.assert_array_equal(sequences.prompt_mask, prompts.mask)
   np.testing.assert_array_equal(sequences.response, samples.tokens)
   np.testing.assert_array_equal(sequences.response_mask, samples.mask)
+
+
+def test_a_readout_decides_what_is_drawn() -> None:
+  """Logits shifted by a function of the hidden states: drawn from, and their log-probs reported.
+
+  Compared with the teacher-forced hidden states of the same tokens. The readout's parameters are an
+  argument of the compiled program: other values, given to the same program, draw other tokens.
+  """
+  model, prompts = make_config(), make_prompts()
+  params = make_params(model)
+  calls: list[int] = []
+
+  @jax.jit
+  def shifted(params: Any, shift: jax.Array, prompts: Prompts) -> Samples:
+    calls.append(1)
+
+    def readout(hidden: jax.Array) -> jax.Array:
+      return decoder.logits(model, params, hidden) + hidden @ shift
+
+    return generate(
+      model,
+      params,
+      prompts,
+      jax.random.key(1),
+      config=GenerationConfig(temperature=0.7),
+      max_new_tokens=R,
+      eos_id=EOS,
+      pad_id=PAD,
+      readout=readout,
+    )
+
+  unshifted = sample(model, prompts, temperature=0.7)
+  shift = jnp.zeros((model.width, model.vocab_size))
+  np.testing.assert_array_equal(shifted(params, shift, prompts).tokens, unshifted.tokens)
+  shift = jax.random.normal(jax.random.key(2), shift.shape)
+  samples = shifted(params, shift, prompts)
+  assert len(calls) == 1 and not np.array_equal(samples.tokens, unshifted.tokens)
+  assert_well_formed(samples, (EOS,), PAD)
+  tokens = jnp.concatenate([prompts.tokens, samples.tokens], axis=1)
+  mask = jnp.concatenate([prompts.mask, samples.mask], axis=1)
+  hidden = decoder.hidden_states(model, params, tokens, mask)[0][:, P - 1 : -1]
+  logits = (decoder.logits(model, params, hidden) + hidden @ shift) / 0.7
+  logprobs = np.asarray(jax.nn.log_softmax(logits))
+  expected = np.take_along_axis(logprobs, np.asarray(samples.tokens)[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(
+    samples.logprobs, np.where(samples.mask, expected, 0.0), atol=1e-5, rtol=1e-5
+  )
+
+
+def test_a_readout_gives_a_row_of_logits_for_each_prompt() -> None:
+  model = make_config()
+  with pytest.raises(ShapeError, match='logits: expected 2 axes'):
+    generate(
+      model,
+      make_params(model),
+      make_prompts(),
+      jax.random.key(0),
+      config=GenerationConfig(),
+      max_new_tokens=R,
+      eos_id=EOS,
+      pad_id=PAD,
+      readout=lambda hidden: hidden[:, 0],
+    )
+
+
+@pytest.mark.parametrize('host', [False, True])
+def test_copies_of_a_prompt_are_adjacent_and_draw_by_themselves(host: bool) -> None:
+  """Copy k of prompt number i is row number `i * samples + k`; on the host they stay there."""
+  prompts = make_prompts()
+  if host:
+    prompts = jax.device_get(prompts)
+  repeated = repeat_prompts(prompts, 3)
+  assert isinstance(repeated.index, np.ndarray) == host
+  assert repeated.index.dtype == jnp.int32
+  assert repeated.index.tolist() == [3 * i + k for i in range(10, 10 + B) for k in range(3)]
+  for row in range(3 * B):
+    np.testing.assert_array_equal(repeated.tokens[row], prompts.tokens[row // 3])
+    np.testing.assert_array_equal(repeated.mask[row], prompts.mask[row // 3])
+  drawn = np.asarray(sample(make_config(), repeated, eos_id=-1).tokens)
+  assert len({tuple(row) for row in drawn.tolist()}) == 3 * B
+
+
+def test_one_copy_of_a_prompt_is_itself_and_none_is_refused() -> None:
+  prompts = make_prompts()
+  jax.tree.map(np.testing.assert_array_equal, repeat_prompts(prompts, 1), prompts)
+  with pytest.raises(ValueError, match='samples=0'):
+    repeat_prompts(prompts, 0)
 
 
 def test_a_response_needs_room() -> None:

@@ -1,6 +1,10 @@
 """Meshes change where the decoder is computed, not what."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -76,6 +80,43 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(name: str) -> None:
     gradients,
     expected_gradients,
   )
+
+
+COMPILE = """
+import functools, jax
+jax.config.update('jax_num_cpu_devices', 8)
+from tests.models import sharded_decoder_test as test
+mesh = test.make_mesh(test.MESHES['all'])
+for positions in ('rotary', 'learned'):
+  config = test.make_config('qwen2', **test.KIND, positions=positions, max_length=11)
+  params = test.make_params(config)
+  shardings = test.param_shardings(test.decoder.logical_axes(config), params, mesh)
+  with jax.set_mesh(mesh):
+    jax.jit(
+      jax.value_and_grad(functools.partial(test.loss, config)), out_shardings=(None, shardings)
+    ).lower(
+      jax.device_put(params, shardings), test.put_batch(test.make_sequences(), mesh)
+    ).compile()
+"""
+
+
+def test_the_compiler_finds_a_way_from_every_sharding_to_the_next() -> None:
+  """Where it does not, XLA copies a whole array to every device and warns of it.
+
+  Tables cut over fsdp, looked up for a batch cut over fsdp, made it do so. In a process of its own,
+  since a program taken from the cache warns of nothing.
+  """
+  environment = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
+  done = subprocess.run(
+    [sys.executable, '-c', COMPILE],
+    cwd=pathlib.Path(__file__).resolve().parents[2],
+    env=environment | {'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '0'},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'rematerialization' not in done.stderr
 
 
 def test_parameters_are_made_in_place() -> None:

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax.common.types import Sequences
-from rlhf_jax.objectives import OBJECTIVES, CPLConfig, DPOConfig, PPOConfig, objective_of
+from rlhf_jax.objectives import OBJECTIVES, objective_of
 from rlhf_jax.objectives.base import flatten_pairs, of_preferred, pair_logprobs
+from rlhf_jax.objectives.cpl import CPLConfig
+from rlhf_jax.objectives.dpo import DPOConfig
+from rlhf_jax.objectives.ppo import PPOConfig
 from tests import quick
 from tests.objectives import tabular
 from tests.objectives.tabular import B, R

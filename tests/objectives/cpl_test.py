@@ -11,8 +11,8 @@ import pytest
 
 from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.objectives import CPLConfig, DPOConfig
-from rlhf_jax.objectives.cpl import cpl
+from rlhf_jax.objectives.cpl import CPLConfig, cpl
+from rlhf_jax.objectives.dpo import DPOConfig
 from tests import numerical, quick
 from tests.objectives import tabular
 from tests.objectives.tabular import DIRECT, R

@@ -11,8 +11,7 @@ import pytest
 
 from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.objectives import DPOConfig
-from rlhf_jax.objectives.dpo import VARIANTS, dpo
+from rlhf_jax.objectives.dpo import VARIANTS, DPOConfig, dpo
 from tests import numerical, quick
 from tests.objectives import tabular
 

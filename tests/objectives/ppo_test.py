@@ -11,7 +11,8 @@ import pytest
 from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.types import Rollouts
-from rlhf_jax.objectives import PPOConfig, ppo
+from rlhf_jax.objectives import ppo
+from rlhf_jax.objectives.ppo import PPOConfig
 from tests import numerical, quick
 from tests.objectives import tabular
 

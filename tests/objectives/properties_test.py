@@ -10,16 +10,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax.common import metrics as metrics_lib
-from rlhf_jax.objectives import (
-  OBJECTIVES,
-  Actors,
-  CPLConfig,
-  DPOConfig,
-  PPOConfig,
-  RewardModelConfig,
-  SFTConfig,
-  objective_of,
-)
+from rlhf_jax.objectives import OBJECTIVES, Actors, objective_of
+from rlhf_jax.objectives.cpl import CPLConfig
+from rlhf_jax.objectives.dpo import DPOConfig
+from rlhf_jax.objectives.ppo import PPOConfig
+from rlhf_jax.objectives.reward_model import RewardModelConfig
+from rlhf_jax.objectives.sft import SFTConfig
 from tests import quick
 from tests.objectives import tabular
 from tests.objectives.tabular import DIRECT, TABLES, B, Evaluate, R

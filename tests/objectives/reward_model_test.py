@@ -10,8 +10,7 @@ import pytest
 
 from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.objectives import RewardModelConfig
-from rlhf_jax.objectives.reward_model import bradley_terry, preference_metrics
+from rlhf_jax.objectives.reward_model import RewardModelConfig, bradley_terry, preference_metrics
 from tests import numerical, quick
 from tests.objectives import tabular
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.common.checks import ShapeError
-from rlhf_jax.objectives import SFTConfig, sft
+from rlhf_jax.objectives import sft
+from rlhf_jax.objectives.sft import SFTConfig
 from tests.objectives import tabular
 
 

@@ -1,11 +1,10 @@
-"""Actors without a network, and batches, on which the properties of objectives are tested.
+"""Actors without a network, on which the properties of objectives are tested.
 
 `TABLES` are actors whose parameters are tables: the log-probs of a token depend on its place and
 the token before it. `DIRECT` are actors whose parameters are their outputs, so that a gradient by
 the parameters is a gradient by log-probs, values or scores.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,105 +12,117 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.common.types import Pairs, PolicyOutput, Rollouts, Sequences
+from rlhf_jax.common.types import PolicyOutput, QOutput, Sequences
 from rlhf_jax.objectives import Actors, ObjectiveConfig, objective_of
 from rlhf_jax.ops.logprobs import entropy, token_logprobs
-from tests import quick
+from tests import numerical, quick
+from tests.objectives.batches import SHAPES, VOCAB, B, R, make_batch
 
-VOCAB, P, R, B = 5, 3, 4, 4
-LENGTHS = ((4, 2), (1, 3), (3, 4), (2, 1))
-
-
-def make_sequences(rng: np.random.Generator, shape: tuple[int, ...]) -> Sequences:
-  """Random prompts of 1-3 tokens and responses of the lengths above, `shape` (B,) or (B, 2)."""
-  lengths = np.array(LENGTHS)[:, 0] if len(shape) == 1 else np.array(LENGTHS)
-  prompt_lengths = np.arange(B).reshape((B,) + (1,) * (len(shape) - 1)) % P + 1
-  prompt_mask = np.broadcast_to(np.arange(P) >= P - prompt_lengths[..., None], (*shape, P))
-  return Sequences(
-    prompt=rng.integers(0, VOCAB, (*shape, P)),
-    prompt_mask=prompt_mask.copy(),
-    response=rng.integers(0, VOCAB, (*shape, R)),
-    response_mask=np.arange(R) < lengths[..., None],
-  )
-
-
-def make_batch(data: str, seed: int = 0) -> Any:
-  """What an objective eats, as NumPy arrays; the pairs have hard labels, a soft one and a tie."""
-  rng = np.random.default_rng(seed)
-
-  def normal(*shape: int) -> np.ndarray:
-    return rng.normal(0, 1, shape).astype(np.float32)
-
-  if data == 'demonstrations':
-    return make_sequences(rng, (B,))
-  if data == 'comparisons':
-    return Pairs(
-      sequences=make_sequences(rng, (B, 2)),
-      preference=np.array([1.0, 0.8, 0.5, 1.0], np.float32),
-      margin=np.array([0.5, 0.0, 0.2, 1.5], np.float32),
-      reference_logprobs=-1.5 + 0.3 * normal(B, 2, R),
-    )
-  sequences = make_sequences(rng, (B,))
-  last = sequences.response_mask.sum(-1, keepdims=True)
-  return Rollouts(
-    sequences=sequences,
-    old_logprobs=-1.6 + 0.3 * normal(B, R),
-    reference_logprobs=-1.6 + 0.3 * normal(B, R),
-    old_values=normal(B, R),
-    advantages=normal(B, R),
-    returns=normal(B, R),
-    value_mask=np.arange(R) <= last,  # one step longer, as with scores paid after the stop
-  )
+__all__ = ['DIRECT', 'TABLES', 'B', 'R', 'evaluator', 'make_batch', 'make_outputs', 'make_tables']
 
 
 def make_tables(seed: int = 1, length: int = R + 4) -> dict[str, jax.Array]:
   """Parameters for `TABLES`, for up to `length` response tokens."""
   rng = np.random.default_rng(seed)
-  shapes = {'policy': (length, VOCAB, VOCAB), 'value': (length, VOCAB), 'reward': (VOCAB,)}
+  states = (length, VOCAB)
+  shapes = {'policy': (*states, VOCAB), 'value': states, 'reward': (VOCAB,)}
+  shapes |= {name: (2, *states, VOCAB) for name in ('q', 'target_q')}
   return {name: jnp.asarray(rng.normal(0, 1, shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def states_of(sequences: Sequences) -> tuple[jax.Array, jax.Array]:
+  """Place and previous token of every response token."""
+  before = jnp.concatenate([sequences.prompt[..., -1:], sequences.response[..., :-1]], axis=-1)
+  return jnp.arange(before.shape[-1]), before
 
 
 def table_policy(params: Any, sequences: Sequences) -> PolicyOutput:
   """Logits and values looked up by place and previous token."""
-  before = jnp.concatenate([sequences.prompt[..., -1:], sequences.response[..., :-1]], axis=-1)
-  places = jnp.arange(before.shape[-1])
-  logits = params['policy'][places, before]
+  states = states_of(sequences)
+  logits = params['policy'][states]
   return PolicyOutput(
     logprobs=token_logprobs(logits, sequences.response),
     entropy=entropy(logits),
-    values=params['value'][places, before],
+    values=params['value'][states],
+  )
+
+
+def table_q(params: Any, sequences: Sequences) -> QOutput:
+  """Q and its slow copies looked up like the logits; the state after the last token is worth 0."""
+  places, before = states_of(sequences)
+  policy = table_policy(params, sequences)
+  assert policy.values is not None
+  mask = sequences.response_mask
+  following = jnp.concatenate([mask[:, 1:], jnp.zeros_like(mask[:, :1])], axis=-1)
+  values = jnp.concatenate([policy.values[:, 1:], jnp.zeros_like(policy.values[:, :1])], axis=-1)
+  actions = sequences.response[None, ..., None]
+  q, slow = (params[name][:, places, before] for name in ('q', 'target_q'))
+  return QOutput(
+    logprobs=policy.logprobs,
+    values=policy.values,
+    next_values=jnp.where(following, values, 0.0),
+    q=jnp.take_along_axis(q, actions, axis=-1)[..., 0],
+    target_q=jnp.take_along_axis(slow, actions, axis=-1)[..., 0].min(0),
+    q_nll=jnp.stack([-token_logprobs(one, sequences.response) for one in q]),
   )
 
 
 def table_reward(params: Any, sequences: Sequences) -> jax.Array:
   """The sum over real tokens, prompt and response, of what each is worth."""
-  worth = params['reward']
-  prompt = jnp.where(sequences.prompt_mask, worth[sequences.prompt], 0.0)
-  response = jnp.where(sequences.response_mask, worth[sequences.response], 0.0)
+  prompt = jnp.where(sequences.prompt_mask, params['reward'][sequences.prompt], 0.0)
+  response = jnp.where(sequences.response_mask, params['reward'][sequences.response], 0.0)
   return prompt.sum(-1) + 2 * response.sum(-1)
 
 
-TABLES = Actors(policy=table_policy, reward=table_reward)
+def table_token_reward(params: Any, sequences: Sequences) -> jax.Array:
+  """What the response is worth up to each of its tokens."""
+  worth = jnp.where(sequences.response_mask, params['reward'][sequences.response], 0.0)
+  return worth.cumsum(-1)
+
+
+TABLES = Actors(table_policy, table_reward, table_token_reward, table_q)
 
 
 def direct_policy(params: Any, sequences: Sequences) -> PolicyOutput:
   """The parameters as they are, `[..., R]`; the leading axes are brought to the sequences'."""
   shape = sequences.response.shape
   return PolicyOutput(
-    **{name: params[name].reshape(shape) for name in ('logprobs', 'entropy', 'values')}
+    **{
+      name: params[name if name in params else 'logprobs'].reshape(shape)
+      for name in ('logprobs', 'entropy', 'values')
+    }
   )
 
 
-DIRECT = Actors(policy=direct_policy, reward=lambda params, sequences: params['scores'].reshape(-1))
+def direct_q(params: Any, sequences: Sequences) -> QOutput:
+  """The parameters as they are."""
+  del sequences
+  names = ('logprobs', 'values', 'next_values', 'q', 'target_q', 'q_nll')
+  return QOutput(**{name: params[name] for name in names})
 
 
-def make_outputs(data: str, seed: int = 2) -> dict[str, np.ndarray]:
-  """Parameters for `DIRECT`: `[B, R]` or `[B, 2, R]`, and scores `[B, 2]`, float32."""
+DIRECT = Actors(
+  policy=direct_policy,
+  reward=lambda params, sequences: params['scores'].reshape(-1),
+  token_reward=lambda params, sequences: params['token_scores'],
+  q=direct_q,
+)
+
+
+def make_outputs(kind: str, seed: int = 2) -> dict[str, np.ndarray]:
+  """Parameters for `DIRECT` on a kind of batch, float32; those of Q for single responses only."""
   rng = np.random.default_rng(seed)
-  shape = (B, 2, R) if data == 'comparisons' else (B, R)
+  rows = SHAPES.get(kind, (B,))
+  shape = (*rows, R)
   outputs = {name: rng.normal(0, 1, shape) for name in ('entropy', 'values')}
   outputs['logprobs'] = -1.6 + 0.4 * rng.normal(0, 1, shape)
-  outputs['scores'] = rng.normal(0, 1, (B, 2))
+  outputs['scores'] = rng.normal(0, 1, rows)
+  if len(rows) == 1:
+    outputs |= {
+      name: rng.normal(0, 1, shape) for name in ('token_scores', 'next_values', 'target_q')
+    }
+    outputs['q'] = rng.normal(0, 1, (2, *shape))
+    outputs['q_nll'] = rng.exponential(1, (2, *shape))
   return {name: values.astype(np.float32) for name, values in outputs.items()}
 
 
@@ -139,74 +150,29 @@ def evaluator(config: ObjectiveConfig, actors: Actors) -> Evaluate:
   return _EVALUATORS[key]
 
 
-def masks_of(batch: Any) -> dict[str, np.ndarray]:
-  """Which outputs of `DIRECT` may matter."""
-  sequences = batch if isinstance(batch, Sequences) else batch.sequences
-  values = batch.value_mask if isinstance(batch, Rollouts) else sequences.response_mask
-  response = sequences.response_mask
-  return {'logprobs': response, 'entropy': response, 'values': values}
+def direct_loss(config: ObjectiveConfig, outputs: Any, batch: Any) -> tuple[float, dict[str, Any]]:
+  """The mean loss of given outputs, and its gradients by each of them."""
+  mean, _, slopes = evaluator(config, DIRECT)(outputs, batch)
+  return float(mean.value()), {name: np.asarray(x) / mean.weight for name, x in slopes.items()}
 
 
-def garbage(batch: Any, bad: float, token: int) -> Any:
-  """The batch with `bad` at every masked number and `token` at every masked token."""
+def assert_equals_slow_loss(
+  config: ObjectiveConfig,
+  batch: Any,
+  outputs: dict[str, np.ndarray],
+  slow: Callable[[dict[str, np.ndarray]], float],
+  *names: str,
+) -> None:
+  """The loss is that of `slow`, from float64 outputs to a mean, and so are its gradients.
 
-  def fill(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    return np.where(mask, values, np.float32(bad))
-
-  def fill_tokens(rows: Sequences) -> Sequences:
-    return dataclasses.replace(
-      rows,
-      prompt=np.where(rows.prompt_mask, rows.prompt, token),
-      response=np.where(rows.response_mask, rows.response, token),
-    )
-
-  if isinstance(batch, Sequences):
-    return fill_tokens(batch)
-  mask = batch.sequences.response_mask
-  changed: dict[str, Any] = {
-    'sequences': fill_tokens(batch.sequences),
-    'reference_logprobs': fill(batch.reference_logprobs, mask),
-  }
-  if isinstance(batch, Rollouts):
-    changed |= {name: fill(getattr(batch, name), mask) for name in ('old_logprobs', 'advantages')}
-    changed |= {
-      name: fill(getattr(batch, name), batch.value_mask) for name in ('old_values', 'returns')
-    }
-  return dataclasses.replace(batch, **changed)
-
-
-def pad(batch: Any, left: int, right: int) -> Any:
-  """The batch with more padding: `left` prompt columns and `right` response columns."""
-
-  def widen(x: Any, before: int, after: int) -> Any:
-    # Tokens and numbers are padded with 1, masks with False.
-    fill = False if x.dtype == bool else 1
-    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, after)], constant_values=fill)
-
-  def widen_sequences(rows: Sequences) -> Sequences:
-    return Sequences(
-      prompt=widen(rows.prompt, left, 0),
-      prompt_mask=widen(rows.prompt_mask, left, 0),
-      response=widen(rows.response, 0, right),
-      response_mask=widen(rows.response_mask, 0, right),
-    )
-
-  if isinstance(batch, Sequences):
-    return widen_sequences(batch)
-  per_token = {
-    name: widen(value, 0, right)
-    for name, value in vars(batch).items()
-    if name not in ('sequences', 'preference', 'margin')
-  }
-  return dataclasses.replace(batch, sequences=widen_sequences(batch.sequences), **per_token)
-
-
-def swap(pairs: Pairs) -> Pairs:
-  """The same comparisons with first and second exchanged, labels too."""
-  exchanged = jax.tree.map(lambda x: x[:, ::-1], (pairs.sequences, pairs.reference_logprobs))
-  return dataclasses.replace(
-    pairs,
-    sequences=exchanged[0],
-    reference_logprobs=exchanged[1],
-    preference=1 - pairs.preference,
-  )
+  Gradients by the outputs `names` are compared with central differences; all others must be 0.
+  """
+  wide = {name: values.astype(np.float64) for name, values in outputs.items()}
+  loss, slopes = direct_loss(config, outputs, batch)
+  np.testing.assert_allclose(loss, slow(wide), rtol=1e-5, atol=1e-6)
+  for name, slope in slopes.items():
+    expected: Any = 0.0
+    if name in names:
+      expected = numerical.gradient(lambda x, name=name: slow(wide | {name: x}), wide[name])
+      assert expected.any(), name
+    np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=2e-6, err_msg=name)

@@ -10,7 +10,7 @@ import pytest
 from rlhf_jax.common import prng
 from rlhf_jax.data import pipeline
 from rlhf_jax.models import roles
-from rlhf_jax.objectives import RewardModelConfig
+from rlhf_jax.objectives.reward_model import RewardModelConfig
 from rlhf_jax.recipes import parts as parts_lib
 from rlhf_jax.recipes.probes import device_batches, prompt_columns, sample_scores
 from rlhf_jax.runs import Run

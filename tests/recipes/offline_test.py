@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.models import roles
-from rlhf_jax.objectives import DPOConfig
+from rlhf_jax.objectives.dpo import DPOConfig
 from tests import tiny
 
 

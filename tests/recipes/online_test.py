@@ -15,7 +15,7 @@ from rlhf_jax.config import EvaluationConfig
 from rlhf_jax.evaluation.policy import decode_sequences
 from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.models import roles
-from rlhf_jax.objectives import PPOConfig
+from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.recipes import Built
 from rlhf_jax.training.optimizer import OptimizerConfig
 from rlhf_jax.training.writers import read_rows

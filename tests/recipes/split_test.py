@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common import trees
-from rlhf_jax.objectives import PPOConfig
+from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.recipes import Built
 from rlhf_jax.sharding.mesh import MeshConfig, put_batch
 from rlhf_jax.training.optimizer import OptimizerConfig

@@ -9,8 +9,10 @@ import pytest
 from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.types import PolicyOutput, Sequences
-from rlhf_jax.objectives import PPOConfig
-from rlhf_jax.rollout.rollout import Judges, Sampled, assemble
+from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
+from rlhf_jax.objectives.ppo import PPOConfig, collect
+from rlhf_jax.rollout.config import RolloutConfig
+from rlhf_jax.rollout.rollout import Judges, Sampled, Scored, assemble
 from tests import quick
 from tests.objectives import tabular
 
@@ -61,8 +63,8 @@ def make_judges(masked: float) -> Judges:
   return Judges(policy, reference, logits)
 
 
-def rollout(masked: float = 0.0, coefficient: float = BETA, **settings: Any) -> tuple[Any, ...]:
-  """(rollouts, next coefficient, metrics as numbers) of the samples above."""
+def sampled_rows() -> Sampled:
+  """The samples above, as generation gives them."""
   sequences = Sequences(
     prompt=jnp.ones((B, 2), jnp.int32),
     prompt_mask=jnp.array([[False, True]] * 3 + [[True, True]] * 3),
@@ -70,13 +72,31 @@ def rollout(masked: float = 0.0, coefficient: float = BETA, **settings: Any) -> 
     response_mask=jnp.asarray(MASK),
   )
   sampler_logprobs = jnp.asarray(np.where(MASK, chosen(LOGITS) + 1e-3, 7.0), jnp.float32)
-  config, judges = PPOConfig(**settings), make_judges(masked)
-  sampled = Sampled(sequences, sampler_logprobs, jnp.asarray(STOPPED))
+  return Sampled(sequences, sampler_logprobs, jnp.asarray(STOPPED))
+
+
+def experienced(masked: float = 0.0, parts: int = 1, **settings: Any) -> tuple[Any, Any]:
+  """(experience, metrics) of the samples above, under `RolloutConfig` settings."""
+  config, judges, sampled = RolloutConfig(**settings), make_judges(masked), sampled_rows()
   run = quick.jit(
-    lambda beta, scores: assemble(config, judges, {'policy': 1}, 0, beta, sampled, scores)
+    lambda scored: assemble(config, judges, {'policy': 1}, 0, sampled, scored, parts)
   )
-  rollouts, following, metrics = run(jnp.float32(coefficient), jnp.asarray(SCORES, jnp.float32))
-  return rollouts, float(following), metrics_lib.values(metrics)
+  return run(Scored(jnp.asarray(SCORES, jnp.float32)))
+
+
+def rollout(
+  masked: float = 0.0, scoring: dict[str, Any] | None = None, **settings: Any
+) -> tuple[Any, ...]:
+  """(rollouts, next coefficient, metrics as numbers) of the samples above, as PPO collects them.
+
+  `scoring` are settings of the rollout, the others those of PPO.
+  """
+  config = PPOConfig(**{'kl': KLPenaltyConfig(coefficient=BETA), **settings})
+  experience, metrics = experienced(masked, **(scoring or {}))
+  run = quick.jit(lambda experience, carry: collect(config, experience, carry))
+  found = run(experience, {'kl_coefficient': jnp.float32(BETA)})
+  numbers = metrics_lib.values({**metrics, **found.metrics})
+  return found.batch, float(found.carry['kl_coefficient']), numbers
 
 
 def whiten(values: np.ndarray, mask: np.ndarray, shift_mean: bool) -> np.ndarray:
@@ -86,13 +106,13 @@ def whiten(values: np.ndarray, mask: np.ndarray, shift_mean: bool) -> np.ndarray
   return whitened if shift_mean else whitened + kept.mean()
 
 
-def slow_rollout(config: PPOConfig) -> tuple[np.ndarray, np.ndarray]:
+def slow_rollout(config: PPOConfig, missing_stop: str) -> tuple[np.ndarray, np.ndarray]:
   """Advantages and returns, in the order of that code's steps 3 to 6, in float64.
 
   3. scores of responses without a stop; 4. rewards, the score paid after the stop; 5. whiten
   rewards; 6. advantages and returns over all columns, masked values being 0.
   """
-  scores = np.where(STOPPED, SCORES, -1.0) if config.missing_stop == 'replace' else SCORES
+  scores = np.where(STOPPED, SCORES, -1.0) if missing_stop == 'replace' else SCORES
   sequence_lengths = np.array(LENGTHS) - 1
   padding_mask = np.arange(R) > sequence_lengths[:, None]
   padding_mask_p1 = np.arange(R) > sequence_lengths[:, None] + 1
@@ -119,19 +139,21 @@ def slow_rollout(config: PPOConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-  'settings',
+  ('settings', 'missing_stop'),
   [
-    {},
-    {'missing_stop': 'replace', 'whiten_rewards': True},
-    {'gamma': 0.9, 'lam': 0.8, 'whiten_advantages': False},
+    ({}, 'none'),
+    ({'whiten_rewards': True}, 'replace'),
+    ({'gamma': 0.9, 'lam': 0.8, 'whiten_advantages': False}, 'none'),
   ],
   ids=['default', 'replace, whitened', 'discounted'],
 )
-def test_advantages_and_returns_equal_the_released_code(settings: dict[str, Any]) -> None:
+def test_advantages_and_returns_equal_the_released_code(
+  settings: dict[str, Any], missing_stop: str
+) -> None:
   """Scores after the stop, with and without each option, over ragged rows."""
   settings = {'score_placement': 'after_stop', **settings}
-  rollouts, _, _ = rollout(masked=5.0, **settings)
-  advantages, returns = slow_rollout(PPOConfig(**settings))
+  rollouts, _, _ = rollout(masked=5.0, scoring={'missing_stop': missing_stop}, **settings)
+  advantages, returns = slow_rollout(PPOConfig(**settings), missing_stop)
   np.testing.assert_allclose(rollouts.advantages, advantages, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(rollouts.returns, returns, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(rollouts.old_values[MASK], VALUES[MASK], rtol=1e-6)
@@ -144,8 +166,8 @@ def test_what_is_said_of_padding_does_not_matter(placement: str) -> None:
   settings: dict[str, Any] = {
     'score_placement': placement,
     'whiten_rewards': True,
-    'exact_kl': True,
-    'kl_target': 1.0,
+    'scoring': {'exact_kl': True},
+    'kl': KLPenaltyConfig(coefficient=BETA, target=1.0),
   }
   clean, following, numbers = rollout(**settings)
   dirty, dirty_following, dirty_numbers = rollout(masked=np.nan, **settings)
@@ -172,7 +194,7 @@ def test_undiscounted_returns_are_scores_less_the_penalty() -> None:
 
 def test_metrics_by_hand() -> None:
   """Sequence KLs are sums over a response averaged over responses; the rest likewise."""
-  rollouts, _, metrics = rollout(missing_stop='replace', exact_kl=True)
+  rollouts, _, metrics = rollout(scoring={'missing_stop': 'replace', 'exact_kl': True})
   log_ratio = chosen(LOGITS) - chosen(REFERENCE)
   p, q = normalised(LOGITS), normalised(REFERENCE)
   exact = (np.exp(p) * (p - q)).sum(-1)
@@ -207,11 +229,16 @@ def test_an_untouched_policy_has_no_divergence() -> None:
   """Policy = reference: every KL is 0 and rewards are the scores alone."""
   judges = make_judges(0.0)
   same = judges._replace(reference=lambda params, rows: judges.policy({'policy': 1}, rows))
-  sequences = Sequences(jnp.ones((B, 1), int), jnp.ones((B, 1), bool), jnp.asarray(TOKENS), MASK)
-  sampled = Sampled(sequences, jnp.zeros((B, R)), jnp.asarray(STOPPED))
   config = PPOConfig(gamma=1.0, lam=1.0)
-  run = quick.jit(lambda beta, x: assemble(config, same, {'policy': 1}, 0, beta, sampled, x))
-  rollouts, _, metrics = run(jnp.float32(0.5), jnp.asarray(SCORES, jnp.float32))
+
+  @quick.jit
+  def run(beta: Any, scores: Any) -> Any:
+    experience, metrics = assemble(
+      RolloutConfig(), same, {'policy': 1}, 0, sampled_rows(), Scored(scores)
+    )
+    return collect(config, experience, {'kl_coefficient': beta}).batch, metrics
+
+  rollouts, metrics = run(jnp.float32(0.5), jnp.asarray(SCORES, jnp.float32))
   values = metrics_lib.values(metrics)
   assert values['kl'] == values['kl_k3'] == 0.0
   np.testing.assert_allclose(
@@ -225,15 +252,17 @@ def test_the_coefficient_adapts_only_with_a_target() -> None:
   np.testing.assert_allclose(rollout()[1], BETA, rtol=1e-6)
   assert kl > 0
   target = kl / 1.1  # so that the error is 0.1
-  following = rollout(kl_target=float(target), kl_horizon=100)[1]
+  penalty = KLPenaltyConfig(coefficient=BETA, target=float(target), horizon=100)
+  following = rollout(kl=penalty)[1]
   np.testing.assert_allclose(following, BETA * (1 + 0.1 * B / 100), rtol=1e-5)
 
 
 def test_the_coefficient_scales_the_penalty_of_this_iteration() -> None:
   """Advantages and metrics use the coefficient that came in, not the next one."""
-  settings: dict[str, Any] = {'gamma': 1.0, 'lam': 1.0, 'kl_horizon': 1}
+  settings: dict[str, Any] = {'gamma': 1.0, 'lam': 1.0}
   fixed, _, _ = rollout(**settings)
-  adaptive, following, metrics = rollout(kl_target=0.01, **settings)
+  penalty = KLPenaltyConfig(coefficient=BETA, target=0.01, horizon=1)
+  adaptive, following, metrics = rollout(kl=penalty, **settings)
   assert following != pytest.approx(BETA)
   assert metrics['kl_coefficient'] == pytest.approx(BETA)
   np.testing.assert_array_equal(adaptive.returns, fixed.returns)
@@ -246,14 +275,64 @@ def test_integer_scores_are_refused() -> None:
   )
   tables = tabular.make_tables()
   judges = Judges(tabular.table_policy, tabular.table_policy, make_judges(0.0).logits)
-  config, beta = PPOConfig(whiten_advantages=False, gamma=1.0, lam=1.0), jnp.float32(0.1)
 
-  def returns_of(scores: Any) -> Any:
-    run = quick.jit(lambda x: assemble(config, judges, tables, tables, beta, sampled, x))
-    return run(scores)[0].returns
+  def scores_of(scores: Any) -> Any:
+    run = quick.jit(
+      lambda x: assemble(RolloutConfig(), judges, tables, tables, sampled, Scored(x))
+    )
+    return run(scores)[0].scores
 
   with pytest.raises(ShapeError, match='scores: expected a floating-point array, got int32'):
-    returns_of(jnp.array([1, -2, 3, 0]))
-  returns = returns_of(jnp.array([1.5, -2.0, 3.0, 0.0], jnp.bfloat16))
-  assert returns.dtype == jnp.float32
-  np.testing.assert_allclose(returns[:, 0], [1.5, -2.0, 3.0, 0.0], atol=1e-5)
+    scores_of(jnp.array([1, -2, 3, 0]))
+  scores = scores_of(jnp.array([1.5, -2.0, 3.0, 0.0], jnp.bfloat16))
+  assert scores.dtype == jnp.float32
+  np.testing.assert_array_equal(scores, [1.5, -2.0, 3.0, 0.0])
+
+
+def test_an_experience_is_what_was_sampled_and_what_judges_say_of_it() -> None:
+  """Log-probs are 0 behind the end; token rewards pass through; nothing depends on the parts."""
+  whole, metrics = experienced(masked=np.nan, missing_stop='subtract', missing_stop_value=0.75)
+  for name, logits in (('old_logprobs', LOGITS), ('reference_logprobs', REFERENCE)):
+    found = getattr(whole, name)
+    np.testing.assert_allclose(found, np.where(MASK, chosen(logits), 0), rtol=1e-5)
+    assert found.dtype == jnp.float32
+  np.testing.assert_allclose(whole.scores, np.where(STOPPED, SCORES, SCORES - 0.75), rtol=1e-6)
+  assert whole.token_rewards is None
+  np.testing.assert_array_equal(whole.sequences.response, TOKENS)
+  paid = jnp.asarray(RNG.normal(size=(B, R)), jnp.float32)
+  scored = Scored(jnp.asarray(SCORES, jnp.float32), paid)
+  experience, _ = assemble(
+    RolloutConfig(), make_judges(0.0), {'policy': 1}, 0, sampled_rows(), scored
+  )
+  np.testing.assert_array_equal(experience.token_rewards, paid)
+
+
+@pytest.mark.parametrize('parts', [2, 4])
+def test_models_may_read_the_samples_in_parts(parts: int) -> None:
+  """Experience and metrics, the exact KL among them, are those of one piece."""
+  batch = tabular.make_batch('prompts')
+  sampled = Sampled(batch.sequences, batch.old_logprobs, jnp.ones(tabular.B, bool))
+  tables, others = tabular.make_tables(1), tabular.make_tables(2)
+
+  def logits(params: Any, rows: Sequences) -> Any:
+    before = jnp.concatenate([rows.prompt[..., -1:], rows.response[..., :-1]], axis=-1)
+    return params[jnp.arange(before.shape[-1]), before]
+
+  judges = Judges(tabular.table_policy, tabular.table_policy, logits)
+  reference = others['policy']
+  judges = judges._replace(
+    reference=lambda params, rows: tabular.table_policy({**others, 'policy': params}, rows)
+  )
+
+  def run(parts: int) -> Any:
+    config, scored = RolloutConfig(exact_kl=True), Scored(jnp.arange(float(tabular.B)))
+    experience, metrics = quick.jit(
+      lambda sampled: assemble(config, judges, tables, reference, sampled, scored, parts)
+    )(sampled)
+    return experience, metrics_lib.values(metrics)
+
+  (split, numbers), (whole, expected) = run(parts), run(1)
+  for name in ('old_logprobs', 'reference_logprobs', 'values', 'scores'):
+    np.testing.assert_allclose(getattr(split, name), getattr(whole, name), rtol=1e-6, atol=1e-7)
+  assert numbers == pytest.approx(expected, rel=1e-5)
+  assert expected['exact_kl'] > 0.1

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.types import Sequences
-from rlhf_jax.objectives import PPOConfig
+from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.rollout.shaping import handle_missing_stop, shape_rewards, truncate_for_scoring
 from tests import quick
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.types import Prompts
@@ -103,6 +103,16 @@ def test_constraints_place_what_divides_and_leave_the_rest() -> None:
     )
     odd_heads = both(jnp.ones((3, 4, 5))).sharding.spec
     assert odd_heads == PartitionSpec(None, ('data', 'fsdp'))
+
+
+def test_none_alone_asks_for_whole_copies() -> None:
+  """An array that is cut comes out whole on every device."""
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  cut = jax.device_put(jnp.ones((6, 8)), NamedSharding(mesh, PartitionSpec(None, 'fsdp')))
+  with jax.set_mesh(mesh):
+    whole = jax.jit(lambda x: constrain(x * 1, None, None))(cut)
+  assert whole.sharding.is_fully_replicated and not cut.sharding.is_fully_replicated
+  assert constrain(cut, None, None) is cut, 'without a mesh'
 
 
 def test_constraints_inside_a_mapped_kernel_do_nothing() -> None:

@@ -84,6 +84,26 @@ def test_a_restored_state_lies_as_asked_for(tmp_path: pathlib.Path) -> None:
   checkpoints.close()
 
 
+def test_targets_and_a_nested_carry_come_back_too(tmp_path: pathlib.Path) -> None:
+  """In the state, and a target's role alone; counters keep their dtype."""
+  carry = {'normalizer': {'count': jnp.int32(3), 'mean': jnp.arange(2.0)}, 'rates': (jnp.ones(()),)}
+  target = {'kernel': jnp.full((8, 8), 2.5), 'bias': jnp.arange(8.0)}
+  state = dataclasses.replace(make_state(3), carry=carry, targets={'policy_target': target})
+  checkpoints = opened(tmp_path)
+  checkpoints.save(3, state, {})
+  checkpoints.close()
+  checkpoints = opened(tmp_path)
+  restored, _ = checkpoints.restore(abstract_of(state))
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  for name, leaf in trees.flatten(state).items():
+    found = trees.flatten(restored)[name]
+    assert found.dtype == leaf.dtype
+    np.testing.assert_array_equal(found, leaf, err_msg=name)
+  role = checkpoints.restore_role('policy_target', abstract_of(target), 3)
+  np.testing.assert_array_equal(role['kernel'], target['kernel'])
+  checkpoints.close()
+
+
 def test_the_latest_few_are_kept(tmp_path: pathlib.Path) -> None:
   checkpoints = opened(tmp_path, keep=2)
   assert checkpoints.latest_step is None
@@ -165,6 +185,17 @@ def test_there_is_nothing_to_restore_at_first(tmp_path: pathlib.Path) -> None:
   checkpoints = opened(tmp_path)
   with pytest.raises(RunError, match='no checkpoint'):
     checkpoints.restore(abstract_of(make_state()))
+  checkpoints.close()
+
+
+def test_a_best_metric_must_be_measured(tmp_path: pathlib.Path) -> None:
+  """The error lists what is, or says how to have something measured."""
+  checkpoints = opened(tmp_path, best_metric='reward')
+  checkpoints.require_metric(['kl', 'reward'])
+  with pytest.raises(ConfigError, match="best_metric='reward'.* give: kl, length"):
+    checkpoints.require_metric(['length', 'kl'])
+  with pytest.raises(ConfigError, match='nothing.*Set evaluation.prompts'):
+    checkpoints.require_metric([])
   checkpoints.close()
 
 

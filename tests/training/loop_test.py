@@ -7,17 +7,23 @@ import pathlib
 import signal
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rlhf_jax.common import trees
-from rlhf_jax.common.errors import NonFiniteError
+from rlhf_jax.common.errors import ConfigError, NonFiniteError
+from rlhf_jax.common.metrics import Mean, Sum
 from rlhf_jax.config import EvaluationConfig
-from rlhf_jax.objectives import DPOConfig
+from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.training import loop
-from rlhf_jax.training.checkpoints import CheckpointConfig
+from rlhf_jax.training.checkpoints import CheckpointConfig, Checkpoints
 from rlhf_jax.training.optimizer import OptimizerConfig
-from rlhf_jax.training.recipe import Recipe
+from rlhf_jax.training.recipe import Evaluation, Prepared, Recipe
+from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.step import Schedule, make_update
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
 
@@ -119,6 +125,69 @@ def test_a_run_stopped_after_5_of_10_steps_ends_as_if_undisturbed(
     assert len(set(coefficients)) == len(coefficients), 'the adaptive coefficient did not move'
 
 
+def test_targets_resume_exactly(tmp_path: pathlib.Path) -> None:
+  """A slow copy that decides the loss: 7 steps are 4 steps and 3 more; evaluations see it."""
+  optimizer = optax.adam(0.1)
+  seen: list[set[str]] = []
+
+  def init() -> TrainState:
+    carry = {'drift': {'total': jnp.zeros(3)}}
+    start = {'w': jnp.arange(3.0)}
+    return TrainState.create(start, optimizer, 0, carry, {'w_target': jnp.zeros(3)})
+
+  def loss(params: Any, batch: jax.Array) -> Any:
+    return Mean.of(jnp.square(params['w'] - 0.5 * params['w_target'] - batch)), {}
+
+  def move(targets: Any, params: Any) -> Any:
+    return {'w_target': optax.incremental_update(params['w'], targets['w_target'], 0.3)}
+
+  def prepare(state: TrainState, batch: Any) -> Prepared:
+    carry = {'drift': {'total': state.carry['drift']['total'] + state.targets['w_target']}}
+    return Prepared(batch + carry['drift']['total'], carry, {'tokens': Sum(jnp.int32(1))})
+
+  def evaluate(params: Any, step: int) -> Evaluation:
+    seen.append(set(params))
+    return Evaluation({}, {})
+
+  update = jax.jit(
+    make_update(loss, optimizer, lambda count: 0.1, Schedule(), move), donate_argnums=0
+  )
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), init()
+  )
+  recipe = Recipe(
+    abstract, init, lambda step: np.float32(step), prepare, update, evaluate, lambda s: s, (), {}
+  )
+
+  def run(name: str, wrap: Any = lambda recipe: recipe) -> TrainState:
+    (tmp_path / name).mkdir(exist_ok=True)
+    checkpoints = Checkpoints(tmp_path / name / 'checkpoints', CheckpointConfig())
+    settings = loop.LoopConfig(7, 10, 0, 0, False, False)
+    try:
+      return loop.train(name, wrap(recipe), settings, tmp_path / name, checkpoints).state
+    finally:
+      checkpoints.close()
+
+  whole, half, both = run('whole'), run('parts', terminated_at(4)), run('parts')
+  assert int(half.step) == 4 and int(both.step) == 7
+  assert trees.sha256(both) == trees.sha256(whole)
+  assert not np.array_equal(half.targets['w_target'], both.targets['w_target'])
+  assert all(roles == {'w', 'w_target'} for roles in seen) and seen
+
+
+def test_a_mistaken_best_metric_costs_nothing(tmp_path: pathlib.Path) -> None:
+  """The error comes before the first step, and the directory is free for the mended config."""
+  evaluation = dataclasses.replace(EVALUATION, prompts=0)
+  for metric in ('held_out_nlll', 'held_out_nll'):
+    checkpoint = CheckpointConfig(best_metric=metric, best_mode='min')
+    config = tiny.make_config('sft', steps=2, evaluation=evaluation, checkpoint=checkpoint)
+    if metric == 'held_out_nll':
+      assert tiny.run_stage(config, tmp_path / 'run').outcome.run.step('best') in (1, 2)
+      continue
+    with pytest.raises(ConfigError, match='best_metric.*held_out_nll'):
+      tiny.run_stage(config, tmp_path / 'run')
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: pathlib.Path) -> None:
   """Killed in step 9 with a checkpoint at 6: rows written after 6 are made again, none twice."""
   config = tiny.make_config('sft', checkpoint=CheckpointConfig(every=3, keep=1))
@@ -212,8 +281,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(
   batch, metrics = (folder / 'nonfinite' / f'step_00000003.{kind}' for kind in ('npz', 'json'))
   for part in ('step 3', 'loss nan', str(batch), str(metrics), 'checkpoint is step 2'):
     assert part in str(caught.value)
-  values = json.loads(metrics.read_text())
-  assert values['step'] == 3 and np.isnan(values['loss']) and values['tokens'] > 0
+
+  def refused(constant: str) -> None:
+    raise ValueError(f'{constant} is not JSON')
+
+  values = json.loads(metrics.read_text(), parse_constant=refused)
+  assert values['step'] == 3 and values['loss'] == 'nan' and values['tokens'] > 0
   with np.load(batch) as saved:
     expected = trees.flatten(poisoned[0])
     assert set(saved.files) == expected.keys()

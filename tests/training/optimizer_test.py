@@ -91,6 +91,37 @@ def test_rmsprop_is_pytorchs() -> None:
   np.testing.assert_allclose(run(config), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_recipe_of_the_dpo_authors() -> None:
+  """Every update of their trainer, past its warm-up, with gradients above and below the clip norm.
+
+  torch.optim.RMSprop(lr=5e-7) with its defaults, alpha 0.99 and eps 1e-8; clip_grad_norm_ at 10;
+  LambdaLR min(1, (step + 1) / (150 + 1)), so that 150 "warm-up steps" are 151 updates here.
+  """
+  config = OptimizerConfig(
+    name='rmsprop', learning_rate=5e-7, b2=0.99, epsilon=1e-8, warmup_updates=151, clip_norm=10.0
+  )
+  steps = 160
+  rng = np.random.default_rng(1)
+  gradients = rng.normal(size=(steps, 3)) * 10.0 ** rng.uniform(-8, 2, (steps, 3))
+  norms = np.linalg.norm(gradients, axis=1)
+  assert (norms > 10).any() and (norms < 10).any()
+  square_average, expected = np.zeros(3), []
+  for step, gradient in enumerate(gradients):
+    gradient = gradient * min(1.0, 10.0 / (norms[step] + 1e-6))
+    square_average = 0.99 * square_average + (1 - 0.99) * gradient**2
+    rate = 5e-7 * min(1.0, (step + 1) / (150 + 1))
+    expected.append(-rate * gradient / (np.sqrt(square_average) + 1e-8))
+  optimizer = make_optimizer(config, steps)
+
+  def step(state: Any, gradient: jax.Array) -> tuple[Any, jax.Array]:
+    update, state = optimizer.update(gradient, state)
+    return state, update
+
+  start = optimizer.init(jnp.zeros(3))
+  updates = jax.jit(lambda g: jax.lax.scan(step, start, g)[1])(jnp.asarray(gradients, jnp.float32))
+  np.testing.assert_allclose(updates, expected, rtol=1e-4)
+
+
 def slow_adam(placement: str, epsilon: float, decay: float = 0.0) -> np.ndarray:
   """Adam(W) of PyTorch ('inside') or of TensorFlow 1 ('outside') in float64."""
   m, v, params, out = np.zeros(4), np.zeros(4), START.copy(), []

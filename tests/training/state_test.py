@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from rlhf_jax.common import prng, trees
 from rlhf_jax.training.state import TrainState
@@ -23,6 +24,16 @@ def test_a_new_state_begins_at_step_zero_with_an_untouched_optimizer() -> None:
   moments = trees.flatten(state.opt_state[0].mu)
   assert not any(np.asarray(moment).any() for moment in moments.values())
   assert moments.keys() == trees.flatten(state.params).keys()
+
+
+def test_targets_have_roles_of_their_own_and_no_optimizer_state() -> None:
+  """By role the state has both; Adam's moments are those of params alone."""
+  params, target = {'policy': {'kernel': jnp.ones((2, 3))}}, {'kernel': jnp.zeros((2, 3))}
+  state = TrainState.create(params, optax.adam(1e-3), 3, {}, {'policy_target': target})
+  assert state.by_role == {**params, 'policy_target': target}
+  assert trees.flatten(state.opt_state[0].mu).keys() == {'policy.kernel'}
+  with pytest.raises(ValueError, match='both params and targets: policy'):
+    TrainState.create(params, optax.adam(1e-3), 3, {}, {'policy': target})
 
 
 def test_all_randomness_follows_from_seed_stream_and_step() -> None:

@@ -148,6 +148,40 @@ def test_metrics_of_the_first_update_cover_all_its_microbatches() -> None:
   assert found == {float(order[0].max())}
 
 
+def target_loss(params: Any, batch: Any) -> tuple[Mean, Metrics]:
+  """Half the squared distance of each row's product with w to its product with the target."""
+  errors = batch['x'] @ params['w'] - batch['x'] @ params['w_target'] - 1.0
+  return Mean.of(0.5 * jnp.square(errors)), {}
+
+
+@pytest.mark.parametrize('schedule', [Schedule(), Schedule(2, 2, 2)], ids=['one', 'several'])
+def test_targets_are_constants_that_follow_every_update(schedule: Schedule) -> None:
+  """By NumPy: SGD on w alone, then Polyak averaging, `epochs * minibatches` times."""
+  batch, rate, slowness = make_batch(), 0.1, 0.75
+  optimizer = optax.sgd(rate)
+  start = {'w': jnp.linspace(0.5, 1.5, LENGTH)}, {'w_target': jnp.ones(LENGTH)}
+  state = TrainState.create(start[0], optimizer, 0, {}, start[1])
+
+  def move(targets: Any, params: Any) -> Any:
+    return {'w_target': slowness * targets['w_target'] + (1 - slowness) * params['w']}
+
+  order = minibatch_order(state.stream(Stream.MINIBATCHES), ROWS, schedule)
+  if schedule == Schedule():
+    order = np.arange(ROWS)[None]
+  w, target = (np.asarray(tree, np.float64) for one in start for tree in one.values())
+  for rows in np.asarray(order):
+    x = np.asarray(batch['x'], np.float64)[rows]
+    w = w - rate * x.T @ (x @ (w - target) - 1.0) / len(rows)
+    target = slowness * target + (1 - slowness) * w
+  updates = (
+    make_update(target_loss, optimizer, lambda count: rate, schedule, m) for m in (move, None)
+  )
+  moved, kept = (jax.jit(update)(state, batch)[0] for update in updates)
+  np.testing.assert_allclose(moved.params['w'], w, rtol=1e-5)
+  np.testing.assert_allclose(moved.targets['w_target'], target, rtol=1e-5)
+  np.testing.assert_array_equal(kept.targets['w_target'], start[1]['w_target'])
+
+
 def test_metrics_survive_json_exactly() -> None:
   """Totals and weights, extremes and counts: merging goes on as if nothing had been written."""
   metrics: Metrics = {

@@ -1,0 +1,144 @@
+"""Group-relative policy optimisation: advantages from the rewards of a prompt's responses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.common.checks import check_float
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.masked import masked_mean, masked_sum
+from rlhf_jax.common.metrics import Mean, Metrics
+from rlhf_jax.common.types import Experience, Rollouts
+from rlhf_jax.objectives.base import (
+  Actors,
+  Carry,
+  Collected,
+  LossOutput,
+  Objective,
+  Params,
+  always,
+)
+from rlhf_jax.objectives.policy_gradient import (
+  MAX_LOG_RATIO,
+  check_samples,
+  check_updates,
+  clipped_surrogate,
+  grouped,
+  ratio_metrics,
+  rollouts_of,
+)
+from rlhf_jax.ops.kl import k3
+
+Array = jax.Array
+
+SCALES = ('group', 'batch', 'none')
+NORMALIZATIONS = ('sequence', 'token', 'constant')
+
+
+@dataclasses.dataclass(kw_only=True)
+class GRPOConfig:
+  """Group-relative policy optimisation (Shao et al. 2024, DeepSeekMath)."""
+
+  # Responses to each prompt (64 in the paper; TRL: 8).
+  samples: int = 8
+  # Passes over the rollouts of an iteration, and minibatches (optimizer updates) in each pass.
+  epochs: int = 1
+  minibatches: int = 1
+  # How far a token's probability ratio may fall and rise (DAPO: 0.2 and 0.28).
+  clip: float = 0.2
+  clip_high: float = 0.2
+  # Coefficient of the k3 estimate of the KL, in the loss (0.04 in the paper; TRL: 0).
+  kl_coefficient: float = 0.04
+  # What centred rewards are divided by: the standard deviation of the 'group' (the paper), of the
+  # whole 'batch' (Liu et al. 2025, "Tricks or traps"), or 'none' (Liu et al. 2025, Dr. GRPO).
+  scale: str = 'group'
+  # How token losses become one number: mean over each response, then over responses, 'sequence'
+  # (the paper; TRL 'grpo'); mean over all tokens, 'token' (Yu et al. 2025, DAPO; TRL 'bnpo',
+  # 'dapo'); sum over a response divided by a 'constant' (Dr. GRPO; TRL 'dr_grpo').
+  normalization: str = 'sequence'
+  # That constant, in tokens (TRL: the longest response); 'constant' only.
+  constant: float = 0.0
+
+  def validate(self, path: str) -> None:
+    """Raises ConfigError for values that cannot work."""
+    check_samples(path, self.samples, "Advantages compare a prompt's responses with each other.")
+    clips = {'clip': self.clip, 'clip_high': self.clip_high}
+    check_updates(path, self.epochs, self.minibatches, clips)
+    if not self.kl_coefficient >= 0:
+      raise ConfigError(f'{path}.kl_coefficient', self.kl_coefficient, 'a number >= 0')
+    for name, kinds in (('scale', SCALES), ('normalization', NORMALIZATIONS)):
+      if getattr(self, name) not in kinds:
+        raise ConfigError(f'{path}.{name}', getattr(self, name), f'one of {kinds}')
+    if (self.normalization == 'constant') != (self.constant > 0):
+      raise ConfigError(
+        f'{path}.constant',
+        self.constant,
+        "a number > 0 with normalization 'constant', and 0 otherwise",
+      )
+
+
+def group_advantages(rewards: Array, *, scale: str, epsilon: float = 1e-4) -> Array:
+  """`[B, K]` rewards of K responses to each prompt -> `[B, K]` advantages.
+
+    A_i = (R_i - mean R) / (std R + epsilon)     (Shao et al. 2024, section 4.1.2)
+
+  The standard deviation divides by K - 1, and epsilon is 1e-4, as in TRL.
+  """
+  check_float(rewards=rewards)
+  centred = rewards - rewards.mean(1, keepdims=True)
+  if scale == 'group':
+    return centred / (rewards.std(1, ddof=1, keepdims=True) + epsilon)
+  if scale == 'batch':
+    return centred / (rewards.std(ddof=1) + epsilon)
+  if scale == 'none':
+    return centred
+  raise ValueError(f'scale {scale!r}: expected one of {SCALES}.')
+
+
+def collect(config: GRPOConfig, experience: Experience, carry: Carry) -> Collected:
+  """Standardises the scores of each prompt's responses; every token gets its response's."""
+  groups = grouped(experience.scores, config.samples)
+  advantages = group_advantages(groups, scale=config.scale).reshape(-1)
+  deviations = groups.std(1)
+  metrics: Metrics = {
+    'group_std': Mean.of(deviations),
+    # Groups whose responses are all scored alike teach nothing.
+    'equal_groups': Mean.of(deviations == 0),
+  }
+  return Collected(rollouts_of(experience, advantages), carry, metrics)
+
+
+def loss(config: GRPOConfig, actors: Actors, params: Params, batch: Rollouts) -> LossOutput:
+  """Clipped surrogate plus `kl_coefficient` k3, per token (Shao et al. 2024, eq. 3 and 4)."""
+  mask = batch.sequences.response_mask
+  assert actors.policy is not None
+  output = actors.policy(params, batch.sequences)
+  logprobs = jnp.where(mask, output.logprobs, batch.old_logprobs)
+  clips = {'clip_low': config.clip, 'clip_high': config.clip_high}
+  policy_losses = clipped_surrogate(logprobs, batch.old_logprobs, batch.advantages, **clips)
+  # Where the reference is e^40 times likelier, the estimate's gradient would overflow.
+  reference = jnp.minimum(batch.reference_logprobs, logprobs + MAX_LOG_RATIO)
+  kl = k3(logprobs, jnp.where(mask, reference, logprobs))
+  losses = policy_losses + config.kl_coefficient * kl
+  mean = normalized(losses, mask, config.normalization, config.constant)
+  return mean, {
+    'policy_loss': normalized(policy_losses, mask, config.normalization, config.constant),
+    'loss_kl': Mean.of(kl, mask),
+    'entropy': Mean.of(output.entropy, mask),
+    **ratio_metrics(logprobs, batch.old_logprobs, mask, **clips),
+  }
+
+
+def normalized(losses: Array, mask: Array, normalization: str, constant: float) -> Mean:
+  """Token losses `[B, R]` as one mean; see `GRPOConfig.normalization`."""
+  if normalization == 'token':
+    return Mean.of(losses, mask)
+  if normalization == 'sequence':
+    return Mean.of(masked_mean(losses, mask, axis=-1))
+  if normalization == 'constant':
+    return Mean.of(masked_sum(losses, mask, axis=-1) / constant)
+  raise ValueError(f'normalization {normalization!r}: expected one of {NORMALIZATIONS}.')
+
+
+OBJECTIVE = Objective('grpo', GRPOConfig, 'prompts', loss, always, collect=collect)

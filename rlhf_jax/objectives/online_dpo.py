@@ -1,0 +1,91 @@
+"""Online DPO: preferences between a policy's own responses, given by the reward."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.masked import masked_sum
+from rlhf_jax.common.metrics import Mean, Metrics
+from rlhf_jax.common.types import Experience, Pairs
+from rlhf_jax.objectives.base import (
+  Actors,
+  Carry,
+  Collected,
+  LossOutput,
+  Objective,
+  Params,
+  always,
+  pair_logprobs,
+)
+from rlhf_jax.objectives.dpo import dpo
+from rlhf_jax.objectives.policy_gradient import check_samples, check_updates, grouped
+
+Array = jax.Array
+
+VARIANTS = ('sigmoid', 'ipo', 'hinge')
+
+
+@dataclasses.dataclass(kw_only=True)
+class OnlineDPOConfig:
+  """Online DPO (Guo et al. 2024, "Direct language model alignment from online AI feedback")."""
+
+  # Responses to each prompt; the best and the worst by score make the pair (2 in the paper).
+  samples: int = 2
+  # Passes over the rollouts of an iteration, and minibatches (optimizer updates) in each pass.
+  epochs: int = 1
+  minibatches: int = 1
+  # Strength of the tie to the reference.
+  beta: float = 0.1
+  # As in DPO: 'sigmoid', 'ipo' or 'hinge' (the paper's three).
+  variant: str = 'sigmoid'
+
+  def validate(self, path: str) -> None:
+    """Raises ConfigError for values that cannot work."""
+    check_samples(path, self.samples, 'A pair takes two responses.')
+    check_updates(path, self.epochs, self.minibatches, {})
+    if not self.beta > 0:
+      raise ConfigError(f'{path}.beta', self.beta, 'a number > 0')
+    if self.variant not in VARIANTS:
+      raise ConfigError(f'{path}.variant', self.variant, f'one of {VARIANTS}')
+
+
+def collect(config: OnlineDPOConfig, experience: Experience, carry: Carry) -> Collected:
+  """Pairs the best and the worst response to each prompt; `margin` is what their scores differ by.
+
+  Of equal scores the first response counts; a group of equal scores makes a pair of margin 0, which
+  says nothing and has no weight in the loss.
+  """
+  scores = grouped(experience.scores, config.samples)
+  chosen = jnp.stack([scores.argmax(1), scores.argmin(1)], axis=1)
+  rows = chosen + config.samples * jnp.arange(scores.shape[0])[:, None]
+  best, worst = jnp.take_along_axis(scores, chosen, axis=1).T
+  pairs = Pairs(
+    sequences=jax.tree.map(lambda x: x[rows], experience.sequences),
+    preference=jnp.ones_like(best),
+    margin=best - worst,
+    reference_logprobs=experience.reference_logprobs[rows],
+  )
+  metrics: Metrics = {'score_gap': Mean.of(best - worst), 'equal_groups': Mean.of(best == worst)}
+  return Collected(pairs, carry, metrics)
+
+
+def loss(config: OnlineDPOConfig, actors: Actors, params: Params, batch: Pairs) -> LossOutput:
+  """DPO loss, mean over pairs whose scores differ."""
+  assert batch.reference_logprobs is not None
+  mask = batch.sequences.response_mask
+  logratios = masked_sum(
+    pair_logprobs(actors, params, batch) - batch.reference_logprobs, mask, axis=-1
+  )
+  losses = dpo(logratios, batch.preference, beta=config.beta, variant=config.variant)
+  told_apart = batch.margin > 0
+  mean = Mean.of(losses, told_apart)
+  margin = config.beta * (logratios[:, 0] - logratios[:, 1])
+  return mean, {
+    'accuracy': Mean.of(margin > 0, told_apart),
+    'implicit_reward_margin': Mean.of(margin, told_apart),
+  }
+
+
+OBJECTIVE = Objective('online_dpo', OnlineDPOConfig, 'prompts', loss, always, collect=collect)

@@ -1,0 +1,115 @@
+"""REINFORCE++: PPO's update without a value function, on globally whitened returns."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.masked import whiten
+from rlhf_jax.common.metrics import Mean, Metrics
+from rlhf_jax.common.types import Experience, Rollouts
+from rlhf_jax.objectives.base import (
+  Actors,
+  Carry,
+  Collected,
+  LossOutput,
+  Objective,
+  Params,
+  always,
+)
+from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig, next_coefficient
+from rlhf_jax.objectives.policy_gradient import (
+  check_samples,
+  check_updates,
+  clipped_surrogate,
+  grouped,
+  log_ratios,
+  ratio_metrics,
+  rollouts_of,
+  sequence_kl,
+)
+from rlhf_jax.objectives.shaping import token_rewards
+from rlhf_jax.ops.advantages import gae
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReinforcePPConfig:
+  """REINFORCE++ (Hu et al. 2025)."""
+
+  # Responses to each prompt.
+  samples: int = 1
+  # REINFORCE++-baseline: the mean score of a prompt's responses is taken off each of them first.
+  group_baseline: bool = False
+  # Passes over the rollouts of an iteration, and minibatches (optimizer updates) in each pass.
+  epochs: int = 1
+  minibatches: int = 1
+  # Discount of the returns.
+  gamma: float = 1.0
+  clip: float = 0.2
+  # The per-token penalty -beta k1 (0.01 in OpenRLHF).
+  kl: KLPenaltyConfig = dataclasses.field(default_factory=lambda: KLPenaltyConfig(coefficient=0.01))
+
+  def validate(self, path: str) -> None:
+    """Raises ConfigError for values that cannot work."""
+    if self.samples < 1:
+      raise ConfigError(f'{path}.samples', self.samples, 'an integer >= 1')
+    if self.group_baseline:
+      check_samples(path, self.samples, "group_baseline is the mean of a prompt's responses.")
+    check_updates(path, self.epochs, self.minibatches, {'clip': self.clip})
+    if not 0 <= self.gamma <= 1:
+      raise ConfigError(f'{path}.gamma', self.gamma, 'a number in [0, 1]')
+    self.kl.validate(f'{path}.kl')
+
+
+def collect(config: ReinforcePPConfig, experience: Experience, carry: Carry) -> Collected:
+  """Discounted returns of the penalised rewards, whitened over all tokens (Hu et al. 2025, sec. 3).
+
+  A_t = whiten(sum_{k >= t} gamma^(k - t) r_k),   r_k = -beta k1_k, plus the score at the end
+  """
+  mask, coefficient = experience.sequences.response_mask, carry['kl_coefficient']
+  kl, scores = sequence_kl(experience), experience.scores
+  if config.group_baseline:
+    groups = grouped(scores, config.samples)
+    experience = dataclasses.replace(
+      experience, scores=(groups - groups.mean(1, keepdims=True)).reshape(-1)
+    )
+  rewards = token_rewards(experience, -coefficient * log_ratios(experience), 'last_token').rewards
+  # With values of 0 and without decay of the trace, the advantages are the returns.
+  returns, _ = gae(rewards, jnp.zeros_like(rewards), mask, gamma=config.gamma, lam=1.0)
+  advantages = whiten(returns, mask, keep_mean=False)
+  metrics: Metrics = {
+    'kl_coefficient': Mean.of(coefficient),
+    'objective': Mean.of(scores - coefficient * kl),
+    'returns': Mean.of(returns, mask),
+  }
+  following = next_coefficient(config.kl, coefficient, kl)
+  return Collected(rollouts_of(experience, advantages), {'kl_coefficient': following}, metrics)
+
+
+def loss(config: ReinforcePPConfig, actors: Actors, params: Params, batch: Rollouts) -> LossOutput:
+  """PPO's clipped policy loss, mean over response tokens."""
+  mask = batch.sequences.response_mask
+  assert actors.policy is not None
+  output = actors.policy(params, batch.sequences)
+  logprobs = jnp.where(mask, output.logprobs, batch.old_logprobs)
+  clips = {'clip_low': config.clip, 'clip_high': config.clip}
+  mean = Mean.of(clipped_surrogate(logprobs, batch.old_logprobs, batch.advantages, **clips), mask)
+  return mean, {
+    'policy_loss': mean,
+    'entropy': Mean.of(output.entropy, mask),
+    **ratio_metrics(logprobs, batch.old_logprobs, mask, **clips),
+  }
+
+
+OBJECTIVE = Objective(
+  'reinforce_pp',
+  ReinforcePPConfig,
+  'prompts',
+  loss,
+  always,
+  collect=collect,
+  carry=lambda config: {'kl_coefficient': config.kl.coefficient},
+)

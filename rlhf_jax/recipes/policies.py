@@ -1,0 +1,82 @@
+"""The policy as it samples: its logits, its samples, and its divergence from the reference.
+
+Parameters are by role: `{'policy': decoder}`, and with Q heads beside it a policy that is tilted by
+them (ILQL).
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from rlhf_jax.common.masked import masked_sum
+from rlhf_jax.common.types import Prompts, Sequences
+from rlhf_jax.generation.sample import Samples, generate, samples_to_sequences
+from rlhf_jax.models import decoder, q_heads, roles
+from rlhf_jax.objectives.ilql import ILQLConfig
+from rlhf_jax.ops.kl import exact_kl
+from rlhf_jax.recipes.parts import Parts
+
+Array = jax.Array
+Roles = Mapping[str, Any]
+Sampler = Callable[[Roles, Prompts, Array], tuple[Sequences, Samples]]
+
+
+def temperature_of(parts: Parts) -> float:
+  """The temperature every logits tensor is divided by; greedy sampling measures at 1."""
+  temperature = parts.config.generation.temperature
+  return temperature if temperature > 0 else 1.0
+
+
+def readout(parts: Parts, params: Roles) -> Callable[[Array], Array]:
+  """From hidden states `[..., width]` to the logits `[..., V]` that tokens are drawn from."""
+  if 'q_heads' not in params:
+    return functools.partial(decoder.logits, parts.model, params['policy'])
+  objective = parts.config.objective
+  assert isinstance(objective, ILQLConfig)
+  return functools.partial(
+    q_heads.tilted_logits,
+    parts.model,
+    params['policy'],
+    params['q_heads'],
+    params['q_target'],
+    objective.decode_beta,
+  )
+
+
+def make_sampler(parts: Parts) -> Sampler:
+  """`(params by role, prompts, key) -> responses` at the generation settings; to be jitted."""
+  config = parts.config
+
+  def sample(params: Roles, prompts: Prompts, key: Array) -> tuple[Sequences, Samples]:
+    samples = generate(
+      parts.model,
+      params['policy'],
+      prompts,
+      key,
+      config=config.generation,
+      max_new_tokens=config.data.response_length,
+      eos_id=parts.tokenizer.eos_id if config.generation.stop_at_eos else -1,
+      pad_id=parts.tokenizer.pad_id,
+      readout=readout(parts, params),
+    )
+    return samples_to_sequences(prompts, samples), samples
+
+  return sample
+
+
+def make_kl(parts: Parts) -> Callable[[Roles, Roles, Sequences], Array]:
+  """Jitted `(params, reference params, sequences) -> [B]` exact KL summed along each response."""
+  temperature = temperature_of(parts)
+
+  @jax.jit
+  def kl(params: Roles, reference: Roles, sequences: Sequences) -> Array:
+    logits, reference_logits = (
+      readout(parts, tree)(roles.response_states(parts.model, tree['policy'], sequences))
+      / temperature
+      for tree in (params, reference)
+    )
+    return masked_sum(exact_kl(logits, reference_logits), sequences.response_mask, axis=-1)
+
+  return kl

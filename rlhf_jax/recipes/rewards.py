@@ -1,0 +1,178 @@
+"""Who scores responses: reward models, alone or as an ensemble, tasks, and Python functions."""
+
+import functools
+import hashlib
+import importlib.util
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.common.errors import ConfigError, UserError
+from rlhf_jax.common.types import Sequences
+from rlhf_jax.evaluation.policy import decode_sequences
+from rlhf_jax.models import roles
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.objectives.reward_process import ProcessRewardConfig
+from rlhf_jax.recipes.parts import Parts, abstract_reward_model
+from rlhf_jax.rollout.config import RolloutConfig
+from rlhf_jax.rollout.rewards import aggregate, combine
+from rlhf_jax.rollout.rollout import Scored
+from rlhf_jax.sharding.mesh import put_batch
+
+Array = jax.Array
+Score = Callable[[Sequences], Scored]
+# (prompts, responses) as texts -> one number a response
+RewardFunction = Callable[[Sequence[str], Sequence[str]], Any]
+
+
+class FrozenRewardModel(NamedTuple):
+  """A trained reward model, or an ensemble of them.
+
+  Attributes:
+    models: the members' decoders.
+    params: the members' parameters, on the mesh.
+    by_token: whether they are process reward models, which score every token.
+    aggregate: how members' scores become one; `rollout.rewards.aggregate`.
+    coefficient: its coefficient.
+  """
+
+  models: tuple[ModelConfig, ...]
+  params: tuple[Any, ...]
+  by_token: bool = False
+  aggregate: str = 'mean'
+  coefficient: float = 0.0
+
+
+def load_reward_model(parts: Parts) -> FrozenRewardModel | None:
+  """The reward models the config names, all with one kind of score; None if it names none."""
+  runs = {role: run for role, run in parts.parents.items() if role != 'policy'}
+  if not runs:
+    return None
+  by_token = {
+    role: isinstance(run.config.objective, ProcessRewardConfig) for role, run in runs.items()
+  }
+  if len(set(by_token.values())) > 1:
+    raise ConfigError(
+      'reward_model.ensemble',
+      parts.config.reward_model.ensemble,
+      'members that all score whole responses, or all score tokens',
+    )
+  checkpoint = parts.config.reward_model.checkpoint
+  params = [
+    run.restore_role('reward_model', abstract_reward_model(run.model, parts.mesh), checkpoint)
+    for run in runs.values()
+  ]
+  config = parts.config.reward_model
+  return FrozenRewardModel(
+    tuple(run.model for run in runs.values()),
+    tuple(params),
+    any(by_token.values()),
+    config.aggregate,
+    config.uncertainty_coefficient,
+  )
+
+
+def make_score(reward_model: FrozenRewardModel) -> Score:
+  """Normalised scores; the parameters are an argument of the jitted function."""
+  models, _, by_token, kind, coefficient = reward_model
+
+  @jax.jit
+  def score(params: tuple[Any, ...], sequences: Sequences) -> Scored:
+    judge = roles.token_reward if by_token else roles.reward_score
+    members = [judge(model, tree, sequences) for model, tree in zip(models, params, strict=True)]
+    scores = aggregate(jnp.stack(members), kind, coefficient)
+    if not by_token:
+      return Scored(scores)
+    scores = jnp.where(sequences.response_mask, scores, 0.0)
+    return Scored(scores.sum(-1), scores)
+
+  return lambda sequences: score(reward_model.params, sequences)
+
+
+def make_reward(parts: Parts, reward_model: FrozenRewardModel | None) -> Score:
+  """The score that the config's rewards make up, of responses as they are scored."""
+  configs = parts.config.rollout.rewards
+  judges: list[Score] = []
+  for number, config in enumerate(configs):
+    if config.source == 'reward_model':
+      assert reward_model is not None
+      judges.append(make_score(reward_model))
+    elif config.source == 'task':
+      task = parts.feedback.task
+      if task is None:
+        path = f'rollout.rewards[{number}].source'
+        raise ConfigError(path, 'task', "'reward_model' or a function with this data source")
+      judges.append(make_text_score(parts, task.gold_reward, 'the task'))
+    else:
+      judges.append(make_text_score(parts, load_function(config.source), config.source))
+
+  @jax.jit
+  def add(found: list[Scored]) -> Scored:
+    scores = combine([scored.scores for scored in found], configs)
+    paid = [
+      config.weight * scored.token_rewards
+      for config, scored in zip(configs, found, strict=True)
+      if scored.token_rewards is not None
+    ]
+    return Scored(scores, functools.reduce(jnp.add, paid) if paid else None)
+
+  return lambda sequences: add([judge(sequences) for judge in judges])
+
+
+def make_text_score(parts: Parts, function: RewardFunction, name: str) -> Score:
+  """Scores by a function of texts, computed on the host.
+
+  Raises UserError if it does not give one finite number a response.
+  """
+
+  def score(sequences: Sequences) -> Scored:
+    texts = decode_sequences(jax.device_get(sequences), parts.tokenizer.decode)
+    found = np.asarray(function(*texts))
+    if found.shape != (len(texts[1]),) or found.dtype.kind not in 'fiub':
+      raise UserError(
+        f'{name}: expected a list of {len(texts[1])} numbers, one a response, got an array of '
+        f'shape {found.shape} and type {found.dtype}.'
+      )
+    if not np.isfinite(found).all():
+      row = int(np.flatnonzero(~np.isfinite(found))[0])
+      raise UserError(
+        f'{name}: {found[row]} for the response {texts[1][row]!r:.200}; expected a finite number.'
+      )
+    return Scored(put_batch(found.astype(np.float32), parts.mesh))
+
+  return score
+
+
+def load_function(source: str) -> RewardFunction:
+  """The function named 'FILE.py:NAME'; raises UserError where there is none."""
+  path, _, name = source.rpartition(':')
+  if not pathlib.Path(path).is_file():
+    raise UserError(f'{source}: there is no file {path}.')
+  spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except SyntaxError as error:
+    raise UserError(f'{path}:{error.lineno}: {error.msg}.') from error
+  function = getattr(module, name, None)
+  if not callable(function):
+    raise UserError(f'{source}: {path} defines no function {name}.')
+  return function
+
+
+def reward_fingerprints(config: RolloutConfig) -> dict[str, str]:
+  """SHA-256 of the files of reward functions, by source: other code, another result."""
+  found = {}
+  for source in config.sources():
+    if source in ('reward_model', 'task'):
+      continue
+    path = pathlib.Path(source.rpartition(':')[0])
+    if not path.is_file():
+      raise UserError(f'{source}: there is no file {path}.')
+    found[source] = hashlib.sha256(path.read_bytes()).hexdigest()
+  return found

@@ -1,0 +1,97 @@
+"""The parts of a recipe that do not depend on the objective's family: optimizer, state, update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.recipes.parts import StageParts, shardings_of
+from rlhf_jax.sharding.mesh import batch_sharding, replicated
+from rlhf_jax.sharding.rules import opt_state_shardings
+from rlhf_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.step import Loss, MoveTargets, Schedule, make_update
+
+Array = jax.Array
+
+
+class Trees(NamedTuple):
+  """What a stage trains.
+
+  Attributes:
+    abstract: trained parameters by role, as shapes with shardings.
+    init: makes them.
+    carry: initial values of what the recipe carries from step to step.
+    targets: from trained parameters to the ones that follow them slowly, by role; None: none do.
+    move_targets: how they follow.
+  """
+
+  abstract: dict[str, Any]
+  init: Callable[[], dict[str, Any]]
+  carry: dict[str, float]
+  targets: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+  move_targets: MoveTargets | None = None
+
+
+class Trainer(NamedTuple):
+  """The state's shapes and shardings, what makes it, and the jitted update, which donates it."""
+
+  abstract: TrainState
+  init: Callable[[], TrainState]
+  update: Callable[[TrainState, Any], Any]
+
+
+def make_trainer(parts: StageParts, trees: Trees, loss: Loss) -> Trainer:
+  """The optimizer, the sharded state, and the update.
+
+  Args:
+    parts: the stage's pieces.
+    trees: what is trained.
+    loss: `(params and targets by role, batch) -> (Mean, metrics)`.
+  """
+  config = parts.config
+  objective = config.objective
+  schedule = Schedule(
+    epochs=getattr(objective, 'epochs', 1),
+    minibatches=getattr(objective, 'minibatches', 1),
+    accumulation=config.accumulation,
+  )
+  total_updates = config.steps * schedule.epochs * schedule.minibatches
+  optimizer = make_optimizer(config.optimizer, total_updates)
+
+  def create(params: Any) -> TrainState:
+    values = {name: jnp.float32(value) for name, value in trees.carry.items()}
+    targets = jax.tree.map(jnp.copy, trees.targets(params)) if trees.targets is not None else {}
+    return TrainState.create(params, optimizer, config.seed, values, targets)
+
+  everywhere = replicated(parts.mesh)
+  param_sharding = shardings_of(trees.abstract)
+  shapes = jax.eval_shape(create, trees.abstract)
+  shardings: Any = TrainState(
+    step=everywhere,
+    params=param_sharding,
+    opt_state=opt_state_shardings(optimizer, trees.abstract, param_sharding, parts.mesh),
+    key=everywhere,
+    carry={name: everywhere for name in trees.carry},
+    targets={} if trees.targets is None else trees.targets(param_sharding),
+  )
+  abstract = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
+  learning_rate = learning_rate_schedule(config.optimizer, total_updates)
+  update = jax.jit(
+    make_update(loss, optimizer, learning_rate, schedule, trees.move_targets),
+    in_shardings=(shardings, batch_sharding(parts.mesh)),
+    out_shardings=(shardings, everywhere),
+    donate_argnums=0,
+  )
+
+  def init() -> TrainState:
+    return jax.jit(
+      create, in_shardings=(param_sharding,), out_shardings=shardings, donate_argnums=0
+    )(trees.init())
+
+  return Trainer(abstract, init, update)

@@ -1,0 +1,74 @@
+"""How sampled responses are scored."""
+
+import dataclasses
+
+from rlhf_jax.common.errors import ConfigError
+
+
+@dataclasses.dataclass(kw_only=True)
+class RewardConfig:
+  """One of the rewards that make up a response's score."""
+
+  # 'reward_model' (the config's reward_model), 'task' (the embedded task's gold reward), or a
+  # Python function, 'FILE.py:NAME': (prompts, responses) -> numbers, one a response.
+  source: str = 'reward_model'
+  # Its weight in the sum.
+  weight: float = 1.0
+  # Above this it counts no more (a threshold on what is good enough; Moskovitz et al. 2023). None:
+  # no limit.
+  clip_above: float | None = None
+  # Where this reward is below the gate, it alone is the score, weighted (Touvron et al. 2023, Llama
+  # 2, section 3.2.3: safety before helpfulness). None: no gate.
+  gate_below: float | None = None
+
+  def validate(self, path: str) -> None:
+    """Raises ConfigError for values that cannot work."""
+    file, colon, name = self.source.rpartition(':')
+    if self.source not in ('reward_model', 'task') and not (
+      colon and file.endswith('.py') and name.isidentifier()
+    ):
+      raise ConfigError(
+        f'{path}.source', self.source, "'reward_model', 'task' or a function, 'FILE.py:NAME'"
+      )
+    if self.weight == 0:
+      raise ConfigError(f'{path}.weight', self.weight, 'a number that is not 0', 'Leave it out.')
+
+
+@dataclasses.dataclass(kw_only=True)
+class RolloutConfig:
+  """What is paid for a sampled response; read by objectives that learn from their own samples."""
+
+  # What a response is paid: a weighted sum of rewards, with gates.
+  rewards: tuple[RewardConfig, ...] = dataclasses.field(default_factory=lambda: (RewardConfig(),))
+  # Responses that never stopped: 'none' leaves their score, 'replace' puts missing_stop_value in
+  # its place (-1 in Huang et al. 2024), 'subtract' takes missing_stop_value off (TRL: 1).
+  missing_stop: str = 'none'
+  missing_stop_value: float = -1.0
+  # Scoring only: cut the response after the first such token at or after the given position; the
+  # policy trains on the uncut response, and one without it counts as never stopped (Ziegler et al.
+  # 2019: token 13 after position 16). -1 is off.
+  score_truncation_token: int = -1
+  score_truncation_after: int = 0
+  # Also measure the exact per-token KL from full logits (costs one `[B, R, V]` array twice).
+  exact_kl: bool = False
+
+  def validate(self, path: str) -> None:
+    """Raises ConfigError for values that cannot work."""
+    if not self.rewards:
+      raise ConfigError(f'{path}.rewards', self.rewards, 'at least one reward')
+    for number, reward in enumerate(self.rewards):
+      reward.validate(f'{path}.rewards[{number}]')
+    kinds = ('none', 'replace', 'subtract')
+    if self.missing_stop not in kinds:
+      raise ConfigError(f'{path}.missing_stop', self.missing_stop, f'one of {kinds}')
+    if self.missing_stop == 'subtract' and self.missing_stop_value <= 0:
+      raise ConfigError(
+        f'{path}.missing_stop_value',
+        self.missing_stop_value,
+        "a number > 0 with missing_stop 'subtract'",
+        'Taking a negative number off would reward responses that never stop.',
+      )
+
+  def sources(self) -> tuple[str, ...]:
+    """Where the rewards come from."""
+    return tuple(reward.source for reward in self.rewards)
