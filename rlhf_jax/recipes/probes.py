@@ -12,6 +12,7 @@ from rlhf_jax.common.errors import DataError
 from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Prompts, Sequences
 from rlhf_jax.data import pipeline
+from rlhf_jax.evaluation.best_of_n import best_of_n, best_of_n_kl
 from rlhf_jax.evaluation.policy import (
   Answers,
   PolicyProbes,
@@ -33,7 +34,7 @@ Question = Callable[[Any, int], Evaluation]
 
 # The baseline answers the same prompts with random numbers of its own: were they the policy's, an
 # unchanged policy would tie with it everywhere.
-_POLICY, _BASELINE, _FRONTIER = 0, 1, 2
+_POLICY, _BASELINE, _FRONTIER, _BEST_OF_N = 0, 1, 2, 3
 # Many samples are cheaper in large batches.
 _FRONTIER_BATCHES = 16
 
@@ -219,20 +220,64 @@ def sample_scores(
   rounds: int,
   batch_size: int | None = None,
 ) -> np.ndarray:
-  """`[rounds, N]` float64: scores of `rounds` independent responses to each prompt."""
+  """`[rounds, N, ...]` float64: scores of `rounds` independent responses to each prompt.
+
+  `score` gives `[B, ...]`: one number a response, or several.
+  """
   sample = jax.jit(make_sampler(parts))
   size = parts.config.evaluation.batch_size if batch_size is None else batch_size
   count = len(columns)
-  found = np.zeros(rounds * count)
-  for start in range(0, len(found), size):
+  found = []
+  for start in range(0, rounds * count, size):
     rows = np.arange(start, start + size)
     # Each response has a number of its own, and so its own random numbers; some fill up the batch.
     prompts = columns.take(rows % count)
     assert isinstance(prompts, Prompts)
     batch = dataclasses.replace(prompts, index=rows.astype(np.int32))
-    scores = np.asarray(score(sample(params, put_batch(batch, parts.mesh), key)[0]))
-    found[start : start + size] = scores[: len(found) - start]
-  return found.reshape(rounds, count)
+    scores = np.asarray(score(sample(params, put_batch(batch, parts.mesh), key)[0]), np.float64)
+    found.append(scores[: rounds * count - start])
+  scores = np.concatenate(found)
+  return scores.reshape(rounds, count, *scores.shape[1:])
+
+
+def best_of_n_question(
+  parts: Parts, reward_model: FrozenRewardModel, sizes: Sequence[int], samples: int
+) -> Question:
+  """What would the best of n responses be worth, the reward model being the judge?
+
+  Args:
+    parts: the stage's pieces.
+    reward_model: the judge.
+    sizes: every n to answer for.
+    samples: responses drawn to each prompt; the answers are expectations over subsets of them.
+  """
+  config, task = parts.config.evaluation, parts.feedback.task
+  score = make_score(reward_model)
+
+  def judge(rows: Sequences) -> np.ndarray:
+    proxy = np.asarray(score(rows).scores)
+    if task is None:
+      return proxy[:, None]
+    texts = decode_sequences(jax.device_get(rows), parts.tokenizer.decode)
+    return np.stack([proxy, task.gold_reward(*texts)], axis=1)
+
+  def question(params: Any, step: int) -> Evaluation:
+    del step
+    key = prng.stream_key(prng.base_key(config.seed), prng.Stream.EVALUATION, _BEST_OF_N)
+    columns = prompt_columns(parts, 'held_out', config.prompts)
+    found = sample_scores(parts, judge, params, key, columns, samples)
+    proxy = found[..., 0].T
+    numbers: dict[str, float] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for n in sizes:
+      numbers[f'best_of_{n}_kl'] = best_of_n_kl(n)
+      for column, name in enumerate(('proxy_reward', 'gold_reward')[: found.shape[-1]]):
+        values = best_of_n(proxy, found[..., column].T, n)
+        numbers[f'best_of_{n}_{name}'] = float(values.mean())
+        arrays[f'best_of_{n}_{name}'] = values
+    return Evaluation(numbers, arrays)
+
+  return question
 
 
 def reference_rewards(parts: Parts, samples: int) -> np.ndarray:

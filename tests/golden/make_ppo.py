@@ -1,4 +1,4 @@
-"""ppo.npz: rewards, advantages and losses of PPO as in the N+ details and in TRL before 1.10.
+"""ppo.npz: rewards, advantages and losses of PPO as in the N+ details and in TRL 1.9.
 
 Set-up, with a torch for CPU in a virtual environment:
 

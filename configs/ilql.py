@@ -1,0 +1,20 @@
+"""ILQL on the embedded reviews: Q-learning on rated responses, and a tilted policy."""
+
+from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig, RewardModelInitConfig
+from rlhf_jax.objectives.ilql import ILQLConfig
+from rlhf_jax.training.optimizer import OptimizerConfig
+
+
+def get_config(arg: str | None = None) -> ExperimentConfig:
+  """The policy is the SFT policy, further trained, tilted by decode_beta (Q - V)."""
+  del arg
+  return ExperimentConfig(
+    name='ilql',
+    objective=ILQLConfig(awac_beta=0.5, decode_beta=4.0),
+    steps=400,
+    batch_size=128,
+    policy=InitConfig(init='configs/sft.py'),
+    reward_model=RewardModelInitConfig(init='configs/reward_model.py'),
+    optimizer=OptimizerConfig(learning_rate=1e-3, schedule='linear', warmup_updates=20),
+    evaluation=EvaluationConfig(every=100),
+  )

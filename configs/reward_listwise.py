@@ -1,0 +1,19 @@
+"""Plackett-Luce reward model on rankings of four of the embedded reviews."""
+
+from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig
+from rlhf_jax.objectives.reward_listwise import ListwiseRewardConfig
+from rlhf_jax.training.optimizer import OptimizerConfig
+
+
+def get_config(arg: str | None = None) -> ExperimentConfig:
+  """A new head on the SFT policy's trunk."""
+  del arg
+  return ExperimentConfig(
+    name='reward_listwise',
+    objective=ListwiseRewardConfig(),
+    steps=400,
+    batch_size=64,
+    policy=InitConfig(init='configs/sft.py'),
+    optimizer=OptimizerConfig(learning_rate=3e-3, schedule='cosine', warmup_updates=20),
+    evaluation=EvaluationConfig(every=100, records=2000),
+  )
