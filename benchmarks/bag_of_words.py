@@ -19,9 +19,12 @@ from absl import flags
 from scipy import optimize, sparse
 
 from experiments import cli
+from rlhf_jax.common.errors import UserError
+from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.evaluation.preferences import verdicts_right
 from rlhf_jax.evaluation.statistics import proportion_interval
+from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.feedback.records import Comparison
 from rlhf_jax.recipes.parts import make_tokenizer
 
@@ -66,20 +69,28 @@ def fit(rows: sparse.csr_matrix, penalty: float) -> np.ndarray:
   return optimize.minimize(objective, start, jac=True, method='L-BFGS-B').x
 
 
-def report(name: str, scores: np.ndarray) -> None:
-  """Prints how often the preferred response has the larger score."""
-  right = verdicts_right(scores, np.ones(len(scores)))
+def report(name: str, scores: np.ndarray, preference: np.ndarray) -> None:
+  """Prints how often the preferred response has the larger score; labelled ties are left out."""
+  right = verdicts_right(scores, preference)
   found = proportion_interval(right[None])
   print(f'{name:40} {found.mean:.3f}  [{found.low:.3f}, {found.high:.3f}]', flush=True)
 
 
 def main() -> int:
-  config = cli.given(CONFIG).data
+  stage = cli.given(CONFIG)
+  if not isinstance(stage, ExperimentConfig):
+    raise UserError(
+      f'--config: expected an ExperimentConfig from get_config(), got {type(stage).__name__}.'
+    )
+  config = stage.data
   config.validate('data')
   with tempfile.TemporaryDirectory() as folder:
     feedback = load_feedback(config, pathlib.Path(folder) / 'quarantine.jsonl')
+  if not isinstance(feedback, Feedback):
+    raise UserError(f'--config.data.source={config.source!r}: expected comparisons of texts.')
   train = feedback.require('train', 'comparisons')
   held_out = feedback.require('held_out', 'comparisons')
+  preference = np.array([pair.preference for pair in held_out])
   tokenizer = make_tokenizer(config, feedback)
 
   def cut(text: str) -> str:
@@ -93,10 +104,10 @@ def main() -> int:
   for name, read in readings.items():
     vocabulary: dict[str, int] = {}
     weights = fit(differences(train, read, vocabulary, grow=True), PENALTY.value)
-    report(name, differences(held_out, read, vocabulary, grow=False) @ weights)
+    report(name, differences(held_out, read, vocabulary, grow=False) @ weights, preference)
   longer = np.array([len(pair.chosen) - len(pair.rejected) for pair in held_out], float)
-  report('the longer is preferred', longer)
-  report('the shorter is preferred', -longer)
+  report('the longer is preferred', longer, preference)
+  report('the shorter is preferred', -longer, preference)
   return cli.DONE
 
 

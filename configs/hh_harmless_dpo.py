@@ -15,8 +15,20 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
 
   Without the likelihood term both responses lose probability, <eos> included, and sampled responses
   grow long (docs/hh_harmless.md).
+
+  `configs/hh_harmless_dpo.py:authors` has the recipe of the authors' released code: batches of 64,
+  RMSprop at 5e-7 after 150 steps of warm-up, one epoch (their rate at update t is t / 151).
   """
-  del arg
+  if arg == 'authors':
+    authors = get_config()
+    authors.name = 'hh_harmless_dpo_authors'
+    authors.objective = DPOConfig(beta=0.1)
+    authors.batch_size = 64
+    authors.steps = 27
+    authors.optimizer = OptimizerConfig(
+      name='rmsprop', learning_rate=5e-7, b2=0.99, warmup_updates=151, clip_norm=10.0
+    )
+    return authors
   return ExperimentConfig(
     name='hh_harmless_dpo',
     objective=DPOConfig(beta=0.1, nll_coefficient=1.0, reference='cached'),

@@ -10,11 +10,11 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
   del arg
   return ExperimentConfig(
     name='ilql',
-    objective=ILQLConfig(awac_beta=0.5, decode_beta=4.0),
-    steps=400,
+    objective=ILQLConfig(gamma=1.0, cql_coefficient=0.01, awac_beta=0.5, decode_beta=8.0),
+    steps=600,
     batch_size=128,
     policy=InitConfig(init='configs/sft.py'),
     reward_model=RewardModelInitConfig(init='configs/reward_model.py'),
-    optimizer=OptimizerConfig(learning_rate=1e-3, schedule='linear', warmup_updates=20),
+    optimizer=OptimizerConfig(learning_rate=2e-3, schedule='linear', warmup_updates=20),
     evaluation=EvaluationConfig(every=100),
   )

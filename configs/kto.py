@@ -10,11 +10,11 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
   del arg
   return ExperimentConfig(
     name='kto',
-    objective=KTOConfig(beta=0.5),
+    objective=KTOConfig(beta=1.0),
     steps=200,
     batch_size=128,
     policy=InitConfig(init='configs/sft.py'),
     reward_model=RewardModelInitConfig(init='configs/reward_model.py'),
-    optimizer=OptimizerConfig(learning_rate=3e-4, schedule='linear', warmup_updates=20),
+    optimizer=OptimizerConfig(learning_rate=1.5e-4, schedule='linear', warmup_updates=20),
     evaluation=EvaluationConfig(every=50),
   )

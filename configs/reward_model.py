@@ -6,10 +6,13 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 
 
 def get_config(arg: str | None = None) -> ExperimentConfig:
-  """Comparisons of two reviews of the same beginning, labelled with noise."""
-  del arg
+  """Comparisons of two reviews of the same beginning, labelled with noise.
+
+  `configs/reward_model.py:1` has seed 1: another head and another order, as an ensemble needs.
+  """
   return ExperimentConfig(
     name='reward_model',
+    seed=0 if arg is None else int(arg),
     objective=RewardModelConfig(),
     steps=800,
     batch_size=64,

@@ -126,6 +126,7 @@ def parse(argv: Sequence[str]) -> list[str]:
   except (
     flags.Error,
     KeyError,
+    IndexError,
     AttributeError,
     TypeError,
     ValueError,
@@ -155,11 +156,20 @@ def unknown_field(argv: Sequence[str]) -> str | None:
       continue
     holder: Any = load_config(files[-1])
     path = text.partition('=')[0]
-    for name in path.split('.')[1:]:
+    for part in path.split('.')[1:]:
+      name, _, number = part.rstrip(']').partition('[')
       fields = holder if isinstance(holder, dict) else getattr(holder, '__dataclass_fields__', {})
       if name not in fields:
         return f'{path}: {type(holder).__name__} has no {name!r}; {suggestion(name, fields)}'
       holder = holder[name] if isinstance(holder, dict) else getattr(holder, name)
+      if number:
+        entries = holder if isinstance(holder, tuple) else ()
+        if not number.isdigit() or int(number) >= len(entries):
+          return (
+            f'{path}: {name} has {len(entries)} entries, [0] the first; flags change those that '
+            'are there, and further ones are written in a config file.'
+          )
+        holder = entries[int(number)]
   return None
 
 

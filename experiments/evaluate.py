@@ -38,8 +38,10 @@ from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.evaluation.intervals import Measured, measured
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.objectives import objective_of
-from rlhf_jax.recipes.finished import open_run, own_questions
-from rlhf_jax.recipes.probes import ask
+from rlhf_jax.recipes.finished import Finished, open_run, own_questions
+from rlhf_jax.recipes.parts import Parts
+from rlhf_jax.recipes.probes import Question, ask, best_of_n_question
+from rlhf_jax.recipes.rewards import load_reward_model
 from rlhf_jax.runs import Run, write_json
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from rlhf_jax.stages import quarantine_file
@@ -64,7 +66,16 @@ PROMPTS = flags.DEFINE_integer('prompts', None, 'Held-out prompts to answer; 0: 
 RECORDS = flags.DEFINE_integer('records', None, 'Held-out records to score; 0: none.', 0)
 BATCH_SIZE = flags.DEFINE_integer('batch_size', None, 'Rows a forward pass.', 1)
 SEED = flags.DEFINE_integer('seed', None, 'Seeds the sampled responses.', 0)
+BEST_OF_N = flags.DEFINE_list(
+  'best_of_n',
+  [],
+  'Sizes, e.g. 4,16,64: what the best of so many responses by the reward model would be worth.',
+)
 JSON = flags.DEFINE_string('json', None, 'A file to write the numbers to.')
+
+
+# Best-of-n is averaged over subsets of so many times the largest n responses.
+_SUBSETS = 2
 
 
 def main() -> int:
@@ -82,7 +93,7 @@ def main() -> int:
     run, config, load_data(run, config), mesh, parents=parents, checkpoint=CHECKPOINT.value
   )
   with jax.set_mesh(mesh):
-    questions = own_questions(opened.parts)
+    questions = [*own_questions(opened.parts), *best_of_n_questions(opened)]
     if not questions:
       raise UserError(f'{run.folder}: nothing to ask; give --prompts or --records.')
     answers = ask(questions, opened.params, run.step(CHECKPOINT.value))
@@ -91,6 +102,28 @@ def main() -> int:
   if path is not None:
     write_json(path, to_json(run, config, parents, metrics))
   return cli.DONE
+
+
+def best_of_n_questions(opened: Finished) -> list[Question]:
+  """The question of --best_of_n, if it is asked."""
+  try:
+    sizes = [int(size) for size in BEST_OF_N.value]
+  except ValueError as error:
+    raise UserError(
+      f'--best_of_n={",".join(BEST_OF_N.value)}: expected numbers, e.g. 4,16.'
+    ) from error
+  if not sizes:
+    return []
+  if min(sizes) < 1:
+    raise UserError(f'--best_of_n={",".join(BEST_OF_N.value)}: expected numbers >= 1.')
+  parts = opened.parts
+  reward_model = load_reward_model(parts) if isinstance(parts, Parts) else None
+  if not isinstance(parts, Parts) or reward_model is None or 'policy' not in opened.params:
+    raise UserError(
+      f'--best_of_n={",".join(BEST_OF_N.value)}: it takes a policy over text and a reward model '
+      'that judges. Name one with --reward_model.'
+    )
+  return [best_of_n_question(parts, reward_model, sizes, _SUBSETS * max(sizes))]
 
 
 def configure(run: Run) -> tuple[ExperimentConfig, dict[str, Run]]:

@@ -4,6 +4,8 @@
 
 The reports go beside the summary unless --folder says otherwise. `experiments/compare.py` does the
 same at its end; this program is for reports of summaries that are already there.
+
+Exit codes: 0 done, 1 something given is wrong (one message says what).
 """
 
 import pathlib

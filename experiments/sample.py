@@ -2,6 +2,7 @@ r"""Completes prompts, or chats, with the policy of a finished run.
 
   python -m experiments.sample --run=runs/dpo --prompt="the plot was" --temperature=0
   python -m experiments.sample --run=runs/dpo --prompt=a --prompt=b --num_samples=4 --json=ab.json
+  python -m experiments.sample --run=runs/dpo --prompt="the plot was" --best_of=16
   python -m experiments.sample --run=runs/hh_dpo               # a terminal: one line, one prompt
   python -m experiments.sample --run=runs/hh_dpo --chat        # a dialogue, with its history
 
@@ -15,6 +16,7 @@ response depends on its prompt's text, its number and --seed, not on the other p
   "text"               the response                "finished"       ended by itself, not by length
   "tokens"             its ids, the stop included  "logprobs"       theirs, in nats, unfiltered
   "prompt_tokens"      the ids that were read      "prompt_tokens_cut"  ids that did not fit
+  "score"              the reward model's with --best_of, else null
 
 Exit codes: 0 done, 1 something given is wrong (one message says what), 130 ended by Ctrl-C: there
 is no state to save.
@@ -33,7 +35,7 @@ from rlhf_jax.common.errors import ConfigError, RunError, UserError
 from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
 from rlhf_jax.feedback.dataset import Feedback, Split
 from rlhf_jax.objectives import objective_of
-from rlhf_jax.recipes.completions import Completer, Completion, make_completer
+from rlhf_jax.recipes.completions import Completer, Completion, best_of, make_completer
 from rlhf_jax.recipes.finished import open_run
 from rlhf_jax.runs import Run, write_json
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
@@ -63,6 +65,15 @@ PROMPT_LENGTH = flags.DEFINE_integer(
   2,
 )
 SEED = flags.DEFINE_integer('seed', 0, 'Seeds the sampling.', 0)
+BEST_OF = flags.DEFINE_integer(
+  'best_of',
+  1,
+  'Best-of-n sampling: of so many responses to each prompt, the one the reward model likes best.',
+  1,
+)
+REWARD_MODEL = flags.DEFINE_string(
+  'reward_model', None, "The judge of --best_of. Default: the run's own reward model."
+)
 NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Responses to each prompt.', 1)
 JSON = flags.DEFINE_string('json', None, 'A file to write the responses to; needs --prompt.')
 TENSOR = flags.DEFINE_integer(
@@ -77,6 +88,10 @@ def main() -> int:
     raise UserError(
       f'--num_samples={NUM_SAMPLES.value}: a dialogue goes on from one response. Leave it, or give '
       '--prompt.'
+    )
+  if BEST_OF.value > 1 and NUM_SAMPLES.value > 1:
+    raise UserError(
+      f'--num_samples={NUM_SAMPLES.value}: --best_of={BEST_OF.value} shows one response. Leave one.'
     )
   path = cli.json_path(JSON.value)
   if path is not None and not PROMPT.value:
@@ -93,18 +108,42 @@ def main() -> int:
     raise UserError(f'--tensor={TENSOR.value}: there are {len(devices)} devices.')
   mesh = make_mesh(MeshConfig(data=1, tensor=TENSOR.value), devices[: TENSOR.value])
   nothing = Feedback('--prompt', Split(), Split())
-  opened = open_run(run, config, nothing, mesh, parents={}, checkpoint=CHECKPOINT.value)
+  opened = open_run(run, config, nothing, mesh, parents=judges(run), checkpoint=CHECKPOINT.value)
   completer = make_completer(opened)
   if not PROMPT.value:
     return converse(completer, config)
-  completions = completer(
-    [turn(text) if CHAT.value else text for text in PROMPT.value], key(0), NUM_SAMPLES.value
+  completions = respond(
+    completer, [turn(text) if CHAT.value else text for text in PROMPT.value], key(0)
   )
   for completion in completions:
     show(completion, config)
   if path is not None:
     write_json(path, to_json(run, config, completions))
   return cli.DONE
+
+
+def judges(run: Run) -> dict[str, Run]:
+  """The reward models of --best_of, by role; none without it."""
+  if BEST_OF.value == 1:
+    return {}
+  if REWARD_MODEL.value is not None:
+    judge = Run(REWARD_MODEL.value)
+    if objective_of(judge.config.objective).trains != 'reward_model':
+      raise RunError(f'--reward_model={REWARD_MODEL.value}: expected the run of a reward model.')
+    return {'reward_model': judge}
+  found = {role: parent for role, parent in run.parents().items() if role != 'policy'}
+  if not found:
+    raise UserError(
+      f'--best_of={BEST_OF.value}: {run.folder} has no reward model; name one with --reward_model.'
+    )
+  return found
+
+
+def respond(completer: Completer, prompts: list[str], key: jax.Array) -> list[Completion]:
+  """Responses to prompts, as many as asked for, or the best of --best_of."""
+  if BEST_OF.value > 1:
+    return best_of(completer(prompts, key, BEST_OF.value), BEST_OF.value)
+  return completer(prompts, key, NUM_SAMPLES.value)
 
 
 def configure(config: ExperimentConfig) -> ExperimentConfig:
@@ -153,7 +192,7 @@ def converse(completer: Completer, config: ExperimentConfig) -> int:
       if not line.strip():
         continue
       prompt = turn(line, history) if CHAT.value else line
-      completions = completer([prompt], key(turns), NUM_SAMPLES.value)
+      completions = respond(completer, [prompt], key(turns))
     except (EOFError, KeyboardInterrupt):
       print()
       return cli.DONE

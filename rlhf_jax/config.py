@@ -13,7 +13,10 @@ from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.objectives import ObjectiveConfig, objective_of
+from rlhf_jax.objectives.iql import IQLConfig
+from rlhf_jax.objectives.orpo import ORPOConfig
 from rlhf_jax.objectives.sft import SFTConfig
+from rlhf_jax.objectives.unlikelihood import UnlikelihoodConfig
 from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.rollout.rewards import AGGREGATES
 from rlhf_jax.sharding.mesh import MeshConfig
@@ -214,6 +217,21 @@ class ExperimentConfig:
         'Control has states and actions in the place of texts.',
       )
 
+    if isinstance(self.objective, IQLConfig) and not control:
+      raise ConfigError(
+        'objective',
+        'IQLConfig',
+        f'another objective with {self.data.source!r}',
+        'It learns control; its counterpart for texts is ILQL.',
+      )
+    if control and isinstance(self.objective, ORPOConfig | UnlikelihoodConfig):
+      raise ConfigError(
+        'objective',
+        type(self.objective).__name__,
+        f'another objective with {self.data.source!r}',
+        'It needs probabilities of actions; continuous ones have densities.',
+      )
+
   def _validate_sources(self) -> None:
     objective = objective_of(self.objective)
     if objective.reference(self.objective) and self.policy.init is None:
@@ -286,6 +304,11 @@ class Init(NamedTuple):
 def field_of(role: str) -> str:
   """The field of a config that names the stage of a role: 'reward_model_1' -> 'reward_model'."""
   return 'policy' if role == 'policy' else 'reward_model'
+
+
+def path_of(role: str) -> str:
+  """Where a config names the stage of a role: 'reward_model_1' -> 'reward_model.ensemble'."""
+  return f'{field_of(role)}.{"init" if role == field_of(role) else "ensemble"}'
 
 
 def load_config(reference: str) -> Any:

@@ -13,7 +13,7 @@ import jax
 
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.config import ExperimentConfig, field_of, load_config
+from rlhf_jax.config import ExperimentConfig, load_config, path_of
 from rlhf_jax.config_values import canonical_json, from_dict, to_dict
 from rlhf_jax.data.config import CONTROL, TRAINED_TOKENIZERS, DataConfig
 from rlhf_jax.data.segments import ControlFeedback
@@ -110,10 +110,12 @@ def resolve(
   feedback = load_data(config.data, root)
   check_devices(config)
   feedback.require('train', objective_of(config.objective).data)
+  # Like all that can be wrong here, before the stages that it starts from take their time.
+  rewards = reward_fingerprints(config.rollout)
   parents = {
     role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()
   }
-  return Stage(config, parents, feedback, _identity(config, parents, feedback))
+  return Stage(config, parents, feedback, _identity(config, parents, feedback, rewards))
 
 
 def load_data(data: DataConfig, root: str | pathlib.Path) -> Feedback | ControlFeedback:
@@ -134,7 +136,10 @@ def quarantine_file(data: DataConfig, root: str | pathlib.Path) -> pathlib.Path:
 
 
 def _identity(
-  config: ExperimentConfig, parents: dict[str, Run], feedback: Feedback | ControlFeedback
+  config: ExperimentConfig,
+  parents: dict[str, Run],
+  feedback: Feedback | ControlFeedback,
+  rewards: dict[str, str],
 ) -> dict[str, Any]:
   """All a result depends on; a parent counts by its parameters, wherever they lie."""
   checkpoints = {role: init.checkpoint for role, init in config.inits().items()}
@@ -148,7 +153,7 @@ def _identity(
     'config': values,
     'data': feedback.fingerprint,
     'tokenizer': tokenizer,
-    'rewards': reward_fingerprints(config.rollout),
+    'rewards': rewards,
   }
 
 
@@ -160,7 +165,7 @@ def _parent(
   chain: tuple[str, ...],
 ) -> Run:
   """The finished run behind an `init`: a directory, or the stage of a config file."""
-  field = f'{field_of(role)}.{"init" if role == field_of(role) else "ensemble"}'
+  field = path_of(role)
   if pathlib.Path(init).is_dir():
     run = Run(init)
     if run.result is None:

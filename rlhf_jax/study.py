@@ -6,6 +6,7 @@ from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import differences, to_dict
 from rlhf_jax.data.config import EMBEDDED
+from rlhf_jax.objectives import objective_of
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -105,6 +106,7 @@ class StudyConfig:
         config.validate()
       except ConfigError as error:
         raise ConfigError.within(name, error) from error
+    self._validate_roles()
     first = next(iter(self.objectives.values()))
     if first.data.source != EMBEDDED:
       raise ConfigError(
@@ -124,6 +126,23 @@ class StudyConfig:
         self.frontier_samples,
         '0 with greedy or filtered sampling',
         'KLs are those of the unfiltered policy: the optimum would be that of another one.',
+      )
+
+  def _validate_roles(self) -> None:
+    """Policies are compared, a reward model judges them, and it is judged itself."""
+    stages = {f'objectives.{name}': config for name, config in self.objectives.items()}
+    for name, config in {'sft': self.sft, 'reward_model': self.reward_model, **stages}.items():
+      wanted = 'reward_model' if name == 'reward_model' else 'policy'
+      objective = objective_of(config.objective)
+      if objective.trains != wanted:
+        raise ConfigError(
+          f'{name}.objective', objective.name, f'an objective that trains a {wanted}'
+        )
+    if self.reward_model.evaluation.records < 1:
+      raise ConfigError(
+        'reward_model.evaluation.records',
+        self.reward_model.evaluation.records,
+        'at least 1: the report says how often it is right on held-out records',
       )
 
   def stage(self, name: str, seed: int, sft: str, reward_model: str) -> ExperimentConfig:

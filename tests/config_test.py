@@ -15,11 +15,13 @@ from rlhf_jax.common.errors import ConfigError, UserError
 from rlhf_jax.config import ExperimentConfig, InitConfig, load_config
 from rlhf_jax.config_values import canonical_json, differences, from_dict, to_dict
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.objectives import OBJECTIVES
+from rlhf_jax.objectives import OBJECTIVES, ObjectiveConfig
 from rlhf_jax.objectives.cpl import CPLConfig
 from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.objectives.sft import SFTConfig
+from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
+from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
 from rlhf_jax.study import StudyConfig
 from tests import tiny
 
@@ -68,13 +70,31 @@ def test_a_config_says_its_objective_in_json(case: str) -> None:
   assert from_dict(ExperimentConfig, values) == config
 
 
+def options_of(hint: Any) -> tuple[Any, ...]:
+  """What an annotation allows: members of a union, items of a tuple, any objective's config."""
+  if hint is ObjectiveConfig:
+    return tuple(row.config for row in OBJECTIVES.values())
+  if isinstance(hint, types.UnionType) or typing.get_origin(hint) is tuple:
+    return tuple(option for part in typing.get_args(hint) for option in options_of(part))
+  return (hint,)
+
+
+def options_of(hint: Any) -> tuple[Any, ...]:
+  """What an annotation allows: members of a union, items of a tuple, any objective's config."""
+  if hint is ObjectiveConfig:
+    return tuple(row.config for row in OBJECTIVES.values())
+  if isinstance(hint, types.UnionType) or typing.get_origin(hint) is tuple:
+    return tuple(option for part in typing.get_args(hint) for option in options_of(part))
+  return (hint,)
+
+
 def config_classes(kind: type = ExperimentConfig) -> Iterator[type]:
   """All config classes, outermost first."""
   yield kind
   for hint in typing.get_type_hints(kind).values():
-    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+    for option in options_of(hint):
       if dataclasses.is_dataclass(option):
-        yield from config_classes(option)  # type: ignore[arg-type]
+        yield from config_classes(typing.cast(type, option))
 
 
 CLASSES = {kind.__name__: kind for kind in (*config_classes(), StudyConfig)}
@@ -83,9 +103,7 @@ FIELDS = {name: set(typing.get_type_hints(kind)) for name, kind in CLASSES.items
 HOLDERS: dict[str, set[str]] = {}
 for holder in CLASSES.values():
   for field_name, field_hint in typing.get_type_hints(holder).items():
-    for part in (
-      typing.get_args(field_hint) if isinstance(field_hint, types.UnionType) else (field_hint,)
-    ):
+    for part in options_of(field_hint):
       if dataclasses.is_dataclass(part):
         HOLDERS.setdefault(field_name, set()).add(typing.cast(type, part).__name__)
 
@@ -94,7 +112,8 @@ class Reads(ast.NodeVisitor):
   """Collects (config class, field) reads of a module; what is only validated does not count.
 
   The owner of `x.field` is known from an annotation of `x`, from `isinstance(x, Class)`, from
-  `x = something.holder`, or from `something.holder.field`; else a name counts if it is one class's.
+  `x = something.holder`, `for x in something.holder`, or from `something.holder.field`; else a name
+  counts if it is one class's. What is read of `something.objective` is read of any objective.
   """
 
   def __init__(self) -> None:
@@ -111,10 +130,16 @@ class Reads(ast.NodeVisitor):
         if named & CLASSES.keys():
           scope[argument.arg] = named & CLASSES.keys()
     for inner in ast.walk(node):
-      if isinstance(inner, ast.Assign) and isinstance(inner.targets[0], ast.Name):
-        owners = self._owners(inner.value, scope)
-        if owners is not None:
-          scope[inner.targets[0].id] = owners
+      match inner:
+        case (
+          ast.Assign(targets=[ast.Name(id=name)], value=ast.expr() as value)
+          | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
+          | ast.For(target=ast.Name(id=name), iter=value)
+          | ast.comprehension(target=ast.Name(id=name), iter=value)
+        ):
+          owners = self._owners(value, scope)
+          if owners is not None:
+            scope[name] = owners
     for inner in ast.walk(node):
       if (
         isinstance(inner, ast.Assert)
@@ -198,6 +223,9 @@ def altered(case: str, changes: dict[str, Any]) -> ExperimentConfig:
   return config
 
 
+TASK = (RewardConfig(source='task'),)
+BOTH = (RewardConfig(), *TASK)
+TASK = (RewardConfig(source='task'),)
 JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
 
 
@@ -214,10 +242,40 @@ JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
     ('dpo', {'policy.init': None}, 'policy.init', 'dpo starts from'),
     ('cpl_kl', {'policy.init': None}, 'policy.init', 'cpl starts from'),
     ('ppo', {'policy.init': None}, 'policy.init', 'reference'),
-    ('ppo', {'reward_model.init': None}, 'reward_model.init', 'objective.reward=task'),
-    ('ppo', {**JSONL, 'objective.reward': 'task'}, 'objective.reward', 'gold reward'),
-    ('ppo', {'generation.temperature': 0.0}, 'generation.temperature', '> 0 for PPO'),
+    ('ppo', {'reward_model.init': None}, 'reward_model.init', "rewards[0].source='task'"),
+    ('ppo', {**JSONL, 'rollout.rewards': TASK}, 'rollout.rewards[0].source', 'gold reward'),
+    ('ppo', {'generation.temperature': 0.0}, 'generation.temperature', '> 0 for ppo'),
     ('ppo', {'objective.epochs': 0}, 'objective.epochs', '>= 1'),
+    ('ppo', {'generation.top_k': 5}, 'generation', 'unfiltered policy'),
+    ('ppo', {'objective.score_placement': 'last_position'}, 'objective.score_placement', 'eos'),
+    ('ppo', {'rollout.rewards': ()}, 'rollout.rewards', 'at least one'),
+    ('rloo', {'reward_model.init': None}, 'reward_model.init', 'a Python function'),
+    ('rloo', {**JSONL, 'rollout.rewards': BOTH}, 'rollout.rewards[1].source', 'gold reward'),
+    (
+      'ppo',
+      {
+        'reward_model.init': None,
+        'rollout.rewards': TASK,
+        'objective.value_model': 'reward_model',
+      },
+      'objective.value_model',
+      "'shared' or 'separate'",
+    ),
+    ('ppo', {'reward_model.aggregate': 'median'}, 'reward_model.aggregate', 'one of'),
+    ('ppo', {'reward_model.aggregate': 'uncertainty'}, 'reward_model.aggregate', 'other members'),
+    ('dpo', {'reward_model.ensemble': ('x',)}, 'reward_model.init', 'first member'),
+    (
+      'ppo',
+      {'reward_model.ensemble': ('x',), 'reward_model.uncertainty_coefficient': -0.5},
+      'reward_model.uncertainty_coefficient',
+      '>= 0',
+    ),
+    *(
+      (case, {'objective.samples': 1}, 'objective.samples', '>= 2')
+      for case in ('rloo', 'grpo', 'online_dpo', 'best_of_n')
+    ),
+    ('dpo', {'objective.beta': 0.0}, 'objective.beta', '> 0'),
+    ('cpl', {'objective.lam': 1.5}, 'objective.lam', '(0, 1]'),
     ('dpo', {'policy.checkpoint': 'newest'}, 'policy.checkpoint', "'best'"),
     ('sft', {'evaluation.every': -1}, 'evaluation.every', '>= 0'),
     ('sft', {'evaluation.batch_size': 0}, 'evaluation.batch_size', '>= 1'),
@@ -236,7 +294,7 @@ JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
     ('sft', {'generation.stop_tokens': [1]}, 'generation.stop_tokens', 'tuple[int, ...], not list'),
     ('sft', {'generation.stop_tokens': ('a',)}, 'generation.stop_tokens', 'tuple[int, ...]'),
     ('sft', {'data': None}, 'data', 'DataConfig, not NoneType'),
-    ('sft', {'objective': DataConfig()}, 'objective', 'SFTConfig or RewardModelConfig'),
+    ('sft', {'objective': DataConfig()}, 'objective', 'SFTConfig or WeightedBCConfig'),
   ],
 )
 def test_what_cannot_work_is_named(
@@ -261,8 +319,30 @@ def test_objectives_without_a_reference_need_no_start() -> None:
   with pytest.raises(ConfigError, match='policy.init'):
     ExperimentConfig(name='x', objective=DPOConfig()).validate()
   ExperimentConfig(
-    name='x', objective=PPOConfig(reward='task', minibatches=1), policy=InitConfig(init='a')
+    name='x',
+    objective=PPOConfig(),
+    policy=InitConfig(init='a'),
+    rollout=RolloutConfig(rewards=TASK),
   ).validate()
+
+
+def test_the_stages_that_one_starts_from_by_role() -> None:
+  """Members of an ensemble are numbered, and read the reward model's checkpoint, in their order."""
+  config = altered(
+    'ppo', {'policy.checkpoint': 'best', 'reward_model.ensemble': tuple('abcdefghijk')}
+  )
+  inits = config.inits()
+  members = [f'reward_model_{number}' for number in range(1, 12)]
+  assert list(inits) == ['policy', 'reward_model', *members]
+  assert [inits[name].init for name in members] == list('abcdefghijk')
+  assert inits['policy'].checkpoint == 'best' and inits['reward_model_3'].checkpoint == 'final'
+  shuffled = {role: f'runs/{init}' for role, (init, _) in sorted(inits.items())}
+  moved = config.with_inits(shuffled)
+  assert {role: init for role, (init, _) in moved.inits().items()} == shuffled
+  assert list(moved.inits()) == list(inits)
+  assert moved.policy.checkpoint == 'best' and moved.objective == config.objective
+  alone = config.with_inits({})
+  assert not alone.inits() and alone.reward_model.ensemble == ()
 
 
 def test_unknown_fields_get_a_suggestion() -> None:

@@ -186,7 +186,8 @@ class QOutput:
     next_values: V of each next state.
     q: `[2, B, R]`, both Q functions at the response tokens.
     target_q: `[B, R]`, the smaller of the two slow copies of Q at the response tokens; no gradient.
-    q_nll: `[2, B, R]`, cross-entropy of the response tokens under softmax(Q).
+    q_nll: `[2, B, R]`, cross-entropy of the response tokens under softmax(Q); None where actions
+      are not tokens.
   """
 
   logprobs: Array
@@ -194,4 +195,4 @@ class QOutput:
   next_values: Array
   q: Array
   target_q: Array
-  q_nll: Array
+  q_nll: Array | None = None

@@ -10,7 +10,7 @@ import numpy as np
 from flax import struct
 
 from rlhf_jax.common.errors import DataError
-from rlhf_jax.common.types import Pairs
+from rlhf_jax.common.types import Pairs, StepRatings
 from rlhf_jax.data.lqr import LQR, LQRConfig
 from rlhf_jax.feedback.labelling import bayes_accuracy, label
 
@@ -53,14 +53,14 @@ class ControlFeedback:
   quarantined: int = 0
 
   def require(self, split: str, kind: str) -> Pairs:
-    """`train` or `held_out` comparisons, of which demonstrations are parts; DataError for others.
+    """`train` or `held_out` comparisons, whose segments are demonstrations and have rated steps.
 
     Raises DataError for another kind, and where there are none.
     """
-    if kind not in ('comparisons', 'demonstrations'):
+    if kind not in ('comparisons', 'demonstrations', 'step_ratings'):
       raise DataError(
-        f'{self.source}: it has comparisons and the segments they consist of, no {kind}. '
-        'Choose an objective that learns from those, such as CPL, DPO or SFT.'
+        f'{self.source}: it has comparisons, the segments they consist of, and rewards of their '
+        f'steps, no {kind}. Choose an objective that learns from those, such as CPL, SFT or IQL.'
       )
     pairs: Pairs = getattr(self, split)
     if not len(pairs.preference):
@@ -82,16 +82,15 @@ class ControlFeedback:
 class SegmentColumns:
   """Rows of segments in memory, as `data.columns.Columns` holds rows of text."""
 
-  rows: Pairs | Segments
+  rows: Pairs | Segments | StepRatings
 
   def __len__(self) -> int:
-    rows = self.rows.response_mask if isinstance(self.rows, Segments) else self.rows.preference
-    return len(rows)
+    return len(jax.tree.leaves(self.rows)[0])
 
   @property
   def extras(self) -> dict[str, Array]:
     """`[N, ...]` arrays beside the segments, by field of the batch."""
-    return {} if isinstance(self.rows, Segments) else {'preference': self.rows.preference}
+    return {'preference': self.rows.preference} if isinstance(self.rows, Pairs) else {}
 
   @property
   def statistics(self) -> dict[str, int]:
@@ -102,7 +101,7 @@ class SegmentColumns:
     """The same rows with further fields of their batches."""
     return SegmentColumns(dataclasses.replace(self.rows, **extras))
 
-  def take(self, rows: Any) -> Pairs | Segments:
+  def take(self, rows: Any) -> Pairs | Segments | StepRatings:
     """`[B]` row numbers -> the batch with these rows."""
     return jax.tree.map(lambda x: x[rows], self.rows)
 

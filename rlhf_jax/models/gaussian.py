@@ -38,6 +38,9 @@ class GaussianPolicyConfig:
   std: float = math.sqrt(0.5)
   # Whether the standard deviation is a parameter, one an action and the same in all states.
   learned_std: bool = False
+  # Hidden layers of what is learnt beside it: reward model, V and Q (the released code's widths are
+  # those of the policy).
+  value_hidden: tuple[int, ...] = (64, 64)
   # False: the log-density without that constant, as in the same code. It makes no difference where
   # only differences of equally long segments count.
   normalized: bool = True
@@ -66,8 +69,9 @@ class GaussianPolicyConfig:
         raise ConfigError(
           f'{path}.{name}', getattr(self, name), "a positive number, or 0 for the data's"
         )
-    if any(width < 1 for width in self.hidden):
-      raise ConfigError(f'{path}.hidden', self.hidden, 'positive widths, or none')
+    for name in ('hidden', 'value_hidden'):
+      if any(width < 1 for width in getattr(self, name)):
+        raise ConfigError(f'{path}.{name}', getattr(self, name), 'positive widths, or none')
     if self.activation not in ACTIVATIONS:
       raise ConfigError(f'{path}.activation', self.activation, f'one of {tuple(ACTIVATIONS)}')
     if not 0 < self.std < math.inf:

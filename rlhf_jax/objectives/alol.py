@@ -36,7 +36,7 @@ class ALoLConfig:
   variant: str = 'sequence'
   # Importance weights are cut to 1 +- clip (0.9 in the released code).
   clip: float = 0.9
-  # Weight of the penalty; 'kl' only (0.1 in the paper).
+  # Weight of the penalty; 'kl' only (`kl_beta` in the released code, 0 by default there).
   kl_coefficient: float = 0.1
   # How rows are drawn: in proportion to their 'advantage' (the paper), or each once an epoch,
   # 'uniform'. Either way only rows of positive advantage are drawn, and each counts by it.
@@ -130,7 +130,8 @@ def loss(config: ALoLConfig, actors: Actors, params: Params, batch: Ratings) -> 
     'advantage': Mean.of(batch.score),
     'logprob': Mean.of(masked_sum(logprobs, mask, axis=-1)),
   }
-  if batch.reference_logprobs is not None:
+  if config.variant != 'reference_free':
+    assert batch.reference_logprobs is not None
     logratio = masked_sum(logprobs - batch.reference_logprobs, mask, axis=-1)
     metrics['log_importance'] = Mean.of(logratio)
   return Mean.of(losses), metrics

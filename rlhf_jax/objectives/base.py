@@ -133,7 +133,7 @@ def flatten_rows(sequences: Sequences) -> Sequences:
 def of_preferred(values: Array, preference: Array) -> Array:
   """What `values` `[B, 2]` say of the preferred response, `[B]`; at a tie the mean of both.
 
-  Ties count half on each side, as in the released code of Hejna et al. 2023.
+  (The released code of Hejna et al. 2023 imitates both segments of a tie, each in full.)
   """
   first = 0.5 * (jnp.sign(preference - 0.5) + 1)
   return first * values[:, 0] + (1 - first) * values[:, 1]

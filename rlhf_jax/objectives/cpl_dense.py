@@ -26,6 +26,7 @@ class DenseCPLConfig:
   gamma: float = 1.0
   # Weight of a behaviour-cloning term on all segments.
   bc_coefficient: float = 0.0
+  # CPL-KL, as in `CPLConfig`.
   use_reference: bool = False
 
   def validate(self, path: str) -> None:

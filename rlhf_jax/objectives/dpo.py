@@ -40,7 +40,7 @@ class DPOConfig:
   # How token log-ratios become a response's: 'sum' (the papers and the DPO authors' code) or 'mean'
   # over its tokens (TRL's IPO).
   reduction: str = 'sum'
-  # Weight of the chosen response's mean token negative log-likelihood (Pang et al. 2024, eq. 2);
+  # Weight of the chosen response's mean token negative log-likelihood (Pang et al. 2024);
   # of a tie, both responses' mean.
   nll_coefficient: float = 0.0
   # 'online': the reference scores each batch; 'cached': it scores the whole dataset once, before

@@ -48,6 +48,9 @@ class GRPOConfig:
   # How far a token's probability ratio may fall and rise (DAPO: 0.2 and 0.28).
   clip: float = 0.2
   clip_high: float = 0.2
+  # Of what the ratio is: of each 'token' (the paper), or of the whole 'sequence', its geometric
+  # mean over tokens (Zheng et al. 2025, GSPO, whose clips are about 3e-4 and 4e-4).
+  ratio: str = 'token'
   # Coefficient of the k3 estimate of the KL, in the loss (0.04 in the paper; TRL: 0).
   kl_coefficient: float = 0.04
   # What centred rewards are divided by: the standard deviation of the 'group' (the paper), of the
@@ -67,7 +70,11 @@ class GRPOConfig:
     check_updates(path, self.epochs, self.minibatches, clips)
     if not self.kl_coefficient >= 0:
       raise ConfigError(f'{path}.kl_coefficient', self.kl_coefficient, 'a number >= 0')
-    for name, kinds in (('scale', SCALES), ('normalization', NORMALIZATIONS)):
+    for name, kinds in (
+      ('ratio', ('token', 'sequence')),
+      ('scale', SCALES),
+      ('normalization', NORMALIZATIONS),
+    ):
       if getattr(self, name) not in kinds:
         raise ConfigError(f'{path}.{name}', getattr(self, name), f'one of {kinds}')
     if (self.normalization == 'constant') != (self.constant > 0):
@@ -116,7 +123,12 @@ def loss(config: GRPOConfig, actors: Actors, params: Params, batch: Rollouts) ->
   output = actors.policy(params, batch.sequences)
   logprobs = jnp.where(mask, output.logprobs, batch.old_logprobs)
   clips = {'clip_low': config.clip, 'clip_high': config.clip_high}
-  policy_losses = clipped_surrogate(logprobs, batch.old_logprobs, batch.advantages, **clips)
+  terms, old_terms = logprobs, batch.old_logprobs
+  if config.ratio == 'sequence':
+    means = masked_mean(logprobs - batch.old_logprobs, mask, axis=-1)[:, None]
+    terms, old_terms = jnp.broadcast_to(means, mask.shape), jnp.zeros(mask.shape)
+  advantages = jnp.where(mask, batch.advantages, 0.0)
+  policy_losses = clipped_surrogate(terms, old_terms, advantages, **clips)
   # Where the reference is e^40 times likelier, the estimate's gradient would overflow.
   reference = jnp.minimum(batch.reference_logprobs, logprobs + MAX_LOG_RATIO)
   kl = k3(logprobs, jnp.where(mask, reference, logprobs))
@@ -126,7 +138,7 @@ def loss(config: GRPOConfig, actors: Actors, params: Params, batch: Rollouts) ->
     'policy_loss': normalized(policy_losses, mask, config.normalization, config.constant),
     'loss_kl': Mean.of(kl, mask),
     'entropy': Mean.of(output.entropy, mask),
-    **ratio_metrics(logprobs, batch.old_logprobs, mask, **clips),
+    **ratio_metrics(terms, old_terms, mask, **clips),
   }
 
 

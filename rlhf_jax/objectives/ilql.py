@@ -76,7 +76,7 @@ def ilql(config: ILQLConfig, output: QOutput, rewards: Array, mask: Array) -> di
     mask: `[B, R]` bool.
   """
   cleaned: dict[str, Array] = {
-    name: jnp.where(mask, value, 0.0) for name, value in vars(output).items()
+    name: jnp.where(mask, value, 0.0).astype(jnp.float32) for name, value in vars(output).items()
   }
   target_q = jax.lax.stop_gradient(cleaned['target_q'])
   goal = rewards + config.gamma * jax.lax.stop_gradient(cleaned['next_values'])

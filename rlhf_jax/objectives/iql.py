@@ -1,4 +1,6 @@
-"""Implicit Q-learning (Kostrikov et al. 2021): its three losses, element by element.
+"""Implicit Q-learning on segments of control; with rewards learnt from preferences, P-IQL.
+
+Kostrikov et al. 2021, element by element:
 
     L_V   = L2_tau(min_i Qbar_i(s, a) - V(s))                            eq. 5
     L_Q   = sum_i (r + gamma (1 - done) V(s') - Q_i(s, a))^2             eq. 6
@@ -8,14 +10,49 @@ with L2_tau of `expectile_loss`, and Qbar the slow copies of Q. Each loss trains
 named after: all else is a constant of it.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.common.checks import check_float
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.metrics import Mean
+from rlhf_jax.common.types import StepRatings
+from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params
 
 Array = jax.Array
+
+
+@dataclasses.dataclass(kw_only=True)
+class IQLConfig:
+  """Implicit Q-learning; the defaults are those of P-IQL in Hejna et al. 2023's released code.
+
+  Rewards are those of the stage's reward model (P-IQL), or the task's own where it names none.
+  """
+
+  # Discount of a step.
+  gamma: float = 0.99
+  # V is this expectile of Q over the data's actions.
+  expectile: float = 0.7
+  # Inverse temperature of the weights exp(beta (Q - V)), and where they are cut.
+  temperature: float = 3.0
+  max_weight: float = 100.0
+  # How far the slow copies of Q move towards Q in an update.
+  target_rate: float = 0.005
+
+  def validate(self, path: str) -> None:
+    """Raises ConfigError for values that cannot work."""
+    if not 0 < self.gamma <= 1:
+      raise ConfigError(f'{path}.gamma', self.gamma, 'a number in (0, 1]')
+    for name in ('expectile', 'target_rate'):
+      if not 0 < getattr(self, name) < 1:
+        raise ConfigError(f'{path}.{name}', getattr(self, name), 'a number in (0, 1)')
+    if not self.temperature >= 0:
+      raise ConfigError(f'{path}.temperature', self.temperature, 'a number >= 0')
+    if not self.max_weight >= 1:
+      raise ConfigError(f'{path}.max_weight', self.max_weight, 'a number >= 1')
 
 
 def expectile_loss(difference: Array, expectile: float) -> Array:
@@ -103,3 +140,32 @@ def policy_loss(
   check_float(logprobs=logprobs)
   weights = advantage_weights(target_q, values, temperature=temperature, max_weight=max_weight)
   return -weights * logprobs.astype(jnp.float32)
+
+
+def loss(config: IQLConfig, actors: Actors, params: Params, batch: StepRatings) -> LossOutput:
+  """The sum of the three losses, mean over steps that have a successor in their segment.
+
+  `batch.score` holds the rewards, and `batch.score_mask` says which steps have a successor: what
+  comes after a segment's last step is not known, so nothing is learnt from it.
+  """
+  mask = batch.score_mask
+  assert actors.q is not None
+  # Masked first: elsewhere anything may stand, and must not make nan in the gradient.
+  output = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), actors.q(params, batch.sequences))
+  rewards = jnp.where(mask, batch.score, 0.0)
+  weighing = {'temperature': config.temperature, 'max_weight': config.max_weight}
+  terms = {
+    'v': value_loss(output.values, output.target_q, expectile=config.expectile),
+    'q': q_loss(output.q, rewards, output.next_values, mask, gamma=config.gamma),
+    'policy': policy_loss(output.logprobs, output.target_q, output.values, **weighing),
+  }
+  weights = advantage_weights(output.target_q, output.values, **weighing)
+  return Mean.of(terms['v'] + terms['q'] + terms['policy'], mask), {
+    **{f'{name}_loss': Mean.of(term, mask) for name, term in terms.items()},
+    'values': Mean.of(output.values, mask),
+    'weight': Mean.of(weights, mask),
+    'reward': Mean.of(rewards, mask),
+  }
+
+
+OBJECTIVE = Objective('iql', IQLConfig, 'step_ratings', loss)

@@ -122,7 +122,7 @@ def prepare(
 def loss(config: KTOConfig, actors: Actors, params: Params, batch: ReferencedRatings) -> LossOutput:
   """KTO loss, mean over responses that were rated above or below the threshold."""
   ratings = batch.ratings
-  assert ratings.reference_logprobs is not None
+  assert ratings.reference_logprobs is not None, 'the recipe scores batches with the reference'
   mask = ratings.sequences.response_mask
   logprobs = response_logprobs(actors, params, ratings.sequences)
   logratios = masked_sum(logprobs - ratings.reference_logprobs, mask, axis=-1)

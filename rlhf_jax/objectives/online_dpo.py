@@ -73,7 +73,7 @@ def collect(config: OnlineDPOConfig, experience: Experience, carry: Carry) -> Co
 
 def loss(config: OnlineDPOConfig, actors: Actors, params: Params, batch: Pairs) -> LossOutput:
   """DPO loss, mean over pairs whose scores differ."""
-  assert batch.reference_logprobs is not None
+  assert batch.reference_logprobs is not None, 'collect keeps what the reference said'
   mask = batch.sequences.response_mask
   logratios = masked_sum(
     pair_logprobs(actors, params, batch) - batch.reference_logprobs, mask, axis=-1

@@ -30,7 +30,8 @@ MAX_MEAN_LOGPROB = -1e-6
 class ORPOConfig:
   """Odds ratio preference optimisation (Hong et al. 2024); it needs no SFT stage before it."""
 
-  # Weight of the odds-ratio term (lambda; 0.1 in the paper, `beta` in TRL).
+  # Weight of the odds-ratio term (lambda; 0.1 for Mistral-ORPO-beta and in TRL, where it is beta; the
+  # released code's own default is 1).
   lam: float = 0.1
 
   def validate(self, path: str) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.common.checks import check_float, check_shapes
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.common.masked import masked_sum, masked_variance, whiten
+from rlhf_jax.common.masked import masked_mean, masked_sum, masked_variance, whiten
 from rlhf_jax.common.metrics import Mean, Metrics
 from rlhf_jax.common.types import Experience, Rollouts
 from rlhf_jax.objectives.base import (
@@ -53,6 +53,9 @@ class PPOConfig:
   # Rewards are scaled to unit variance and keep their mean; advantages lose theirs.
   whiten_rewards: bool = False
   whiten_advantages: bool = True
+  # The variance they are divided by is that of the count (Ziegler et al. 2019; Huang et al. 2024);
+  # True: that of the count less one (TRL's PPO).
+  unbiased_variance: bool = False
   # Where the score is paid: 'last_token' of the response; 'after_stop', the step after the stop
   # token, with the value mask one step longer (Huang et al. 2024); 'last_position', the end of the
   # response block (Ziegler et al. 2019, whose responses have a fixed length).
@@ -91,6 +94,15 @@ def value_loss(values: Array, old_values: Array, returns: Array, *, clip: float)
   return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
 
 
+def whitened(config: PPOConfig, values: Array, mask: Array, *, keep_mean: bool) -> Array:
+  """`whiten` with the variance that the config asks for, `[B, R]` float32."""
+  result = whiten(values, mask, keep_mean=False)
+  if config.unbiased_variance:
+    count = mask.sum().astype(jnp.float32)
+    result = result * jnp.sqrt(jnp.maximum(count - 1, 1.0) / count)
+  return jnp.where(mask, result + masked_mean(values, mask), 0.0) if keep_mean else result
+
+
 def collect(config: PPOConfig, experience: Experience, carry: Carry) -> Collected:
   """Shapes the rewards and estimates advantages and returns (Schulman et al. 2016)."""
   assert experience.values is not None, 'PPO needs a value function'
@@ -98,12 +110,12 @@ def collect(config: PPOConfig, experience: Experience, carry: Carry) -> Collecte
   shaped = token_rewards(experience, -coefficient * log_ratios(experience), config.score_placement)
   rewards = shaped.rewards
   if config.whiten_rewards:
-    rewards = whiten(rewards, shaped.value_mask, keep_mean=True)
+    rewards = whitened(config, rewards, shaped.value_mask, keep_mean=True)
   advantages, returns = gae(
     rewards, experience.values, shaped.value_mask, gamma=config.gamma, lam=config.lam
   )
   if config.whiten_advantages:
-    advantages = whiten(advantages, mask, keep_mean=False)
+    advantages = whitened(config, advantages, mask, keep_mean=False)
   rollouts = dataclasses.replace(
     rollouts_of(experience, advantages),
     old_values=experience.values,

@@ -32,7 +32,8 @@ class ReinforceConfig:
   """REINFORCE (Williams 1992): one update on each batch of samples."""
 
   # What is taken off the rewards: 'none'; 'batch', the mean reward of the other responses of the
-  # iteration; 'running', a moving average over the iterations before (Ahmadian et al. 2024, eq. 5).
+  # iteration; 'running', a moving average over the iterations before (Ahmadian et al. 2024, eq. 8,
+  # is the plain mean of all rewards so far).
   baseline: str = 'running'
   # What the moving average keeps of itself in an iteration.
   baseline_decay: float = 0.9
@@ -80,7 +81,8 @@ def loss(config: ReinforceConfig, actors: Actors, params: Params, batch: Rollout
   mask = batch.sequences.response_mask
   assert actors.policy is not None
   output = actors.policy(params, batch.sequences)
-  mean = Mean.of(masked_sum(-batch.advantages * output.logprobs, mask, axis=-1))
+  logprobs = jnp.where(mask, output.logprobs, 0.0)
+  mean = Mean.of(masked_sum(-batch.advantages * logprobs, mask, axis=-1))
   return mean, {'policy_loss': mean, 'entropy': Mean.of(output.entropy, mask)}
 
 

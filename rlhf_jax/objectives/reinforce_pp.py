@@ -31,6 +31,7 @@ from rlhf_jax.objectives.policy_gradient import (
 )
 from rlhf_jax.objectives.shaping import token_rewards
 from rlhf_jax.ops.advantages import gae
+from rlhf_jax.ops.kl import k2
 
 Array = jax.Array
 
@@ -48,9 +49,12 @@ class ReinforcePPConfig:
   minibatches: int = 1
   # Discount of the returns.
   gamma: float = 1.0
+  # How far a token's probability ratio may fall and rise (0.2 in OpenRLHF).
   clip: float = 0.2
-  # The per-token penalty -beta k1 (0.01 in OpenRLHF).
+  # The per-token penalty -beta k1 (0.01 in OpenRLHF), or, with kl_in_loss, beta k2 in the loss as
+  # REINFORCE++-baseline has it.
   kl: KLPenaltyConfig = dataclasses.field(default_factory=lambda: KLPenaltyConfig(coefficient=0.01))
+  kl_in_loss: bool = False
 
   def validate(self, path: str) -> None:
     """Raises ConfigError for values that cannot work."""
@@ -62,6 +66,8 @@ class ReinforcePPConfig:
     if not 0 <= self.gamma <= 1:
       raise ConfigError(f'{path}.gamma', self.gamma, 'a number in [0, 1]')
     self.kl.validate(f'{path}.kl')
+    if self.kl_in_loss and self.kl.target > 0:
+      raise ConfigError(f'{path}.kl.target', self.kl.target, '0 with kl_in_loss')
 
 
 def collect(config: ReinforcePPConfig, experience: Experience, carry: Carry) -> Collected:
@@ -70,13 +76,14 @@ def collect(config: ReinforcePPConfig, experience: Experience, carry: Carry) -> 
   A_t = whiten(sum_{k >= t} gamma^(k - t) r_k),   r_k = -beta k1_k, plus the score at the end
   """
   mask, coefficient = experience.sequences.response_mask, carry['kl_coefficient']
+  paid = 0.0 if config.kl_in_loss else coefficient
   kl, scores = sequence_kl(experience), experience.scores
   if config.group_baseline:
     groups = grouped(scores, config.samples)
     experience = dataclasses.replace(
       experience, scores=(groups - groups.mean(1, keepdims=True)).reshape(-1)
     )
-  rewards = token_rewards(experience, -coefficient * log_ratios(experience), 'last_token').rewards
+  rewards = token_rewards(experience, -paid * log_ratios(experience), 'last_token').rewards
   # With values of 0 and without decay of the trace, the advantages are the returns.
   returns, _ = gae(rewards, jnp.zeros_like(rewards), mask, gamma=config.gamma, lam=1.0)
   advantages = whiten(returns, mask, keep_mean=False)
@@ -90,15 +97,17 @@ def collect(config: ReinforcePPConfig, experience: Experience, carry: Carry) -> 
 
 
 def loss(config: ReinforcePPConfig, actors: Actors, params: Params, batch: Rollouts) -> LossOutput:
-  """PPO's clipped policy loss, mean over response tokens."""
+  """PPO's clipped policy loss, and the penalty where it belongs here, mean over response tokens."""
   mask = batch.sequences.response_mask
   assert actors.policy is not None
   output = actors.policy(params, batch.sequences)
   logprobs = jnp.where(mask, output.logprobs, batch.old_logprobs)
   clips = {'clip_low': config.clip, 'clip_high': config.clip}
-  mean = Mean.of(clipped_surrogate(logprobs, batch.old_logprobs, batch.advantages, **clips), mask)
-  return mean, {
-    'policy_loss': mean,
+  policy_losses = clipped_surrogate(logprobs, batch.old_logprobs, batch.advantages, **clips)
+  penalties = k2(logprobs, jnp.where(mask, batch.reference_logprobs, logprobs))
+  weight = config.kl.coefficient if config.kl_in_loss else 0.0
+  return Mean.of(policy_losses + weight * penalties, mask), {
+    'policy_loss': Mean.of(policy_losses, mask),
     'entropy': Mean.of(output.entropy, mask),
     **ratio_metrics(logprobs, batch.old_logprobs, mask, **clips),
   }

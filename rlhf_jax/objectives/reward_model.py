@@ -22,7 +22,7 @@ class RewardModelConfig:
   # 0 ignores margins.
   margin_coefficient: float = 0.0
   # Weight of the penalty (r_chosen + r_rejected)^2 that keeps scores near 0 (Eisenstein et al.
-  # 2023, "Helping or herding?", eq. 4). 0 is none.
+  # 2023, "Helping or herding?", eq. 2). 0 is none.
   center_coefficient: float = 0.0
   # 'policy_samples': gain and bias make scores of responses sampled from the stage's initial
   # policy have mean 0 and std 1, before and after training (Ziegler et al. 2019); 'demonstrations':

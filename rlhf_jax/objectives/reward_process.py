@@ -37,13 +37,15 @@ def loss(
 ) -> LossOutput:
   """Squared error or binary cross-entropy at the ends of steps, mean over steps."""
   assert actors.token_reward is not None
-  scores = actors.token_reward(params, batch.sequences).astype(jnp.float32)
   mask = batch.score_mask
-  errors = Mean.of(jnp.square(scores - batch.score), mask)
+  # Masked first: between steps either may be anything, and must not make nan in the gradient.
+  scores = jnp.where(mask, actors.token_reward(params, batch.sequences), 0.0).astype(jnp.float32)
+  targets = jnp.where(mask, batch.score, 0.0)
+  errors = Mean.of(jnp.square(scores - targets), mask)
   metrics: Metrics = {'squared_error': errors, 'score': Mean.of(scores, mask)}
   if config.variant == 'squared':
     return errors, metrics
-  good = batch.score > config.threshold
+  good = targets > config.threshold
   losses = jax.nn.softplus(jnp.where(good, -scores, scores))
   return Mean.of(losses, mask), {**metrics, 'step_accuracy': Mean.of((scores > 0) == good, mask)}
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.common.checks import check_float
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.common.masked import masked_sum, whiten
+from rlhf_jax.common.masked import masked_sum
 from rlhf_jax.common.metrics import Mean, Metrics
 from rlhf_jax.common.types import Experience, Rollouts
 from rlhf_jax.objectives.base import (
@@ -19,6 +19,7 @@ from rlhf_jax.objectives.base import (
   Params,
   always,
 )
+from rlhf_jax.objectives.grpo import group_advantages
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig, next_coefficient
 from rlhf_jax.objectives.policy_gradient import (
   check_samples,
@@ -45,10 +46,11 @@ class RLOOConfig:
   # The penalty on the KL of the whole response, inside its reward.
   kl: KLPenaltyConfig = dataclasses.field(default_factory=KLPenaltyConfig)
   # What is clipped: the probability ratio of whole responses, 'sequence' (one response is one
-  # action, as in the paper and in Huang et al.'s RLOO in TRL), or of each 'token' (TRL >= 0.23).
+  # action, as in the paper and in TRL), or of each 'token', as in PPO.
   ratio: str = 'sequence'
   clip: float = 0.2
-  # Whiten advantages over the batch.
+  # Bring advantages to mean 0 and standard deviation 1 over the batch (TRL's
+  # `normalize_advantages`: the deviation of the count less one, plus 1e-4).
   whiten_advantages: bool = False
 
   def validate(self, path: str) -> None:
@@ -76,7 +78,7 @@ def collect(config: RLOOConfig, experience: Experience, carry: Carry) -> Collect
   rewards = experience.scores - coefficient * kl
   advantages = leave_one_out(grouped(rewards, config.samples)).reshape(-1)
   if config.whiten_advantages:
-    advantages = whiten(advantages, jnp.ones(advantages.shape, bool), keep_mean=False)
+    advantages = group_advantages(advantages[None], scale='group')[0]
   metrics: Metrics = {
     'kl_coefficient': Mean.of(coefficient),
     'objective': Mean.of(rewards),

@@ -30,7 +30,7 @@ class SimPOConfig:
   # Scale of the reward, the mean log-prob of a response's tokens (2.0 in the released code).
   beta: float = 2.0
   # Margin by which the preferred reward should win, in the units of beta times log-probs (the
-  # released code names its ratio to beta, 0.5).
+  # released code names its ratio to beta: 0.25 by default, 0.5 in its Llama-3-8B-Base recipe).
   gamma: float = 1.0
   # 'sigmoid', the paper's; 'hinge', max(0, 1 - (difference - gamma)), of the released code.
   variant: str = 'sigmoid'

@@ -1,6 +1,7 @@
 """Completes texts with a finished run's policy."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from rlhf_jax.generation.sample import Samples
 from rlhf_jax.recipes.finished import Finished
 from rlhf_jax.recipes.parts import Parts
 from rlhf_jax.recipes.policies import make_sampler
+from rlhf_jax.recipes.rewards import load_reward_model, make_score
 from rlhf_jax.sharding.mesh import put_batch
 
 Array = jax.Array
@@ -32,6 +34,7 @@ class Completion(NamedTuple):
     finished: whether a stop token ended it; else it was cut at the longest length.
     prompt_tokens: the ids the policy read, `<bos>` included.
     prompt_tokens_cut: how many ids of the prompt did not fit and were left out.
+    score: the reward model's, where the run is opened with one.
   """
 
   prompt: str
@@ -42,6 +45,7 @@ class Completion(NamedTuple):
   finished: bool
   prompt_tokens: list[int]
   prompt_tokens_cut: int
+  score: float | None
 
 
 # (prompts, key, samples a prompt) -> completions, prompt after prompt
@@ -59,6 +63,8 @@ def make_completer(opened: Finished) -> Completer:
   parts = opened.parts
   assert isinstance(parts, Parts), 'only policies over text are opened without feedback'
   sampler = jax.jit(make_sampler(parts))
+  reward_model = load_reward_model(parts)
+  score = None if reward_model is None else make_score(reward_model)
   room = parts.config.data.prompt_length - (parts.tokenizer.bos_id is not None)
 
   def complete(texts: Sequence[str], key: Array, samples: int) -> list[Completion]:
@@ -69,11 +75,25 @@ def make_completer(opened: Finished) -> Completer:
     prompts: Any = columns.take(np.arange(len(rows)))
     prompts = dataclasses.replace(prompts, index=np.array([_number(*row) for row in rows]))
     with jax.set_mesh(parts.mesh):
-      _, drawn = sampler(opened.params, put_batch(prompts, parts.mesh), key)
+      sequences, drawn = sampler(opened.params, put_batch(prompts, parts.mesh), key)
+      scores = None if score is None else np.asarray(score(sequences).scores)
     lengths = [len(row) for row in parts.tokenizer.encode_batch([text for text, _ in rows])]
-    return _completions(parts.tokenizer.decode, rows, prompts, jax.device_get(drawn), lengths, room)
+    found = _completions(
+      parts.tokenizer.decode, rows, prompts, jax.device_get(drawn), lengths, room
+    )
+    if scores is None:
+      return found
+    return [one._replace(score=float(value)) for one, value in zip(found, scores, strict=True)]
 
   return complete
+
+
+def best_of(completions: Sequence[Completion], samples: int) -> list[Completion]:
+  """Of every `samples` adjacent completions the one with the highest score, the first of equals."""
+  groups = [completions[start : start + samples] for start in range(0, len(completions), samples)]
+  return [
+    max(group, key=lambda one: -math.inf if one.score is None else one.score) for group in groups
+  ]
 
 
 def _number(text: str, sample: int) -> np.int32:
@@ -103,6 +123,7 @@ def _completions(
         finished=bool(drawn.finished[row]),
         prompt_tokens=prompts.tokens[row][prompts.mask[row]].tolist(),
         prompt_tokens_cut=max(lengths[row] - room, 0),
+        score=None,
       )
     )
   return found

@@ -10,13 +10,16 @@ import numpy as np
 
 from rlhf_jax.common import prng
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.common.types import PolicyOutput
+from rlhf_jax.common.masked import masked_sum
+from rlhf_jax.common.types import PolicyOutput, QOutput, StepRatings
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.data.lqr import ACTION_SIZE, LQR, STATE_SIZE
-from rlhf_jax.data.segments import ControlFeedback, columns_of
-from rlhf_jax.models import gaussian
+from rlhf_jax.data.segments import ControlFeedback, SegmentColumns, columns_of
+from rlhf_jax.models import control, gaussian
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
+from rlhf_jax.models.mlp import replicated_axes
 from rlhf_jax.objectives import Actors, objective_of
+from rlhf_jax.objectives.iql import IQLConfig
 from rlhf_jax.recipes.offline import Dataset, Learner, Preparation, make_preparation, offline_recipe
 from rlhf_jax.recipes.parts import check_devices, placed, shardings_of
 from rlhf_jax.recipes.probes import Question, loss_question, preference_question
@@ -44,7 +47,7 @@ class ControlParts:
   @functools.cached_property
   def reference(self) -> Any | None:
     """The policy's parent's parameters, frozen; None for a stage without a parent."""
-    return init_policy(self) if 'policy' in self.parents else None
+    return init_role(self, 'policy') if 'policy' in self.parents else None
 
 
 def load_control(
@@ -67,45 +70,108 @@ def load_control(
   return ControlParts(config, check_devices(config), feedback, model, parents)
 
 
-def abstract_policy(parts: ControlParts) -> Any:
-  """The policy's shapes and shardings."""
-  axes = gaussian.logical_axes(parts.model)
-  return placed(axes, lambda key: gaussian.init(parts.model, key), parts.mesh)
+_INITS = {
+  'policy': gaussian.init,
+  'reward_model': control.init_reward,
+  'q_heads': control.init_heads,
+}
 
 
-def init_policy(parts: ControlParts) -> Any:
-  """The policy's parameters on the mesh: the parent's, or random from the seed."""
-  abstract = abstract_policy(parts)
-  if 'policy' in parts.parents:
+def abstract_role(parts: ControlParts, role: str, model: GaussianPolicyConfig | None = None) -> Any:
+  """Shapes and shardings of what is trained in a role; nothing of it is ever split."""
+  config = parts.model if model is None else model
+  shapes = jax.eval_shape(lambda key: _INITS[role](config, key), jax.random.key(0))
+  return placed(replicated_axes(shapes), lambda key: _INITS[role](config, key), parts.mesh)
+
+
+def init_role(parts: ControlParts, role: str) -> Any:
+  """Parameters of a role on the mesh: the parent's policy, or random from the seed."""
+  abstract = abstract_role(parts, role)
+  if role == 'policy' and 'policy' in parts.parents:
     return parts.parents['policy'].restore_role('policy', abstract, parts.config.policy.checkpoint)
-  key = prng.stream_key(prng.base_key(parts.config.seed), prng.Stream.INIT, 0)
-  init = jax.jit(lambda key: gaussian.init(parts.model, key), out_shardings=shardings_of(abstract))
+  number = list(_INITS).index(role)
+  key = prng.stream_key(prng.base_key(parts.config.seed), prng.Stream.INIT, number)
+  init = jax.jit(lambda key: _INITS[role](parts.model, key), out_shardings=shardings_of(abstract))
   return init(key)
 
 
 def make_actors(parts: ControlParts) -> Actors:
-  """The policy's log-probs of segments."""
+  """Log-probs, rewards summed over segments (Christiano et al. 2017, eq. 1), and values."""
+  model = parts.model
 
   def policy(params: Any, segments: Any) -> PolicyOutput:
-    return gaussian.policy_output(parts.model, params['policy'], segments)
+    return gaussian.policy_output(model, params['policy'], segments)
 
-  return Actors(policy=policy)
+  def reward(params: Any, segments: Any) -> Array:
+    rewards = control.step_rewards(model, params['reward_model'], segments)
+    return masked_sum(rewards, segments.response_mask, axis=-1)
+
+  def q(params: Any, segments: Any) -> QOutput:
+    policy, heads, target = (params[role] for role in ('policy', 'q_heads', 'q_target'))
+    return control.q_output(model, policy, heads, target, segments)
+
+  return Actors(policy=policy, reward=reward, q=q)
+
+
+def make_trees(parts: ControlParts) -> Trees:
+  """What the stage trains: a policy, a reward model, or a policy with V and Q."""
+  objective = parts.config.objective
+  roles: list[str] = [objective_of(objective).trains]
+  roles += ['q_heads'] if isinstance(objective, IQLConfig) else []
+  abstract: dict[str, Any] = {role: abstract_role(parts, role) for role in roles}
+  trees = Trees(abstract, lambda: {role: init_role(parts, role) for role in roles}, {})
+  if not isinstance(objective, IQLConfig):
+    return trees
+  rate = objective.target_rate
+
+  def targets(params: dict[str, Any]) -> dict[str, Any]:
+    return {'q_target': control.target_of(params['q_heads'])}
+
+  def move(slow: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(lambda old, new: old + rate * (new - old), slow, targets(params))
+
+  return trees._replace(targets=targets, move_targets=move)
+
+
+def step_rewards(parts: ControlParts, segments: Any) -> np.ndarray:
+  """`[N, T]` float32 rewards of given segments: the reward model's, or the task's own."""
+  if 'reward_model' not in parts.parents:
+    return parts.feedback.task.reward(segments.states, segments.actions).astype(np.float32)
+  run = parts.parents['reward_model']
+  abstract = abstract_role(parts, 'reward_model', run.model)
+  params = run.restore_role('reward_model', abstract, parts.config.reward_model.checkpoint)
+  judge = jax.jit(lambda params, rows: control.step_rewards(run.model, params, rows))
+  return np.asarray(judge(params, segments))
+
+
+def encode(parts: ControlParts, split: str, count: int | None = None) -> Any:
+  """The (first `count`) rows of the kind the objective eats, their steps rated if it wants that."""
+  kind, responses = objective_of(parts.config.objective).data, parts.config.data.responses
+  pairs = parts.feedback.require(split, kind)
+  if kind != 'step_ratings':
+    return columns_of(pairs, kind, responses, count)
+  columns = columns_of(pairs, 'demonstrations', 'all', count)
+  segments: Any = columns.rows
+  followed = segments.response_mask & (
+    np.arange(segments.response_mask.shape[-1])
+    < (segments.response_mask.sum(-1, keepdims=True) - 1)
+  )
+  return SegmentColumns(StepRatings(segments, step_rewards(parts, segments), followed))
 
 
 def build_control(parts: ControlParts) -> Recipe:
   """The recipe of an objective that learns from given segments."""
-  config = parts.config
-  kind = objective_of(config.objective).data
-  columns: Any = columns_of(parts.feedback.require('train', kind), kind, config.data.responses)
-  trees = Trees({'policy': abstract_policy(parts)}, lambda: {'policy': init_policy(parts)}, {})
-  actors = make_actors(parts)
+  actors, columns = make_actors(parts), encode(parts, 'train')
   learner = Learner(
     actors,
-    trees,
+    make_trees(parts),
     Dataset(columns, None),
     lambda preparation: _questions(parts, actors, preparation),
   )
-  return offline_recipe(parts, learner)._replace(headline=('gain_error', 'cost', 'optimal_cost'))
+  recipe = offline_recipe(parts, learner)
+  if objective_of(parts.config.objective).trains == 'reward_model':
+    return recipe
+  return recipe._replace(headline=('gain_error', 'cost', 'optimal_cost'))
 
 
 def control_questions(parts: ControlParts) -> list[Question]:
@@ -118,11 +184,9 @@ def _questions(parts: ControlParts, actors: Actors, preparation: Preparation) ->
   """Held-out preferences or losses, and what the policy costs."""
   config = parts.config
   objective = objective_of(config.objective)
-  questions: list[Question] = [cost_question(parts)]
+  questions: list[Question] = [cost_question(parts)] if objective.trains == 'policy' else []
   if config.evaluation.records:
-    pairs = parts.feedback.require('held_out', objective.data)
-    count = config.evaluation.records
-    columns: Any = columns_of(pairs, objective.data, config.data.responses, count)
+    columns = encode(parts, 'held_out', config.evaluation.records)
     ask_about = loss_question if objective.difference is None else preference_question
     questions.append(ask_about(parts, actors, columns, preparation.__call__))
   return questions

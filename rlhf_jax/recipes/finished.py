@@ -13,7 +13,7 @@ from rlhf_jax.models import q_heads
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.objectives import objective_of
 from rlhf_jax.objectives.ilql import ILQLConfig
-from rlhf_jax.recipes.control import ControlParts, abstract_policy, control_questions
+from rlhf_jax.recipes.control import ControlParts, control_questions, make_trees
 from rlhf_jax.recipes.offline import offline_questions
 from rlhf_jax.recipes.online import online_questions
 from rlhf_jax.recipes.parts import (
@@ -61,8 +61,10 @@ def open_run(
   run.require_result()
   if isinstance(feedback, ControlFeedback):
     control = ControlParts(config, mesh, feedback, run.model, parents)
-    policy = run.restore_role('policy', abstract_policy(control), checkpoint)
-    return Finished(control, {'policy': policy})
+    trees = make_trees(control)
+    roles = trees.abstract | ({} if trees.targets is None else trees.targets(trees.abstract))
+    restored = {role: run.restore_role(role, tree, checkpoint) for role, tree in roles.items()}
+    return Finished(control, restored)
   if isinstance(run.model, GaussianPolicyConfig):
     raise RunError(f'{run.folder}: a policy for control, which neither reads nor writes text.')
   model, tokenizer = run.model, run.tokenizer()

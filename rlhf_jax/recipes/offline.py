@@ -93,8 +93,8 @@ class Preparation(NamedTuple):
     return self.prepare(params, self.reference, batch)
 
 
-def make_preparation(parts: StageParts, actors: Actors) -> Preparation:
-  """The stage's preparation of batches."""
+def make_preparation(parts: StageParts, actors: Actors, splits: int = 1) -> Preparation:
+  """The stage's preparation of batches, which the reference reads in `splits` parts."""
   config = parts.config
   objective = objective_of(config.objective)
 
@@ -102,7 +102,7 @@ def make_preparation(parts: StageParts, actors: Actors) -> Preparation:
     def read(sequences: Sequences) -> Array:
       return response_logprobs(actors, reference, sequences)
 
-    logprobs = map_rows(read, batch.sequences, config.accumulation)
+    logprobs = map_rows(read, batch.sequences, splits)
     return dataclasses.replace(batch, reference_logprobs=logprobs)
 
   def prepare(params: Any, reference: Any, batch: Any) -> Any:
@@ -216,7 +216,7 @@ def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
   config = parts.config
   objective = objective_of(config.objective)
   columns, weights = learner.dataset
-  preparation = make_preparation(parts, learner.actors)
+  preparation = make_preparation(parts, learner.actors, config.accumulation)
   if preparation.reference is not None and getattr(config.objective, 'reference', '') == 'cached':
     columns = cache_reference(parts, preparation, columns)
   batches = pipeline.batches(columns, config.batch_size, config.seed, weights)
@@ -230,7 +230,8 @@ def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
     return objective.loss(config.objective, learner.actors, params, batch)
 
   trainer = make_trainer(parts, learner.trees, loss)
-  questions = learner.questions(preparation)
+  # Evaluations have batches of their own size, which accumulation need not divide.
+  questions = learner.questions(make_preparation(parts, learner.actors))
   return Recipe(
     trainer.abstract,
     trainer.init,

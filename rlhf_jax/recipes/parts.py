@@ -11,7 +11,7 @@ import jax
 
 from rlhf_jax.common import prng
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.config import ExperimentConfig, field_of
+from rlhf_jax.config import ExperimentConfig, field_of, path_of
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.config import TRAINED_TOKENIZERS, DataConfig
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -94,18 +94,18 @@ def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: F
 
 def check_parent(role: str, run: Run, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
   """Raises ConfigError for a run that cannot be what its role says."""
-  field = field_of(role)
-  trained, wanted = objective_of(run.config.objective).trains, field
+  field = path_of(role)
+  trained, wanted = objective_of(run.config.objective).trains, field_of(role)
   if trained != wanted:
     raise ConfigError(
-      f'{field}.init',
+      field,
       str(run.folder),
       f'the run of a {wanted.replace("_", " ")}',
       f'That run trained a {trained.replace("_", " ")}.',
     )
   if run.tokenizer().fingerprint != tokenizer.fingerprint:
     raise ConfigError(
-      f'{field}.init',
+      field,
       str(run.folder),
       f"a {wanted.replace('_', ' ')} with the policy's tokenizer",
       'Train it from the same start (its policy.init), or on the same data.',

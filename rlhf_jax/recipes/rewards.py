@@ -2,8 +2,8 @@
 
 import functools
 import hashlib
-import importlib.util
 import pathlib
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -131,18 +131,22 @@ def make_text_score(parts: Parts, function: RewardFunction, name: str) -> Score:
 
   def score(sequences: Sequences) -> Scored:
     texts = decode_sequences(jax.device_get(sequences), parts.tokenizer.decode)
-    found = np.asarray(function(*texts))
+    given = function(*texts)
+    expected = f'{name}: expected a list of {len(texts[1])} numbers, one a response, got'
+    try:
+      found = np.asarray(given)
+    except ValueError as error:  # lists of several lengths
+      raise UserError(f'{expected} {given!r:.200}.') from error
     if found.shape != (len(texts[1]),) or found.dtype.kind not in 'fiub':
-      raise UserError(
-        f'{name}: expected a list of {len(texts[1])} numbers, one a response, got an array of '
-        f'shape {found.shape} and type {found.dtype}.'
-      )
-    if not np.isfinite(found).all():
-      row = int(np.flatnonzero(~np.isfinite(found))[0])
+      raise UserError(f'{expected} an array of shape {found.shape} and type {found.dtype}.')
+    with np.errstate(over='ignore'):
+      scores = found.astype(np.float32)
+    if not np.isfinite(scores).all():
+      row = int(np.flatnonzero(~np.isfinite(scores))[0])
       raise UserError(
         f'{name}: {found[row]} for the response {texts[1][row]!r:.200}; expected a finite number.'
       )
-    return Scored(put_batch(found.astype(np.float32), parts.mesh))
+    return Scored(put_batch(scores, parts.mesh))
 
   return score
 
@@ -152,11 +156,11 @@ def load_function(source: str) -> RewardFunction:
   path, _, name = source.rpartition(':')
   if not pathlib.Path(path).is_file():
     raise UserError(f'{source}: there is no file {path}.')
-  spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
+  module = types.ModuleType(pathlib.Path(path).stem)
+  module.__file__ = path
   try:
-    spec.loader.exec_module(module)
+    # Not by import: compiled code that is kept could be that of the file before its last change.
+    exec(compile(pathlib.Path(path).read_bytes(), path, 'exec'), vars(module))
   except SyntaxError as error:
     raise UserError(f'{path}:{error.lineno}: {error.msg}.') from error
   function = getattr(module, name, None)
@@ -166,13 +170,15 @@ def load_function(source: str) -> RewardFunction:
 
 
 def reward_fingerprints(config: RolloutConfig) -> dict[str, str]:
-  """SHA-256 of the files of reward functions, by source: other code, another result."""
+  """SHA-256 of the files of reward functions, by source: other code, another result.
+
+  Raises UserError for a function that is not there.
+  """
   found = {}
   for source in config.sources():
     if source in ('reward_model', 'task'):
       continue
+    load_function(source)
     path = pathlib.Path(source.rpartition(':')[0])
-    if not path.is_file():
-      raise UserError(f'{source}: there is no file {path}.')
     found[source] = hashlib.sha256(path.read_bytes()).hexdigest()
   return found

@@ -133,9 +133,8 @@ class _Run:
       board = functools.partial(TensorBoardWriter, folder / 'tensorboard', keep_through=keep)
       self.metrics.append(board())
       self.evaluations.append(board(prefix='evaluation/'))
-    self.progress = Progress(name, config.steps, self.start)
+    self.progress = Progress(name, config.steps, self.start, self.tokens)
     self.pending: collections.deque[_Pending] = collections.deque()
-    self.logged_tokens = self.tokens
     self.clock = time.monotonic()
 
   def step(self, step: int) -> None:
@@ -185,13 +184,12 @@ class _Run:
   def log(self, step: int) -> None:
     """Writes and shows the metrics merged since the last row."""
     values = metrics_lib.values(self.window)
-    tokens = self.tokens - self.logged_tokens
     row = {**values, 'tokens': self.tokens, 'seconds': round(self.seconds, 3)}
     for writer in self.metrics:
       writer.write(step, row)
     shown = {name: values[name] for name in self.recipe.shown if name in values}
-    self.progress.line(step, tokens, shown)
-    self.window, self.logged_tokens = {}, self.tokens
+    self.progress.line(step, self.tokens, shown)
+    self.window = {}
 
   def evaluate(self, step: int) -> dict[str, float]:
     """Asks the recipe's questions and writes the answers."""
@@ -256,7 +254,7 @@ def train(
         last = done == config.steps
         if step == run.start:
           run.settle_all()
-          run.progress.compiled(done)
+          run.progress.compiled(done, run.tokens)
         stopping = stop.requested and not last
         if last or _due(done, config.log_every):
           run.settle_all()

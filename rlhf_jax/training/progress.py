@@ -20,29 +20,33 @@ class Progress:
   the estimate of what remains.
   """
 
-  def __init__(self, name: str, steps: int, start: int, out: TextIO | None = None):
+  def __init__(
+    self, name: str, steps: int, start: int = 0, tokens: int = 0, out: TextIO | None = None
+  ):
     self._name, self._steps, self._out = name, steps, out
-    self._last_step, self._last_time = start, time.monotonic()
+    self._last_step, self._last_tokens, self._last_time = start, tokens, time.monotonic()
 
   def skip(self) -> None:
     """Leaves the time since the last line out of the speeds (compilation, evaluation)."""
     self._last_time = time.monotonic()
 
-  def compiled(self, step: int) -> None:
-    """Says that steps up to this one are no measure of speed."""
-    self._last_step = step
+  def compiled(self, step: int, tokens: int) -> None:
+    """Says that the steps up to this one, and the tokens they saw, are no measure of speed."""
+    self._last_step, self._last_tokens = step, tokens
     self.skip()
 
   def line(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
-    """Prints steps/s, tokens/s (`tokens` since the last line), ETA and the main metrics."""
+    """Prints steps/s, tokens/s, ETA and the main metrics; `tokens` are all that were seen."""
     elapsed = max(time.monotonic() - self._last_time, 1e-9)
-    rate = (step - self._last_step) / elapsed
-    eta = duration((self._steps - step) / rate) if rate > 0 else '?'
+    rate, speed, eta = '?', '?', '?'
+    if step > self._last_step:
+      rate = f'{(step - self._last_step) / elapsed:.2f}'
+      speed = f'{(tokens - self._last_tokens) / elapsed:,.0f}'
+      eta = duration((self._steps - step) * elapsed / (step - self._last_step))
     shown = ' '.join(f'{name} {value:.4g}' for name, value in values.items())
     print(
-      f'{self._name} {step}/{self._steps} | {rate:.2f} steps/s {tokens / elapsed:,.0f} tokens/s '
-      f'ETA {eta} | {shown}',
+      f'{self._name} {step}/{self._steps} | {rate} steps/s {speed} tokens/s ETA {eta} | {shown}',
       file=self._out or sys.stderr,
       flush=True,
     )
-    self._last_step, self._last_time = step, time.monotonic()
+    self._last_step, self._last_tokens, self._last_time = step, tokens, time.monotonic()

@@ -35,9 +35,7 @@ def test_a_function_of_rows_does_not_see_the_parts(parts: int) -> None:
 
   batch = jax.tree.map(jnp.asarray, make_batch())
   found = jax.jit(lambda batch: map_rows(function, batch, parts))(batch)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, function(batch)
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, function(batch))
 
 
 def test_only_a_part_is_computed_at_once() -> None:

@@ -3,9 +3,12 @@
 import pathlib
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from experiments import cli
 from rlhf_jax.common.errors import UserError
+from rlhf_jax.rollout.config import RewardConfig
 
 
 def test_only_flags_that_were_given_count() -> None:
@@ -25,3 +28,46 @@ def test_the_place_of_the_json_must_be_there(tmp_path: pathlib.Path) -> None:
   for folder in (str(tmp_path), ''):
     with pytest.raises(UserError, match='a folder; name a file'):
       cli.json_path(folder)
+
+
+@pytest.mark.filterwarnings('ignore:the load_module')  # the flag library's own way
+def test_flags_reach_configs_within_tuples() -> None:
+  """`rewards[0].weight` sets that entry; several flags, and a text, work as anywhere else."""
+  names = flags.FlagValues()
+  argv = [
+    'train',
+    '--config=configs/ppo.py',
+    '--config.rollout.rewards[0].weight=2',
+    '--config.rollout.rewards[0].gate_below=-0.5',
+    '--config.rollout.rewards[0].source=task',
+    '--config.reward_model.ensemble=("runs/a", "runs/b")',
+  ]
+  holder = config_flags.DEFINE_config_file('config', flag_values=names, sys_argv=argv)
+  names(argv)
+  config = holder.value
+  assert config.rollout.rewards == (RewardConfig(source='task', weight=2.0, gate_below=-0.5),)
+  assert config.reward_model.ensemble == ('runs/a', 'runs/b')
+  config.validate()
+
+
+@pytest.mark.parametrize(
+  ('path', 'words'),
+  [
+    ('rollout.rewards[0].wieght', "RewardConfig has no 'wieght'; did you mean 'weight'"),
+    ('rollout.rewards[1].weight', 'rewards has 1 entries'),
+    ('rollout.rewards[x].weight', 'rewards has 1 entries'),
+    ('rollout.rewardz[0].weight', "RolloutConfig has no 'rewardz'; did you mean 'rewards'"),
+    ('steps[0]', 'steps has 0 entries'),
+    ('objective.klee.target', "PPOConfig has no 'klee'"),
+  ],
+)
+def test_a_path_that_leads_nowhere_is_named(path: str, words: str) -> None:
+  """Wherever it goes wrong, also at an entry that is not there."""
+  said = cli.unknown_field(['--config=configs/ppo.py', f'--config.{path}=1'])
+  assert said is not None and said.startswith(f'--config.{path}: ') and words in said
+
+
+def test_a_path_that_leads_somewhere_is_no_mistake() -> None:
+  paths = ('rollout.rewards[0].weight', 'objective.kl.target', 'steps', 'reward_model.ensemble')
+  for path in paths:
+    assert cli.unknown_field(['--config=configs/ppo.py', f'--config.{path}=1']) is None

@@ -1,5 +1,6 @@
 """A study: what it shares, what it reports, and that it goes on where it stopped."""
 
+import copy
 import dataclasses
 import json
 
@@ -16,12 +17,18 @@ from tests import tiny
 EVALUATION = EvaluationConfig(every=2, prompts=8, records=8, batch_size=tiny.ROWS)
 
 
+STAGES = {
+  name: tiny.make_config(name, steps=2, evaluation=EVALUATION)
+  for name in ('sft', 'reward_model', 'dpo', 'ppo')
+}
+UNASKED = dataclasses.replace(
+  STAGES['reward_model'], evaluation=dataclasses.replace(EVALUATION, records=0)
+)
+
+
 def make_study(**changes):
   """Two objectives, two seeds, two steps."""
-  stages = {
-    name: tiny.make_config(name, steps=2, evaluation=EVALUATION)
-    for name in ('sft', 'reward_model', 'dpo', 'ppo')
-  }
+  stages = copy.deepcopy(STAGES)
   study = StudyConfig(
     name='tiny',
     sft=stages['sft'],
@@ -103,6 +110,9 @@ def test_objectives_that_are_not_matched_are_refused():
     ({'sft': None}, 'sft'),
     ({'objectives': ['dpo']}, 'objectives'),
     ({'objectives': {'dpo': {'beta': 1}}}, 'objectives.dpo'),
+    ({'objectives': {'judge': STAGES['reward_model']}}, 'objectives.judge.objective'),
+    ({'reward_model': STAGES['dpo']}, 'reward_model.objective'),
+    ({'reward_model': UNASKED}, 'reward_model.evaluation.records'),
   ],
 )
 def test_impossible_studies_are_refused(changes, field):

@@ -65,7 +65,9 @@ def test_sft_is_asked_for_likelihood(parents: Path) -> None:
   """Its own settings ask nothing; flags do, and more records narrow the interval."""
   assert 'nothing to ask' in message(run_program('evaluate', f'--run={parents / "sft"}'))
   metrics = evaluate(parents / 'sft', '--records=12')[1]['metrics']
-  assert metrics.keys() == {'held_out_nll'}
+  likelihoods = {'held_out_nll', 'held_out_sequence_logprob', 'held_out_entropy'}
+  assert metrics.keys() == {'held_out_loss', *likelihoods}
+  assert metrics['held_out_loss'] == metrics['held_out_nll']
   assert 0 < metrics['held_out_nll']['low'] < metrics['held_out_nll']['high']
 
 
@@ -82,6 +84,21 @@ def test_another_reference_and_reward_model(runs: Path, parents: Path) -> None:
   assert written['metrics']['proxy_reward']['mean'] != own['proxy_reward']['mean']
   # The same answers to the same prompts, whoever judges them.
   assert written['metrics']['gold_reward'] == own['gold_reward']
+
+
+def test_best_of_n(runs: Path, parents: Path) -> None:
+  """More to choose from is better for the judge; the best of one is the policy; the KL is known."""
+  _, written = evaluate(runs / 'dpo', '--best_of_n=1,4,8', '--prompts=8', '--records=0')
+  metrics = written['metrics']
+  proxy = [metrics[f'best_of_{n}_proxy_reward']['mean'] for n in (1, 4, 8)]
+  assert proxy == sorted(proxy) and proxy[0] < proxy[2]
+  assert metrics['best_of_8_gold_reward']['count'] == 8
+  kl = [metrics[f'best_of_{n}_kl']['mean'] for n in (1, 4)]
+  np.testing.assert_allclose(kl, [0, np.log(4) - 3 / 4], atol=1e-6)
+  said = message(run_program('evaluate', f'--run={parents / "sft"}', '--best_of_n=4'))
+  assert '--best_of_n=4' in said and '--reward_model' in said
+  said = message(run_program('evaluate', f'--run={runs / "dpo"}', '--best_of_n=four'))
+  assert 'expected numbers' in said
 
 
 def test_a_run_of_another_kind_is_refused(runs: Path) -> None:

@@ -121,3 +121,25 @@ def test_no_run_and_no_place_for_the_json(parents: Path, tmp_path: Path) -> None
     run_program('sample', f'--run={parents / "sft"}', '--prompt=x', '--json=/nowhere/out.json')
   )
   assert '/nowhere' in said
+
+
+def test_the_best_of_several_is_the_one_the_judge_scores_highest(
+  parents: Path, tmp_path: Path
+) -> None:
+  """Among the samples that --num_samples shows, its text is one; its score is written."""
+  flags = (f'--run={parents / "sft"}', '--prompt=the soup was', '--prompt=we', '--seed=3')
+  judge = f'--reward_model={parents / "reward_model"}'
+  best, every = tmp_path / 'best.json', tmp_path / 'every.json'
+  assert run_program('sample', *flags, '--best_of=4', judge, f'--json={best}').returncode == 0
+  assert run_program('sample', *flags, '--num_samples=4', f'--json={every}').returncode == 0
+  chosen = json.loads(best.read_text())['samples']
+  drawn = json.loads(every.read_text())['samples']
+  assert [row['prompt'] for row in chosen] == ['the soup was', 'we']
+  for row in chosen:
+    same = [other for other in drawn if other['prompt'] == row['prompt']]
+    assert same[row['sample']]['tokens'] == row['tokens']
+    assert isinstance(row['score'], float) and same[row['sample']]['score'] is None
+  said = message(run_program('sample', *flags, '--best_of=4'))
+  assert '--best_of=4' in said and '--reward_model' in said
+  said = message(run_program('sample', *flags, '--best_of=4', '--num_samples=2', judge))
+  assert '--num_samples=2' in said

@@ -1,15 +1,18 @@
 """The table of objectives, and what pairs of responses have in common."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.objectives import OBJECTIVES, objective_of
-from rlhf_jax.objectives.base import flatten_pairs, of_preferred, pair_logprobs
+from rlhf_jax.objectives.alol import ALoLConfig
+from rlhf_jax.objectives.base import flatten_rows, of_preferred, pair_logprobs
 from rlhf_jax.objectives.cpl import CPLConfig
+from rlhf_jax.objectives.cpl_dense import DenseCPLConfig
 from rlhf_jax.objectives.dpo import DPOConfig
-from rlhf_jax.objectives.ppo import PPOConfig
 from tests import quick
 from tests.objectives import tabular
 from tests.objectives.tabular import B, R
@@ -35,21 +38,56 @@ def test_a_stranger_selects_nothing() -> None:
 
 
 def test_which_objectives_need_the_reference() -> None:
-  """DPO and PPO always; CPL when it scores log-ratios; SFT and reward models never."""
-  needs = {name: objective.reference(objective.config()) for name, objective in OBJECTIVES.items()}
-  assert needs == {'sft': False, 'reward_model': False, 'dpo': True, 'cpl': False, 'ppo': True}
-  assert objective_of(CPLConfig()).reference(CPLConfig(use_reference=True))
-  assert objective_of(PPOConfig()).data == 'prompts'
+  """By default; those that learn from samples always, whose responses carry its log-probs."""
+  needs = {name for name, row in OBJECTIVES.items() if row.reference(row.config())}
+  samplers = {name for name, row in OBJECTIVES.items() if row.data == 'prompts'}
+  assert samplers == {
+    'ppo', 'rloo', 'reinforce', 'reinforce_pp', 'grpo', 'online_dpo', 'best_of_n'
+  }  # fmt: skip
+  assert needs == {'dpo', 'kto', 'alol', *samplers}
 
 
-def test_flattened_pairs_keep_their_order() -> None:
-  """Row 2b is the first response of pair b, row 2b + 1 the second."""
-  sequences = tabular.make_batch('comparisons').sequences
-  flat = flatten_pairs(sequences)
+@pytest.mark.parametrize(
+  ('config', 'needed'),
+  [
+    (CPLConfig(use_reference=True), True),
+    (DenseCPLConfig(use_reference=True), True),
+    (ALoLConfig(variant='kl'), True),
+    (ALoLConfig(variant='reference_free'), False),
+  ],
+)
+def test_variants_that_need_another_reference(config: Any, needed: bool) -> None:
+  """CPL when it scores log-ratios; A-LoL but where it does without."""
+  assert objective_of(config).reference(config) == needed
+
+
+def test_rows_of_the_table_are_whole() -> None:
+  """What learns from samples collects them; only ratings are curated; rewards need no policy."""
+  for objective in OBJECTIVES.values():
+    assert (objective.collect is not None) == (objective.data == 'prompts'), objective.name
+    assert objective.curate is None or objective.data == 'ratings', objective.name
+    assert (objective.difference is not None) == (objective.data == 'comparisons'), objective.name
+    rewards = objective.name.startswith('reward_')
+    assert (objective.trains == 'reward_model') == rewards, objective.name
+    carry = objective.carry(objective.config())
+    assert carry == {} or objective.data == 'prompts', objective.name
+
+
+@pytest.mark.parametrize('kind', ['comparisons', 'rankings'])
+def test_flattened_rows_keep_their_order(kind: str) -> None:
+  """Row K b + k is response k of row b."""
+  sequences = tabular.make_batch(kind).sequences
+  flat = flatten_rows(sequences)
+  responses = sequences.response.shape[1]
   for name, values in vars(flat).items():
-    for b in range(B):
-      for which in (0, 1):
-        np.testing.assert_array_equal(values[2 * b + which], getattr(sequences, name)[b, which])
+    for b, k in np.ndindex(B, responses):
+      np.testing.assert_array_equal(values[responses * b + k], getattr(sequences, name)[b, k])
+
+
+def test_single_responses_are_flat_already() -> None:
+  """Nothing is done to them."""
+  sequences = tabular.make_batch('demonstrations')
+  assert flatten_rows(sequences) is sequences
 
 
 def test_pair_logprobs_equal_those_of_single_responses() -> None:

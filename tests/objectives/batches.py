@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.common.types import Pairs, Rankings, Ratings, Rollouts, Sequences, StepRatings
@@ -72,9 +73,7 @@ def make_batch(kind: str, seed: int = 0) -> Any:
   if kind == 'ratings':
     return Ratings(sequences, score, reference)
   if kind == 'referenced_ratings':
-    return ReferencedRatings(
-      Ratings(sequences, score, reference), np.full(B, 0.3, np.float32)
-    )
+    return ReferencedRatings(Ratings(sequences, score, reference), jnp.full(B, 0.3))
   if kind == 'rankings':
     rank = np.array([[2, 1, 3], [1, 1, 2], [1, 2, 1], [1, 2, 2]])
     there = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 1]], bool)
@@ -104,22 +103,22 @@ def sequences_of(batch: Any) -> Sequences:
   return batch if isinstance(batch, Sequences) else batch.sequences
 
 
-def token_mask(batch: Any) -> np.ndarray:
+def token_mask(batch: Any) -> Any:
   """`[..., R]`: the response tokens that may matter, those of responses that are there."""
   mask = sequences_of(batch).response_mask
   return mask & batch.mask[..., None] if isinstance(batch, Rankings) else mask
 
 
-def masks_of(batch: Any) -> dict[str, np.ndarray]:
+def masks_of(batch: Any) -> dict[str, Any]:
   """Which outputs of `DIRECT` may matter, by name."""
-  tokens = token_mask(batch)
+  tokens = batch.score_mask if isinstance(batch, StepRatings) else token_mask(batch)
   q_names = ('next_values', 'target_q')
   masks = dict.fromkeys(('logprobs', 'entropy', 'values', *q_names), tokens)
   if isinstance(batch, Rollouts) and batch.value_mask is not None:
     masks['values'] = batch.value_mask
   masks |= dict.fromkeys(('q', 'q_nll'), np.stack([tokens, tokens]))
   masks['scores'] = batch.mask if isinstance(batch, Rankings) else tokens.any(-1)
-  masks['token_scores'] = batch.score_mask if isinstance(batch, StepRatings) else tokens
+  masks['token_scores'] = tokens
   return masks
 
 

@@ -10,7 +10,10 @@ import pytest
 
 from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.objectives import iql
+from rlhf_jax.objectives.iql import IQLConfig
 from tests import numerical, quick
+from tests.objectives import tabular
+from tests.objectives.settings import assert_refused
 
 RNG = np.random.default_rng(0)
 SHAPE = (3, 4)
@@ -194,3 +197,42 @@ def test_integer_rewards_are_refused() -> None:
     iql.q_loss(
       jnp.zeros((2, 3)), jnp.zeros(3, jnp.int32), jnp.zeros(3), jnp.ones(3, bool), gamma=1.0
     )
+
+
+@pytest.mark.parametrize(
+  'config', [IQLConfig(), IQLConfig(gamma=0.8, expectile=0.9, temperature=1.0, max_weight=2.0)]
+)
+def test_the_loss_is_the_sum_of_the_three(config: IQLConfig) -> None:
+  """Mean over steps with a successor; values, and gradients with all else held constant."""
+  batch, outputs = tabular.make_batch('step_ratings'), tabular.make_outputs('step_ratings')
+  fixed = {name: values.astype(np.float64) for name, values in outputs.items()}
+
+  def slow(x: dict[str, np.ndarray]) -> float:
+    losses = []
+    for index in zip(*np.nonzero(batch.score_mask), strict=True):
+      advantage = fixed['target_q'][index] - x['values'][index]
+      tau = config.expectile if advantage > 0 else 1 - config.expectile
+      goal = batch.score[index] + config.gamma * fixed['next_values'][index]
+      errors = [(goal - q[index]) ** 2 for q in x['q']]
+      held = fixed['target_q'][index] - fixed['values'][index]
+      weight = min(np.exp(config.temperature * held), config.max_weight)
+      losses.append(tau * advantage**2 + sum(errors) - weight * x['logprobs'][index])
+    return float(np.mean(losses))
+
+  names = ('logprobs', 'values', 'q')
+  tabular.assert_equals_slow_loss(config, batch, outputs, slow, *names)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'field'),
+  [
+    ({'gamma': 0.0}, 'gamma'),
+    ({'expectile': 1.0}, 'expectile'),
+    ({'target_rate': 1.0}, 'target_rate'),
+    ({'temperature': -1.0}, 'temperature'),
+    ({'max_weight': 0.5}, 'max_weight'),
+  ],
+)
+def test_impossible_settings_are_named(settings: dict[str, Any], field: str) -> None:
+  """The error has the field's dotted name."""
+  assert_refused(IQLConfig, settings, field)

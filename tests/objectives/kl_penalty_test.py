@@ -1,24 +1,23 @@
 """The adaptive KL controller (Ziegler et al. 2019, section 2.2)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.rollout.kl_controller import update_coefficient
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig, next_coefficient
+
+CONFIG = KLPenaltyConfig(target=6.0, horizon=10_000)
 
 
-def updated(coefficient: float, kl: float, target: float = 6.0, sequences: int = 500) -> float:
-  """The next coefficient, with a horizon of 10,000 sequences."""
-  return float(
-    update_coefficient(
-      jnp.float32(coefficient),
-      jnp.float32(kl),
-      target=target,
-      horizon=10_000,
-      sequences=sequences,
-    )
-  )
+def updated(coefficient: float, kl: float, sequences: int = 500) -> float:
+  """The next coefficient after sequences with that KL on average."""
+  deviations = np.linspace(-1, 1, sequences)
+  kls = jnp.asarray(kl + deviations, jnp.float32)
+  return float(next_coefficient(CONFIG, jnp.float32(coefficient), kls))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +42,13 @@ def test_twice_the_sequences_move_twice_as_far() -> None:
   np.testing.assert_allclose(two, 2 * one, rtol=1e-4)
 
 
+def test_without_a_target_the_coefficient_stays() -> None:
+  """To the bit, whatever the KL."""
+  coefficient = jnp.float32(0.1)
+  kept = next_coefficient(KLPenaltyConfig(), coefficient, jnp.full(8, 1e3))
+  assert kept == coefficient
+
+
 def test_holds_a_policy_at_its_target() -> None:
   """In closed loop with a policy whose KL is 3 / beta, the KL comes to the target from either side.
 
@@ -51,9 +57,26 @@ def test_holds_a_policy_at_its_target() -> None:
 
   def settle(coefficient: jax.Array) -> jax.Array:
     def step(beta: jax.Array, _: None) -> tuple[jax.Array, None]:
-      return update_coefficient(beta, 3.0 / beta, target=6.0, horizon=10_000, sequences=512), None
+      return next_coefficient(CONFIG, beta, jnp.full(512, 3.0 / beta)), None
 
     return jax.lax.scan(step, coefficient, None, length=2000)[0]
 
   settled = jax.jit(jax.vmap(settle))(jnp.array([0.05, 5.0]))
   np.testing.assert_allclose(3.0 / settled, 6.0, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'field'),
+  [
+    ({'coefficient': -0.1}, 'coefficient'),
+    ({'target': -1.0}, 'target'),
+    ({'horizon': 0}, 'horizon'),
+    ({'target': 6.0, 'coefficient': 0.0}, 'coefficient'),
+  ],
+)
+def test_impossible_settings_are_named(settings: dict[str, Any], field: str) -> None:
+  """A controller that multiplies cannot leave 0; no penalty at all is fine."""
+  with pytest.raises(ConfigError) as error:
+    KLPenaltyConfig(**settings).validate('objective.kl')
+  assert error.value.field == f'objective.kl.{field}'
+  KLPenaltyConfig(coefficient=0.0).validate('objective.kl')

@@ -1,4 +1,4 @@
-"""PPO's policy and value losses, values and gradients, against float64 NumPy."""
+"""PPO's loss, values and gradients, and its advantages, against float64 NumPy."""
 
 import dataclasses
 from typing import Any
@@ -10,13 +10,12 @@ import pytest
 
 from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.common.types import Rollouts
 from rlhf_jax.objectives import ppo
+from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
 from rlhf_jax.objectives.ppo import PPOConfig
 from tests import numerical, quick
-from tests.objectives import tabular
+from tests.objectives import samples, tabular
 
-policy_loss = jax.jit(ppo.policy_loss, static_argnames='clip')
 value_loss = jax.jit(ppo.value_loss, static_argnames='clip')
 
 RNG = np.random.default_rng(0)
@@ -50,56 +49,6 @@ def floats(*arrays: np.ndarray) -> list[jax.Array]:
   return [jnp.asarray(array, jnp.float32) for array in arrays]
 
 
-def test_policy_loss_equals_equation_7() -> None:
-  """Values and gradients with ratios on both sides of both clips and advantages of both signs."""
-  ratio = np.exp(NEW - OLD)
-  for outside in (ratio < 1 - CLIP, ratio > 1 + CLIP):
-    assert (outside & (ADVANTAGES > 0)).any() and (outside & (ADVANTAGES < 0)).any()
-  expected = every(slow_policy_loss, NEW, OLD, ADVANTAGES)
-  losses = policy_loss(*floats(NEW, OLD, ADVANTAGES), clip=CLIP)
-  np.testing.assert_allclose(losses, expected, rtol=1e-5)
-  slopes = quick.jit(jax.grad(lambda x: policy_loss(x, *floats(OLD, ADVANTAGES), clip=CLIP).sum()))(
-    jnp.asarray(NEW, jnp.float32)
-  )
-  by_hand = numerical.gradient(lambda x: every(slow_policy_loss, x, OLD, ADVANTAGES).sum(), NEW)
-  np.testing.assert_allclose(slopes, by_hand, rtol=1e-4, atol=1e-6)
-
-
-def test_clipping_stops_only_what_went_too_far() -> None:
-  """No gradient where the ratio already moved past the clip in the advantage's direction.
-
-  Elsewhere it is -A rho, also far out on the wrong side: a bad move can always be taken back.
-  """
-  ratio = jnp.array([[1.5, 1.5, 0.5, 0.5, 1.1]])
-  advantage = jnp.array([[1.0, -1.0, 1.0, -1.0, 1.0]])
-  slopes = quick.jit(
-    jax.grad(lambda x: policy_loss(x, jnp.zeros_like(ratio), advantage, clip=CLIP).sum())
-  )(jnp.log(ratio))
-  np.testing.assert_allclose(slopes, [[0.0, 1.5, -0.5, 0.0, -1.1]], rtol=1e-6)
-
-
-def test_the_first_gradient_is_the_policy_gradient() -> None:
-  """At ratio 1 the gradient is exactly minus the advantage."""
-  old, advantages = floats(OLD, ADVANTAGES)
-  slopes = quick.jit(jax.grad(lambda x: policy_loss(x, old, advantages, clip=CLIP).sum()))(old)
-  np.testing.assert_array_equal(slopes, -advantages)
-
-
-@pytest.mark.parametrize('advantage', [1.0, -1.0])
-@pytest.mark.parametrize('size', [100.0, 1e4, -1e4])
-def test_extreme_log_ratios_have_finite_losses_and_gradients(advantage: float, size: float) -> None:
-  """A ratio that overflows float32 gives no nan, in particular not where it is clipped away."""
-  far, zero, advantages = floats(
-    np.full((1, 1), size), np.zeros((1, 1)), np.full((1, 1), advantage)
-  )
-  loss, slopes = quick.jit(
-    jax.value_and_grad(lambda x: policy_loss(x, zero, advantages, clip=CLIP).sum())
-  )(far)
-  assert np.isfinite(loss) and np.isfinite(slopes).all()
-  if (size > 0) == (advantage > 0):
-    np.testing.assert_array_equal(slopes, 0.0)
-
-
 def test_value_loss_equals_openais() -> None:
   """Values and gradients, with moves within and beyond the clip, towards and past the target."""
   old, targets = RNG.normal(0, 1, (2, *SHAPE))
@@ -125,7 +74,7 @@ def test_value_loss_by_hand() -> None:
 CONFIG = PPOConfig(value_coefficient=0.5)
 
 
-def slow_loss(batch: Rollouts, logprobs: Any, values: Any) -> float:
+def slow_loss(batch: Any, logprobs: Any, values: Any) -> float:
   """Policy terms over response tokens plus value terms over the value mask, token by token."""
   total = 0.0
   for index in np.ndindex(*logprobs.shape):
@@ -142,7 +91,7 @@ def slow_loss(batch: Rollouts, logprobs: Any, values: Any) -> float:
 
 def test_the_loss_sums_both_terms_over_their_masks() -> None:
   """The total, the number of response tokens as its weight, and both gradients."""
-  batch, outputs = tabular.make_batch('prompts'), tabular.make_outputs('prompts')
+  batch, outputs = tabular.make_batch('valued_rollouts'), tabular.make_outputs('valued_rollouts')
   mean, _, slopes = tabular.evaluator(CONFIG, tabular.DIRECT)(outputs, batch)
   wide = {name: outputs[name].astype(np.float64) for name in ('logprobs', 'values')}
   np.testing.assert_allclose(mean.total, slow_loss(batch, **wide), rtol=1e-5)
@@ -160,7 +109,7 @@ def test_the_loss_sums_both_terms_over_their_masks() -> None:
 
 def test_metrics_describe_how_far_the_policy_moved() -> None:
   """Clip fractions, half the mean squared log-ratio, mean and largest ratio, over their masks."""
-  batch, outputs = tabular.make_batch('prompts'), tabular.make_outputs('prompts')
+  batch, outputs = tabular.make_batch('valued_rollouts'), tabular.make_outputs('valued_rollouts')
   _, metrics, _ = tabular.evaluator(CONFIG, tabular.DIRECT)(outputs, batch)
   values = {name: float(metric.value()) for name, metric in metrics.items()}
   mask = batch.sequences.response_mask
@@ -182,7 +131,7 @@ def test_metrics_describe_how_far_the_policy_moved() -> None:
 
 def test_before_the_first_update_nothing_has_moved() -> None:
   """With the old log-probs and values themselves: ratio exactly 1, no KL, nothing clipped."""
-  batch, outputs = tabular.make_batch('prompts'), tabular.make_outputs('prompts')
+  batch, outputs = tabular.make_batch('valued_rollouts'), tabular.make_outputs('valued_rollouts')
   outputs |= {'logprobs': batch.old_logprobs, 'values': batch.old_values}
   mean, metrics, _ = tabular.evaluator(CONFIG, tabular.DIRECT)(outputs, batch)
   values = {name: float(metric.value()) for name, metric in metrics.items()}
@@ -195,23 +144,19 @@ def test_before_the_first_update_nothing_has_moved() -> None:
   np.testing.assert_allclose(mean.total, expected, rtol=1e-5)
 
 
-def test_integer_advantages_and_returns_are_refused() -> None:
+def test_integer_returns_are_refused() -> None:
   """They would have been truncated somewhere before."""
   ones = jnp.ones((2, 3))
-  with pytest.raises(ShapeError, match='advantages: expected a floating-point array'):
-    policy_loss(ones, ones, ones.astype(int), clip=0.2)
   with pytest.raises(ShapeError, match='returns: expected a floating-point array'):
     value_loss(ones, ones, ones.astype(int), clip=0.2)
-  with pytest.raises(ShapeError, match='old: axis R'):
-    policy_loss(ones, ones[:, :2], ones, clip=0.2)
 
 
 def test_a_value_mask_of_another_shape_is_refused() -> None:
   """Before anything is computed."""
-  batch = tabular.make_batch('prompts')
+  batch = tabular.make_batch('valued_rollouts')
   wrong = dataclasses.replace(batch, value_mask=batch.value_mask[:, :-1])
   with pytest.raises(ShapeError, match='value_mask: axis R'):
-    tabular.evaluator(CONFIG, tabular.DIRECT)(tabular.make_outputs('prompts'), wrong)
+    tabular.evaluator(CONFIG, tabular.DIRECT)(tabular.make_outputs('valued_rollouts'), wrong)
 
 
 @pytest.mark.parametrize(
@@ -219,26 +164,85 @@ def test_a_value_mask_of_another_shape_is_refused() -> None:
   [
     ({'epochs': 0}, 'epochs'),
     ({'minibatches': 0}, 'minibatches'),
-    ({'kl_horizon': 0}, 'kl_horizon'),
     ({'gamma': 1.1}, 'gamma'),
     ({'lam': -0.1}, 'lam'),
     ({'clip': 0.0}, 'clip'),
     ({'value_clip': 0.0}, 'value_clip'),
     ({'value_coefficient': -1.0}, 'value_coefficient'),
-    ({'kl_target': -1.0}, 'kl_target'),
-    ({'kl_target': 6.0, 'kl_coefficient': 0.0}, 'kl_coefficient'),
+    ({'kl': KLPenaltyConfig(target=6.0, coefficient=0.0)}, 'kl.coefficient'),
     ({'score_placement': 'first_token'}, 'score_placement'),
-    ({'missing_stop': 'forgive'}, 'missing_stop'),
-    ({'missing_stop': 'subtract'}, 'missing_stop_value'),
     ({'value_model': 'own'}, 'value_model'),
-    ({'reward': 'gold'}, 'reward'),
-    ({'value_model': 'reward_model', 'reward': 'task'}, 'value_model'),
   ],
 )
 def test_impossible_settings_are_named(settings: dict[str, Any], field: str) -> None:
-  """The error has the field's dotted name; subtracting the default -1 would be a reward."""
+  """The error has the field's dotted name."""
   with pytest.raises(ConfigError) as error:
     PPOConfig(**settings).validate('objective')
   assert error.value.field == f'objective.{field}'
   PPOConfig().validate('objective')
-  PPOConfig(missing_stop='subtract', missing_stop_value=1.0).validate('objective')
+
+
+def slow_collect(config: PPOConfig, experience: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Advantages before whitening, and returns, of scores paid at the last token."""
+  mask, kls = experience.sequences.response_mask, samples.token_kls(experience)
+  advantages, returns = np.zeros(mask.shape), np.zeros(mask.shape)
+  for b in range(len(mask)):
+    tokens, following = np.flatnonzero(mask[b]), 0.0
+    for t in tokens[::-1]:
+      reward = -config.kl.coefficient * kls[b, t]
+      if t == tokens[-1]:
+        reward += samples.SCORES[b]
+      later = experience.values[b, t + 1] if t < tokens[-1] else 0.0
+      delta = reward + config.gamma * later - experience.values[b, t]
+      following = delta + config.gamma * config.lam * following
+      advantages[b, t] = following
+      returns[b, t] = following + experience.values[b, t]
+  return advantages, returns
+
+
+@pytest.mark.parametrize('unbiased', [False, True])
+@pytest.mark.parametrize('bad', [0.0, np.nan])
+def test_advantages_equal_the_slow_loop(unbiased: bool, bad: float) -> None:
+  """GAE of penalised rewards (Schulman et al. 2016), whitened; nothing behind ends is read."""
+  penalty = KLPenaltyConfig(coefficient=0.3)
+  config = PPOConfig(gamma=0.9, lam=0.8, kl=penalty, unbiased_variance=unbiased)
+  experience = samples.make_experience(bad)
+  batch, carry, metrics = samples.collect(config, experience)
+  advantages, returns = slow_collect(config, experience)
+  mask = experience.sequences.response_mask
+  kept = advantages[mask]
+  expected = np.zeros(mask.shape)
+  expected[mask] = (kept - kept.mean()) / kept.std(ddof=int(unbiased))
+  np.testing.assert_allclose(batch.advantages, expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(batch.returns, returns, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(batch.value_mask, mask)
+  errors = returns[mask] - experience.values[mask]
+  explained = 1 - errors.var() / returns[mask].var()
+  np.testing.assert_allclose(metrics['explained_variance'], explained, rtol=1e-4)
+  objective = (samples.SCORES - 0.3 * samples.token_kls(experience).sum(1)).mean()
+  np.testing.assert_allclose(metrics['objective'], objective, rtol=1e-5)
+  np.testing.assert_allclose(carry['kl_coefficient'], 0.3)
+
+
+@pytest.mark.parametrize('unbiased', [False, True])
+def test_whitened_rewards_keep_their_mean(unbiased: bool) -> None:
+  """Unit variance over the steps that have a value; with lam = gamma = 0 they can be read off."""
+  config = PPOConfig(
+    gamma=0.0,
+    lam=0.0,
+    whiten_rewards=True,
+    whiten_advantages=False,
+    unbiased_variance=unbiased,
+    score_placement='after_stop',
+    kl=KLPenaltyConfig(coefficient=0.3),
+  )
+  experience = samples.make_experience()
+  batch, _, _ = samples.collect(config, experience)
+  mask = np.asarray(batch.value_mask)
+  raw = -0.3 * samples.token_kls(experience)
+  for b, end in enumerate(experience.sequences.response_mask.sum(1)):
+    raw[b, min(end, mask.shape[1] - 1)] += samples.SCORES[b]
+  kept = raw[mask]
+  expected = (kept - kept.mean()) / kept.std(ddof=int(unbiased)) + kept.mean()
+  np.testing.assert_allclose(np.asarray(batch.returns)[mask], expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(np.asarray(batch.returns)[~mask], 0.0)

@@ -26,5 +26,5 @@ def test_loss_and_gradient_by_hand() -> None:
 def test_pairs_are_refused() -> None:
   """A batch of another kind is a shape error, not a wrong mean."""
   pairs = tabular.make_batch('comparisons')
-  with pytest.raises(ShapeError, match='prompt: expected 2 axes'):
+  with pytest.raises(ShapeError, match='mask: expected 2 axes'):
     sft.loss(SFTConfig(), tabular.TABLES, tabular.make_tables(), pairs.sequences)

@@ -173,6 +173,10 @@ def assert_equals_slow_loss(
   for name, slope in slopes.items():
     expected: Any = 0.0
     if name in names:
-      expected = numerical.gradient(lambda x, name=name: slow(wide | {name: x}), wide[name])
+
+      def moved(x: np.ndarray, name: str = name) -> float:
+        return slow(wide | {name: x})
+
+      expected = numerical.gradient(moved, wide[name])
       assert expected.any(), name
     np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=2e-6, err_msg=name)

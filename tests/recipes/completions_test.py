@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def test_samples_of_a_prompt_and_keys_differ(completer: Completer) -> None:
 
 def test_greedy_tokens_are_the_likeliest(parents: Path) -> None:
   """Each is the argmax of the whole decoder's next-token logits, computed without a cache."""
-  policy = opened(parents, temperature=0.0)
+  policy: Any = opened(parents, temperature=0.0)
   model, params = policy.parts.model, policy.params['policy']
   eos = policy.parts.tokenizer.eos_id
   limit = policy.parts.config.data.response_length

@@ -47,7 +47,7 @@ def test_scores_of_policy_samples_are_standardised(
   parts, params, _ = trained('policy_samples', parents, tmp_path / 'run')
   key = prng.stream_key(prng.base_key(parts.config.seed), prng.Stream.NORMALIZATION)
   with jax.set_mesh(parts.mesh):
-    policy = parts_lib.init_decoder(parts)
+    policy = {'policy': parts_lib.init_decoder(parts)}
     score = jax.jit(lambda rows: roles.reward_score(parts.model, params, rows))
     columns = prompt_columns(parts, 'train', SAMPLES)
     same, fresh = (

@@ -54,8 +54,9 @@ def test_an_evaluation_asks_what_the_stage_can_be_asked(parents: pathlib.Path) -
   for case, stage in built.items():
     with jax.set_mesh(stage.mesh):
       found[case] = stage.recipe.evaluate(stage.recipe.init().params, 0)
-  assert set(found['sft'].scalars) == {'held_out_nll'}
-  sft = built['sft']
+  names = ('loss', 'nll', 'entropy', 'sequence_logprob')
+  assert set(found['sft'].scalars) == {f'held_out_{name}' for name in names}
+  sft: Any = built['sft']
   columns = pipeline.encode_demonstrations(
     tiny.feedback_of(6).held_out.demonstrations, sft.tokenizer, tiny.make_config('sft').data
   )
@@ -64,7 +65,8 @@ def test_an_evaluation_asks_what_the_stage_can_be_asked(parents: pathlib.Path) -
     params = sft.recipe.init().params['policy']
     logprobs = roles.policy_output(sft.model, params, rows, temperature=1.0).logprobs
   expected = -np.asarray(logprobs)[rows.response_mask].mean()
-  assert found['sft'].scalars['held_out_nll'] == pytest.approx(expected, rel=1e-5)
+  for name in ('nll', 'loss'):
+    assert found['sft'].scalars[f'held_out_{name}'] == pytest.approx(expected, rel=1e-5)
   scalars = found['dpo'].scalars
   assert scalars['held_out_accuracy'] == 0.5
   assert scalars['held_out_log_loss'] == pytest.approx(np.log(2), abs=1e-6)

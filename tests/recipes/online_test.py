@@ -15,8 +15,12 @@ from rlhf_jax.config import EvaluationConfig
 from rlhf_jax.evaluation.policy import decode_sequences
 from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.models import roles
+from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
+from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
 from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.recipes import Built
+from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
+from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
@@ -47,12 +51,14 @@ class Steps(NamedTuple):
 
 
 def ppo_config(parents: pathlib.Path, temperature: float = 1.0, **objective: Any) -> Any:
-  settings: dict[str, Any] = {'epochs': EPOCHS, 'minibatches': MINIBATCHES, 'exact_kl': True}
+  settings: dict[str, Any] = {'epochs': EPOCHS, 'minibatches': MINIBATCHES}
   return tiny.make_config(
     'ppo',
     parents,
     steps=2,
     objective=PPOConfig(**{**settings, **objective}),
+    rollout=RolloutConfig(exact_kl=True),
+    rollout=RolloutConfig(exact_kl=True),
     generation=GenerationConfig(temperature=temperature),
     optimizer=OptimizerConfig(learning_rate=1e-2),
     evaluation=EvaluationConfig(prompts=tiny.ROWS, records=0, batch_size=tiny.ROWS),
@@ -126,7 +132,7 @@ def test_the_temperature_divides_every_logit(
   temperature, (built, prepared, metrics, _, _, before) = steps
   rollouts = prepared[1].batch
   sequences, mask = rollouts.sequences, np.asarray(rollouts.sequences.response_mask)
-  model = built.model
+  model: Any = built.model
   reference = trees.unflatten(
     built.recipe.abstract.params, {name: jax.numpy.asarray(x) for name, x in before.items()}
   )['policy']
@@ -166,15 +172,14 @@ def test_rewards_are_the_task_s_to_the_last_digit(parents: pathlib.Path) -> None
   """
   config = ppo_config(
     parents,
-    reward='task',
-    kl_coefficient=0.0,
+    kl=KLPenaltyConfig(coefficient=0.0),
     lam=1.0,
     whiten_advantages=False,
-    exact_kl=False,
     value_model='shared',
   )
+  config.rollout = RolloutConfig(rewards=(RewardConfig(source='task'),))
   config.reward_model.init = None
-  built = tiny.build_recipe(config)
+  built: Any = tiny.build_recipe(config)
   with jax.set_mesh(built.mesh):
     state = built.recipe.init()
     prepared = built.recipe.prepare(state, built.recipe.batch(0))
@@ -194,7 +199,7 @@ def test_rewards_are_the_task_s_to_the_last_digit(parents: pathlib.Path) -> None
 @pytest.mark.parametrize('kind', ['separate', 'reward_model'])
 def test_a_value_function_with_its_own_trunk(kind: str, parents: pathlib.Path) -> None:
   """It starts as a copy of the policy or of the reward model, is trained, and leaves both alone."""
-  config = ppo_config(parents, value_model=kind, epochs=1, minibatches=1, exact_kl=False)
+  config = ppo_config(parents, value_model=kind, epochs=1, minibatches=1)
   steps = take_steps(config)
   trunk = {name: x for name, x in steps.before.items() if name.startswith('value_trunk.')}
   policy = {name: x for name, x in steps.before.items() if name.startswith('policy.')}
@@ -224,13 +229,8 @@ def test_the_adaptive_controller_reaches_its_target(
     parents,
     steps=350,
     batch_size=32,
-    objective=PPOConfig(
-      epochs=1,
-      reward='task',
-      kl_target=target,
-      kl_coefficient=0.3,
-      kl_horizon=320,
-    ),
+    objective=PPOConfig(epochs=1, kl=KLPenaltyConfig(coefficient=0.3, target=target, horizon=320)),
+    rollout=RolloutConfig(rewards=(RewardConfig(source='task'),)),
     optimizer=OptimizerConfig(learning_rate=3e-3),
   )
   config.reward_model.init = None

@@ -25,7 +25,7 @@ def test_another_architecture_than_the_parents_is_refused():
     inherit(ModelConfig(width=128), PARENT)
 
 
-@pytest.mark.parametrize('field', ['generation.stop_tokens', 'objective.score_truncation_token'])
+@pytest.mark.parametrize('field', ['generation.stop_tokens', 'rollout.score_truncation_token'])
 def test_token_ids_beyond_the_vocabulary_are_refused(field):
   config = tiny.make_config('ppo')
   config.generation.stop_tokens = (3,)
@@ -33,6 +33,6 @@ def test_token_ids_beyond_the_vocabulary_are_refused(field):
   if field == 'generation.stop_tokens':
     config.generation.stop_tokens = (3, 40)
   else:
-    config.objective.score_truncation_token = 40
+    config.rollout.score_truncation_token = 40
   with pytest.raises(ConfigError, match=field):
     check_tokens(config, PARENT)

@@ -78,9 +78,7 @@ def sampled_rows() -> Sampled:
 def experienced(masked: float = 0.0, parts: int = 1, **settings: Any) -> tuple[Any, Any]:
   """(experience, metrics) of the samples above, under `RolloutConfig` settings."""
   config, judges, sampled = RolloutConfig(**settings), make_judges(masked), sampled_rows()
-  run = quick.jit(
-    lambda scored: assemble(config, judges, {'policy': 1}, 0, sampled, scored, parts)
-  )
+  run = quick.jit(lambda scored: assemble(config, judges, {'policy': 1}, 0, sampled, scored, parts))
   return run(Scored(jnp.asarray(SCORES, jnp.float32)))
 
 
@@ -271,15 +269,13 @@ def test_the_coefficient_scales_the_penalty_of_this_iteration() -> None:
 def test_integer_scores_are_refused() -> None:
   """They were truncated somewhere; scores that are floating-point in bfloat16 become float32."""
   sampled = Sampled(
-    tabular.make_batch('prompts').sequences, jnp.zeros((tabular.B, tabular.R)), jnp.ones(4, bool)
+    tabular.make_batch('rollouts').sequences, jnp.zeros((tabular.B, tabular.R)), jnp.ones(4, bool)
   )
   tables = tabular.make_tables()
   judges = Judges(tabular.table_policy, tabular.table_policy, make_judges(0.0).logits)
 
   def scores_of(scores: Any) -> Any:
-    run = quick.jit(
-      lambda x: assemble(RolloutConfig(), judges, tables, tables, sampled, Scored(x))
-    )
+    run = quick.jit(lambda x: assemble(RolloutConfig(), judges, tables, tables, sampled, Scored(x)))
     return run(scores)[0].scores
 
   with pytest.raises(ShapeError, match='scores: expected a floating-point array, got int32'):
@@ -310,7 +306,7 @@ def test_an_experience_is_what_was_sampled_and_what_judges_say_of_it() -> None:
 @pytest.mark.parametrize('parts', [2, 4])
 def test_models_may_read_the_samples_in_parts(parts: int) -> None:
   """Experience and metrics, the exact KL among them, are those of one piece."""
-  batch = tabular.make_batch('prompts')
+  batch = tabular.make_batch('rollouts')
   sampled = Sampled(batch.sequences, batch.old_logprobs, jnp.ones(tabular.B, bool))
   tables, others = tabular.make_tables(1), tabular.make_tables(2)
 

@@ -113,12 +113,12 @@ def test_the_recipe_of_the_dpo_authors() -> None:
     expected.append(-rate * gradient / (np.sqrt(square_average) + 1e-8))
   optimizer = make_optimizer(config, steps)
 
-  def step(state: Any, gradient: jax.Array) -> tuple[Any, jax.Array]:
+  def move(state: Any, gradient: jax.Array) -> tuple[Any, jax.Array]:
     update, state = optimizer.update(gradient, state)
     return state, update
 
   start = optimizer.init(jnp.zeros(3))
-  updates = jax.jit(lambda g: jax.lax.scan(step, start, g)[1])(jnp.asarray(gradients, jnp.float32))
+  updates = jax.jit(lambda g: jax.lax.scan(move, start, g)[1])(jnp.asarray(gradients, jnp.float32))
   np.testing.assert_allclose(updates, expected, rtol=1e-4)
 
 

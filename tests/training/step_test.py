@@ -165,11 +165,11 @@ def test_targets_are_constants_that_follow_every_update(schedule: Schedule) -> N
   def move(targets: Any, params: Any) -> Any:
     return {'w_target': slowness * targets['w_target'] + (1 - slowness) * params['w']}
 
-  order = minibatch_order(state.stream(Stream.MINIBATCHES), ROWS, schedule)
-  if schedule == Schedule():
-    order = np.arange(ROWS)[None]
+  order = np.arange(ROWS)[None]
+  if schedule != Schedule():
+    order = np.asarray(minibatch_order(state.stream(Stream.MINIBATCHES), ROWS, schedule))
   w, target = (np.asarray(tree, np.float64) for one in start for tree in one.values())
-  for rows in np.asarray(order):
+  for rows in order:
     x = np.asarray(batch['x'], np.float64)[rows]
     w = w - rate * x.T @ (x @ (w - target) - 1.0) / len(rows)
     target = slowness * target + (1 - slowness) * w
