@@ -109,13 +109,21 @@ def resolve(
   config.validate()
   feedback = load_data(config.data, root)
   check_devices(config)
-  feedback.require('train', objective_of(config.objective).data)
+  for kind in _needed(config):
+    feedback.require('train', kind)
   # Like all that can be wrong here, before the stages that it starts from take their time.
   rewards = reward_fingerprints(config.rollout)
   parents = {
     role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()
   }
   return Stage(config, parents, feedback, _identity(config, parents, feedback, rewards))
+
+
+def _needed(config: ExperimentConfig) -> tuple[str, ...]:
+  """The kinds of records that a stage learns from, those that it reads at its very end too."""
+  kind = objective_of(config.objective).data
+  normalized = getattr(config.objective, 'normalization', 'none') == 'demonstrations'
+  return (kind, 'demonstrations') if normalized else (kind,)
 
 
 def load_data(data: DataConfig, root: str | pathlib.Path) -> Feedback | ControlFeedback:

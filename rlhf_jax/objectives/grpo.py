@@ -21,6 +21,7 @@ from rlhf_jax.objectives.base import (
 )
 from rlhf_jax.objectives.policy_gradient import (
   MAX_LOG_RATIO,
+  check_dual_clip,
   check_samples,
   check_updates,
   clipped_surrogate,
@@ -48,6 +49,9 @@ class GRPOConfig:
   # How far a token's probability ratio may fall and rise (DAPO: 0.2 and 0.28).
   clip: float = 0.2
   clip_high: float = 0.2
+  # The largest ratio that counts where the advantage is negative (`delta` in TRL; 3 in Ye et al.
+  # 2020); 0 is none.
+  dual_clip: float = 0.0
   # Of what the ratio is: of each 'token' (the paper), or of the whole 'sequence', its geometric
   # mean over tokens (Zheng et al. 2025, GSPO, whose clips are about 3e-4 and 4e-4).
   ratio: str = 'token'
@@ -56,6 +60,8 @@ class GRPOConfig:
   # What centred rewards are divided by: the standard deviation of the 'group' (the paper), of the
   # whole 'batch' (Liu et al. 2025, "Tricks or traps"), or 'none' (Liu et al. 2025, Dr. GRPO).
   scale: str = 'group'
+  # Added to that deviation (TRL: 1e-4; verl: 1e-6; OpenRLHF: 1e-9).
+  epsilon: float = 1e-4
   # How token losses become one number: mean over each response, then over responses, 'sequence'
   # (the paper; TRL 'grpo'); mean over all tokens, 'token' (Yu et al. 2025, DAPO; TRL 'bnpo',
   # 'dapo'); sum over a response divided by a 'constant' (Dr. GRPO; TRL 'dr_grpo').
@@ -68,8 +74,11 @@ class GRPOConfig:
     check_samples(path, self.samples, "Advantages compare a prompt's responses with each other.")
     clips = {'clip': self.clip, 'clip_high': self.clip_high}
     check_updates(path, self.epochs, self.minibatches, clips)
+    check_dual_clip(path, self.dual_clip, self.clip_high)
     if not self.kl_coefficient >= 0:
       raise ConfigError(f'{path}.kl_coefficient', self.kl_coefficient, 'a number >= 0')
+    if not self.epsilon > 0:
+      raise ConfigError(f'{path}.epsilon', self.epsilon, 'a number > 0')
     for name, kinds in (
       ('ratio', ('token', 'sequence')),
       ('scale', SCALES),
@@ -90,7 +99,7 @@ def group_advantages(rewards: Array, *, scale: str, epsilon: float = 1e-4) -> Ar
 
     A_i = (R_i - mean R) / (std R + epsilon)     (Shao et al. 2024, section 4.1.2)
 
-  The standard deviation divides by K - 1, and epsilon is 1e-4, as in TRL.
+  The standard deviation divides by K - 1, as in TRL.
   """
   check_float(rewards=rewards)
   centred = rewards - rewards.mean(1, keepdims=True)
@@ -106,7 +115,7 @@ def group_advantages(rewards: Array, *, scale: str, epsilon: float = 1e-4) -> Ar
 def collect(config: GRPOConfig, experience: Experience, carry: Carry) -> Collected:
   """Standardises the scores of each prompt's responses; every token gets its response's."""
   groups = grouped(experience.scores, config.samples)
-  advantages = group_advantages(groups, scale=config.scale).reshape(-1)
+  advantages = group_advantages(groups, scale=config.scale, epsilon=config.epsilon).reshape(-1)
   deviations = groups.std(1)
   metrics: Metrics = {
     'group_std': Mean.of(deviations),
@@ -128,7 +137,9 @@ def loss(config: GRPOConfig, actors: Actors, params: Params, batch: Rollouts) ->
     means = masked_mean(logprobs - batch.old_logprobs, mask, axis=-1)[:, None]
     terms, old_terms = jnp.broadcast_to(means, mask.shape), jnp.zeros(mask.shape)
   advantages = jnp.where(mask, batch.advantages, 0.0)
-  policy_losses = clipped_surrogate(terms, old_terms, advantages, **clips)
+  policy_losses = clipped_surrogate(
+    terms, old_terms, advantages, dual_clip=config.dual_clip, **clips
+  )
   # Where the reference is e^40 times likelier, the estimate's gradient would overflow.
   reference = jnp.minimum(batch.reference_logprobs, logprobs + MAX_LOG_RATIO)
   kl = k3(logprobs, jnp.where(mask, reference, logprobs))

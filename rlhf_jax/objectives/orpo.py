@@ -30,8 +30,8 @@ MAX_MEAN_LOGPROB = -1e-6
 class ORPOConfig:
   """Odds ratio preference optimisation (Hong et al. 2024); it needs no SFT stage before it."""
 
-  # Weight of the odds-ratio term (lambda; 0.1 for Mistral-ORPO-beta and in TRL, where it is beta; the
-  # released code's own default is 1).
+  # Weight of the odds-ratio term (lambda; 0.1 for Mistral-ORPO-beta, and in TRL, where it is beta;
+  # the released code's own default is 1).
   lam: float = 0.1
 
   def validate(self, path: str) -> None:
@@ -65,7 +65,8 @@ def orpo(means: Array, preference: Array) -> Array:
 def loss(config: ORPOConfig, actors: Actors, params: Params, batch: Pairs) -> LossOutput:
   """NLL of the chosen response plus lam times the odds-ratio term, mean over pairs (eq. 6).
 
-  The NLL is the mean over a response's tokens; of a tie both responses' mean.
+  The NLL is the mean over a response's tokens; of a tie both responses' mean. (The released code's
+  and TRL's is over the batch's tokens, those of prompts included unless the former is told not to.)
   """
   means = masked_mean(pair_logprobs(actors, params, batch), batch.sequences.response_mask, axis=-1)
   nll = of_preferred(-means, batch.preference)

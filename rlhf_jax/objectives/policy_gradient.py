@@ -18,11 +18,19 @@ MAX_LOG_RATIO = 40.0
 
 
 def clipped_surrogate(
-  logprobs: Array, old_logprobs: Array, advantages: Array, *, clip_low: float, clip_high: float
+  logprobs: Array,
+  old_logprobs: Array,
+  advantages: Array,
+  *,
+  clip_low: float,
+  clip_high: float,
+  dual_clip: float = 0.0,
 ) -> Array:
   """Clipped surrogate (Schulman et al. 2017, eq. 7), to be minimised.
 
-    max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)),   rho = exp(logprobs - old_logprobs)
+    max(-A min(rho, dual_clip), -A clip(rho, 1 - clip_low, 1 + clip_high))
+
+  with rho = exp(logprobs - old_logprobs).
 
   Args:
     logprobs: `[B, R]` of tokens, or `[B, 1]` of whole responses.
@@ -30,6 +38,8 @@ def clipped_surrogate(
     advantages: the same shape.
     clip_low: how far a ratio may fall.
     clip_high: how far it may rise (more than it may fall in Yu et al. 2025, DAPO).
+    dual_clip: where it counts no more even if the advantage is negative, above 1 + clip_high (Ye et
+      al. 2020, eq. 5); 0 is none.
 
   Returns:
     float32 in the same shape.
@@ -40,7 +50,7 @@ def clipped_surrogate(
   check_float(advantages=advantages)
   ratio = jnp.exp(jnp.minimum(logprobs - old_logprobs, MAX_LOG_RATIO))
   clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-  return jnp.maximum(-advantages * ratio, -advantages * clipped)
+  return jnp.maximum(-advantages * jnp.minimum(ratio, dual_clip or jnp.inf), -advantages * clipped)
 
 
 def ratio_metrics(
@@ -96,6 +106,12 @@ def check_updates(path: str, epochs: int, minibatches: int, clips: dict[str, flo
   for name, clip in clips.items():
     if not clip > 0:
       raise ConfigError(f'{path}.{name}', clip, 'a number > 0')
+
+
+def check_dual_clip(path: str, dual_clip: float, clip_high: float) -> None:
+  """Raises ConfigError for a second clip that would take the first one's place."""
+  if dual_clip != 0 and not dual_clip > 1 + clip_high:
+    raise ConfigError(f'{path}.dual_clip', dual_clip, f'0 (none) or a number > {1 + clip_high}')
 
 
 def check_samples(path: str, samples: int, why: str) -> None:

@@ -20,6 +20,7 @@ from rlhf_jax.objectives.base import (
 )
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig, next_coefficient
 from rlhf_jax.objectives.policy_gradient import (
+  check_dual_clip,
   check_samples,
   check_updates,
   clipped_surrogate,
@@ -51,6 +52,8 @@ class ReinforcePPConfig:
   gamma: float = 1.0
   # How far a token's probability ratio may fall and rise (0.2 in OpenRLHF).
   clip: float = 0.2
+  # The largest ratio that counts where the advantage is negative (3 in Ye et al. 2020); 0 is none.
+  dual_clip: float = 0.0
   # The per-token penalty -beta k1 (0.01 in OpenRLHF), or, with kl_in_loss, beta k2 in the loss as
   # REINFORCE++-baseline has it.
   kl: KLPenaltyConfig = dataclasses.field(default_factory=lambda: KLPenaltyConfig(coefficient=0.01))
@@ -63,6 +66,7 @@ class ReinforcePPConfig:
     if self.group_baseline:
       check_samples(path, self.samples, "group_baseline is the mean of a prompt's responses.")
     check_updates(path, self.epochs, self.minibatches, {'clip': self.clip})
+    check_dual_clip(path, self.dual_clip, self.clip)
     if not 0 <= self.gamma <= 1:
       raise ConfigError(f'{path}.gamma', self.gamma, 'a number in [0, 1]')
     self.kl.validate(f'{path}.kl')
@@ -103,7 +107,9 @@ def loss(config: ReinforcePPConfig, actors: Actors, params: Params, batch: Rollo
   output = actors.policy(params, batch.sequences)
   logprobs = jnp.where(mask, output.logprobs, batch.old_logprobs)
   clips = {'clip_low': config.clip, 'clip_high': config.clip}
-  policy_losses = clipped_surrogate(logprobs, batch.old_logprobs, batch.advantages, **clips)
+  policy_losses = clipped_surrogate(
+    logprobs, batch.old_logprobs, batch.advantages, dual_clip=config.dual_clip, **clips
+  )
   penalties = k2(logprobs, jnp.where(mask, batch.reference_logprobs, logprobs))
   weight = config.kl.coefficient if config.kl_in_loss else 0.0
   return Mean.of(policy_losses + weight * penalties, mask), {

@@ -66,9 +66,13 @@ def leave_one_out(rewards: Array) -> Array:
   """`[B, K]` rewards of K responses to each prompt -> `[B, K]` advantages.
 
   A_i = R_i - mean over j != i of R_j     (Ahmadian et al. 2024, section 3.3)
+
+  Raises ValueError for K = 1, whose response has no others.
   """
   check_float(rewards=rewards)
   samples = rewards.shape[1]
+  if samples < 2:
+    raise ValueError(f'{samples} response: a leave-one-out baseline takes at least 2.')
   return (rewards - rewards.mean(1, keepdims=True)) * (samples / (samples - 1))
 
 

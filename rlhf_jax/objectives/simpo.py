@@ -37,7 +37,7 @@ class SimPOConfig:
   # Assumed probability that a label is flipped, in [0, 0.5); 'sigmoid' only.
   label_smoothing: float = 0.0
   # Weight of the chosen response's mean token negative log-likelihood (`sft_weight` in the released
-  # code).
+  # code, `cpo_alpha` in TRL, both of which average over the batch's tokens instead).
   nll_coefficient: float = 0.0
 
   def validate(self, path: str) -> None:

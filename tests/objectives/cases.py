@@ -76,6 +76,7 @@ CASES: dict[str, Any] = {
   'reinforce_pp kl in loss': ReinforcePPConfig(kl_in_loss=True),
   'grpo': GRPOConfig(),
   'grpo token': GRPOConfig(normalization='token', clip_high=0.28, kl_coefficient=0.0),
+  'grpo dual clip': GRPOConfig(dual_clip=1.3, epsilon=1e-6),
   'grpo constant': GRPOConfig(normalization='constant', constant=10.0),
   'grpo sequence ratio': GRPOConfig(ratio='sequence', clip=0.01, clip_high=0.02),
   'online_dpo': OnlineDPOConfig(),

@@ -16,6 +16,7 @@ from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.objectives.reinforce_pp import ReinforcePPConfig
 from rlhf_jax.objectives.rloo import RLOOConfig
 from tests.golden import golden
+from tests.objectives import tabular
 from tests.objectives.references import assert_close, assert_loss, collected, experience
 
 GROUP = 4
@@ -85,6 +86,17 @@ def test_ppo_with_responses_of_one_length(case: str) -> None:
     settings, value_coefficient=settings['vf_coef'], score_placement='last_position'
   )
   assert_case('openai', case, config, values=True)
+  found = golden.load('openai')
+  inputs, outputs = found['inputs'], found['cases'][case]['outputs']
+  params = {name: inputs[name] for name in ('logprobs', 'values')}
+  batch = collected(config, experience(inputs))
+  _, metrics, _ = tabular.evaluator(config, tabular.DIRECT)(params, batch)
+  reported = {
+    'policy_loss': 'loss_policy', 'value_loss': 'loss_value', 'approximate_kl': 'policy_approxkl'
+  }  # fmt: skip
+  for ours, theirs in reported.items():
+    assert_close(metrics[ours].value(), outputs[theirs], ours)
+  assert_close(np.asarray(batch.returns).mean(), outputs['returns_mean'])
 
 
 def test_ppo_with_scores_at_the_last_token() -> None:
@@ -129,6 +141,7 @@ PLUS_PLUS: dict[str, dict[str, Any]] = {
   'reinforce_pp_discounted': {'gamma': 0.9, 'kl': KLPenaltyConfig(coefficient=0.2)},
   'reinforce_pp_baseline': {'group_baseline': True},
   'reinforce_pp_kl_loss': {'group_baseline': True, 'kl_in_loss': True},
+  'dual_clip': {'dual_clip': 1.5},
 }
 
 
@@ -149,6 +162,7 @@ GRPO = (
   'grpo_on_policy',
   'grpo_scale_batch',
   'grpo_scale_none',
+  'grpo_two_sided',
   'bnpo',
   'dr_grpo',
   'dapo',
@@ -166,6 +180,7 @@ def test_grpo(case: str) -> None:
     samples=GROUP,
     clip=settings['epsilon_low'],
     clip_high=settings['epsilon_high'],
+    dual_clip=settings['delta'] or 0.0,
     kl_coefficient=settings['beta'],
     ratio=settings['importance_sampling_level'],
     scale=settings['scale_rewards'],
@@ -175,10 +190,17 @@ def test_grpo(case: str) -> None:
   assert_case('grpo', case, config)
 
 
-def test_dr_grpo_over_tokens() -> None:
-  """OpenRLHF's, which averages over tokens."""
-  config = GRPOConfig(samples=GROUP, kl_coefficient=0.05, scale='none', normalization='token')
-  assert_case('reinforce_pp', 'dr_grpo', config)
+OPENRLHF: dict[str, dict[str, Any]] = {
+  'group_norm': {'kl_coefficient': 0.05},
+  'dr_grpo': {'kl_coefficient': 0.05, 'scale': 'none'},
+}
+
+
+@pytest.mark.parametrize('case', OPENRLHF)
+def test_grpo_over_tokens(case: str) -> None:
+  """OpenRLHF's, which averages over tokens and divides by the deviation plus 1e-9."""
+  config = GRPOConfig(samples=GROUP, normalization='token', epsilon=1e-9, **OPENRLHF[case])
+  assert_case('reinforce_pp', case, config)
 
 
 def test_these_start_from_the_coefficient_of_their_config() -> None:

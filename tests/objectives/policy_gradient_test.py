@@ -12,6 +12,7 @@ from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.types import Experience
 from rlhf_jax.objectives import policy_gradient
 from rlhf_jax.objectives.policy_gradient import (
+  check_dual_clip,
   check_samples,
   check_updates,
   grouped,
@@ -80,6 +81,21 @@ def test_clipping_stops_only_what_went_too_far() -> None:
   np.testing.assert_allclose(slopes, [[0.0, 1.5, -0.5, 0.0, -1.1]], rtol=1e-6)
 
 
+def test_a_dual_clip_bounds_what_a_bad_move_costs() -> None:
+  """-min(min(rho, c) A, clip(rho) A): beyond c a negative advantage has no gradient (Ye 2020)."""
+  ratio = jnp.array([[1.5, 2.0, 4.0, 4.0, 0.5]])
+  advantage = jnp.array([[-1.0, -2.0, -2.0, 1.0, -1.0]])
+
+  def losses(x: jax.Array) -> jax.Array:
+    return policy_gradient.clipped_surrogate(
+      x, jnp.zeros_like(ratio), advantage, clip_low=LOW, clip_high=HIGH, dual_clip=3.0
+    )
+
+  np.testing.assert_allclose(losses(jnp.log(ratio)), [[1.5, 4.0, 6.0, -1.3, 0.8]], rtol=1e-6)
+  slopes = quick.jit(jax.grad(lambda x: losses(x).sum()))(jnp.log(ratio))
+  np.testing.assert_allclose(slopes, [[1.5, 4.0, 0.0, 0.0, 0.0]], rtol=1e-6)
+
+
 def test_the_first_gradient_is_the_policy_gradient() -> None:
   """At ratio 1 the gradient is exactly minus the advantage."""
   old, advantages = floats(OLD, ADVANTAGES)
@@ -145,8 +161,9 @@ def test_the_kl_of_samples_is_the_sum_of_their_log_ratios(bad: float) -> None:
   expected = np.zeros(mask.shape)
   for b, t in zip(*np.nonzero(mask), strict=True):
     expected[b, t] = experience.old_logprobs[b, t] - experience.reference_logprobs[b, t]
-  np.testing.assert_allclose(log_ratios(experience), expected, rtol=1e-6)
-  np.testing.assert_allclose(sequence_kl(experience), expected.sum(1), rtol=1e-5)
+  found, sums = quick.jit(lambda x: (log_ratios(x), sequence_kl(x)))(experience)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  np.testing.assert_allclose(sums, expected.sum(1), rtol=1e-5)
 
 
 def test_rollouts_carry_advantages_of_responses_or_tokens() -> None:
@@ -184,3 +201,7 @@ def test_impossible_settings_are_named() -> None:
   assert error.value.field == 'objective.samples'
   assert 'There is nothing to compare.' in str(error.value)
   check_samples('objective', 2, '')
+  with pytest.raises(ConfigError) as error:
+    check_dual_clip('objective', 1.2, 0.2)
+  assert error.value.field == 'objective.dual_clip'
+  check_dual_clip('objective', 0.0, 0.2)

@@ -86,6 +86,7 @@ def test_the_loss_is_ppos_over_tokens(kl_in_loss: bool) -> None:
     ({'epochs': 0}, 'epochs'),
     ({'minibatches': 0}, 'minibatches'),
     ({'clip': 0.0}, 'clip'),
+    ({'dual_clip': 1.2}, 'dual_clip'),
     ({'gamma': 1.1}, 'gamma'),
     ({'kl': KLPenaltyConfig(target=-1.0)}, 'kl.target'),
     ({'kl': KLPenaltyConfig(target=6.0), 'kl_in_loss': True}, 'kl.target'),

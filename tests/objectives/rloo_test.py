@@ -97,6 +97,8 @@ def test_leave_one_out_by_hand() -> None:
   np.testing.assert_allclose(advantages, [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]], atol=1e-6)
   with pytest.raises(ShapeError, match='rewards: expected a floating-point array'):
     leave_one_out(jnp.array([[3, 1]]))
+  with pytest.raises(ValueError, match='1 response: a leave-one-out baseline takes at least 2'):
+    leave_one_out(jnp.array([[3.0]]))
 
 
 @pytest.mark.parametrize(

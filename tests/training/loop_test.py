@@ -87,8 +87,13 @@ def same_run(folder: pathlib.Path, expected: pathlib.Path) -> None:
   assert results[0] == results[1]
 
 
+# The loop is the same for all (tests/recipes/resume_test.py has what differs): from given responses
+# and from samples, with a finish, a controller, a baseline, slow copies.
+LOOPS = ('sft', 'reward_model', 'dpo', 'ilql', 'ppo', 'reinforce')
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('case', tiny.OBJECTIVES)
+@pytest.mark.parametrize('case', LOOPS)
 def test_a_run_stopped_after_5_of_10_steps_ends_as_if_undisturbed(
   case: str, parents: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -1,0 +1,107 @@
+"""Objectives asked to eat what a source does not give: refused at once, with the way out."""
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from rlhf_jax import stages
+from rlhf_jax.common.errors import DataError
+from rlhf_jax.config import InitConfig
+from rlhf_jax.data.config import DataConfig
+from rlhf_jax.objectives.reward_listwise import ListwiseRewardConfig
+from tests import tiny
+
+ROWS: dict[str, dict[str, Any]] = {
+  'comparisons': {'chosen': 'good', 'rejected': 'bad'},
+  'ratings': {'response': 'fine', 'score': 0.5},
+  'rankings': {'responses': ['good', 'fine', 'bad'], 'ranks': [1, 2, 3]},
+  'demonstrations': {'response': 'good'},
+  'prompts': {},
+}
+
+
+def write_data(folder: pathlib.Path, kind: str, convert: str = '') -> DataConfig:
+  """A file of records of one kind."""
+  path = folder / f'{kind}.jsonl'
+  path.write_text('\n'.join(json.dumps({'prompt': f'say {n}', **ROWS[kind]}) for n in range(20)))
+  return DataConfig(
+    source='jsonl',
+    path=str(path),
+    held_out=4.0,
+    prompt_length=4,
+    response_length=6,
+    convert=convert,
+  )
+
+
+def refused(
+  case: str, data: DataConfig, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, **changes: Any
+) -> str:
+  """What a stage says that would have to train its start first, were it let."""
+  start = folder / 'sft.py'
+  start.write_text('from tests import tiny\ndef get_config(): return tiny.make_config("sft")\n')
+  config = tiny.make_config(case, data=data, policy=InitConfig(init=str(start)), **changes)
+  monkeypatch.setattr(stages, 'train', lambda *arguments: pytest.fail('a stage was trained'))
+  with tiny.devices(1), pytest.raises(DataError) as caught:
+    stages.run_stage(config, folder / 'run', root=folder)
+  assert not (folder / 'run').exists() and not (folder / 'stages').exists()
+  return str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('case', 'kind', 'needs', 'converter'),
+  [
+    ('dpo', 'ratings', 'comparisons', 'ratings_to_comparisons'),
+    ('cpl', 'rankings', 'comparisons', 'rankings_to_comparisons'),
+    ('kto', 'rankings', 'ratings', 'rankings_to_ratings'),
+    ('kto', 'comparisons', 'ratings', 'comparisons_to_ratings'),
+    ('ilql', 'comparisons', 'ratings', 'comparisons_to_ratings'),
+    ('reward_listwise', 'comparisons', 'rankings', 'comparisons_to_rankings'),
+    ('reward_model', 'demonstrations', 'comparisons', None),
+    ('alol', 'prompts', 'ratings', None),
+    ('reward_process', 'ratings', 'step_ratings', None),
+  ],
+)
+def test_a_converter_is_named(
+  case: str,
+  kind: str,
+  needs: str,
+  converter: str | None,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """What it needs, what there is, and the flag that makes it; where nothing does, so it says."""
+  said = refused(case, write_data(tmp_path, kind), tmp_path, monkeypatch)
+  assert f'no train {needs}' in said and f"'{kind}': 16" in said
+  if converter is None:
+    assert 'no converter makes them' in said
+  else:
+    assert f'--config.data.convert={converter} (from {kind})' in said
+
+
+def test_what_is_read_at_the_end_is_asked_for_at_the_start(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """A reward model that is to be normalised on demonstrations, where there are none."""
+  data = write_data(tmp_path, 'rankings')
+  said = refused('reward_listwise', data, tmp_path, monkeypatch)
+  assert 'no train demonstrations' in said and 'rankings_to_demonstrations' in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('convert', 'normalization'), [('', 'none'), ('rankings_to_demonstrations', 'demonstrations')]
+)
+def test_the_ways_out_lead_out(convert: str, normalization: str, tmp_path: pathlib.Path) -> None:
+  """The same stage runs with the converter, or without the normalisation."""
+  config = tiny.make_config(
+    'reward_listwise',
+    steps=1,
+    data=write_data(tmp_path, 'rankings', convert),
+    objective=ListwiseRewardConfig(normalization=normalization),
+  )
+  with tiny.devices(1):
+    run = stages.run_stage(config, tmp_path / 'run', root=tmp_path).run
+  assert run.require_result()['step'] == 1
