@@ -283,6 +283,13 @@ class ExperimentConfig:
         f'a number > 0 for {name}',
         'Greedy rollouts explore nothing.',
       )
+    if getattr(self.objective, 'baseline', None) == 'batch' and self.batch_size == 1:
+      raise ConfigError(
+        'objective.baseline',
+        'batch',
+        "'none' or 'running' with batch_size 1",
+        'The baseline is the mean reward of the other responses.',
+      )
     fixed_length = not (self.generation.stop_at_eos or self.generation.stop_tokens)
     placement = getattr(self.objective, 'score_placement', None)
     if placement == 'last_position' and not fixed_length:

@@ -153,7 +153,7 @@ def loss(config: GRPOConfig, actors: Actors, params: Params, batch: Rollouts) ->
   }
 
 
-def normalized(losses: Array, mask: Array, normalization: str, constant: float) -> Mean:
+def normalized(losses: Array, mask: Array, normalization: str, constant: float = 0.0) -> Mean:
   """Token losses `[B, R]` as one mean; see `GRPOConfig.normalization`."""
   if normalization == 'token':
     return Mean.of(losses, mask)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.common.masked import whiten
+from rlhf_jax.common.masked import masked_mean, whiten
 from rlhf_jax.common.metrics import Mean, Metrics
 from rlhf_jax.common.types import Experience, Rollouts
 from rlhf_jax.objectives.base import (
@@ -18,6 +18,7 @@ from rlhf_jax.objectives.base import (
   Params,
   always,
 )
+from rlhf_jax.objectives.grpo import normalized
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig, next_coefficient
 from rlhf_jax.objectives.policy_gradient import (
   check_dual_clip,
@@ -54,6 +55,11 @@ class ReinforcePPConfig:
   clip: float = 0.2
   # The largest ratio that counts where the advantage is negative (3 in Ye et al. 2020); 0 is none.
   dual_clip: float = 0.0
+  # Returns are divided by their standard deviation over all tokens; False: only their mean is taken
+  # off (OpenRLHF's `no_std_norm`).
+  scale: bool = True
+  # How token losses become one number, as in `GRPOConfig`: 'token' (the paper) or 'sequence'.
+  normalization: str = 'token'
   # The per-token penalty -beta k1 (0.01 in OpenRLHF), or, with kl_in_loss, beta k2 in the loss as
   # REINFORCE++-baseline has it.
   kl: KLPenaltyConfig = dataclasses.field(default_factory=lambda: KLPenaltyConfig(coefficient=0.01))
@@ -69,6 +75,8 @@ class ReinforcePPConfig:
     check_dual_clip(path, self.dual_clip, self.clip)
     if not 0 <= self.gamma <= 1:
       raise ConfigError(f'{path}.gamma', self.gamma, 'a number in [0, 1]')
+    if self.normalization not in ('token', 'sequence'):
+      raise ConfigError(f'{path}.normalization', self.normalization, "'token' or 'sequence'")
     self.kl.validate(f'{path}.kl')
     if self.kl_in_loss and self.kl.target > 0:
       raise ConfigError(f'{path}.kl.target', self.kl.target, '0 with kl_in_loss')
@@ -90,7 +98,10 @@ def collect(config: ReinforcePPConfig, experience: Experience, carry: Carry) -> 
   rewards = token_rewards(experience, -paid * log_ratios(experience), 'last_token').rewards
   # With values of 0 and without decay of the trace, the advantages are the returns.
   returns, _ = gae(rewards, jnp.zeros_like(rewards), mask, gamma=config.gamma, lam=1.0)
-  advantages = whiten(returns, mask, keep_mean=False)
+  if config.scale:
+    advantages = whiten(returns, mask, keep_mean=False)
+  else:
+    advantages = returns - masked_mean(returns, mask)
   metrics: Metrics = {
     'kl_coefficient': Mean.of(coefficient),
     'objective': Mean.of(scores - coefficient * kl),
@@ -112,8 +123,8 @@ def loss(config: ReinforcePPConfig, actors: Actors, params: Params, batch: Rollo
   )
   penalties = k2(logprobs, jnp.where(mask, batch.reference_logprobs, logprobs))
   weight = config.kl.coefficient if config.kl_in_loss else 0.0
-  return Mean.of(policy_losses + weight * penalties, mask), {
-    'policy_loss': Mean.of(policy_losses, mask),
+  return normalized(policy_losses + weight * penalties, mask, config.normalization), {
+    'policy_loss': normalized(policy_losses, mask, config.normalization),
     'entropy': Mean.of(output.entropy, mask),
     **ratio_metrics(logprobs, batch.old_logprobs, mask, **clips),
   }

@@ -73,7 +73,7 @@ CASES: dict[str, Any] = {
   'rloo token': RLOOConfig(ratio='token'),
   'reinforce': ReinforceConfig(),
   'reinforce_pp': ReinforcePPConfig(),
-  'reinforce_pp kl in loss': ReinforcePPConfig(kl_in_loss=True),
+  'reinforce_pp kl in loss': ReinforcePPConfig(kl_in_loss=True, normalization='sequence'),
   'grpo': GRPOConfig(),
   'grpo token': GRPOConfig(normalization='token', clip_high=0.28, kl_coefficient=0.0),
   'grpo dual clip': GRPOConfig(dual_clip=1.3, epsilon=1e-6),

@@ -33,6 +33,7 @@ CASES: dict[str, Any] = {
   'reinforce none': ReinforceConfig(kl=STEERED, baseline='none'),
   'reinforce_pp': ReinforcePPConfig(kl=STEERED, gamma=0.9),
   'reinforce_pp baseline': ReinforcePPConfig(kl=STEERED, samples=2, group_baseline=True),
+  'reinforce_pp plain': ReinforcePPConfig(kl=STEERED, scale=False),
   'grpo': GRPOConfig(samples=2),
   'grpo batch': GRPOConfig(samples=2, scale='batch'),
   'grpo none': GRPOConfig(samples=2, scale='none'),

@@ -141,6 +141,8 @@ PLUS_PLUS: dict[str, dict[str, Any]] = {
   'reinforce_pp_discounted': {'gamma': 0.9, 'kl': KLPenaltyConfig(coefficient=0.2)},
   'reinforce_pp_baseline': {'group_baseline': True},
   'reinforce_pp_kl_loss': {'group_baseline': True, 'kl_in_loss': True},
+  'reinforce_pp_no_std': {'scale': False},
+  'sample_level': {'normalization': 'sequence'},
   'dual_clip': {'dual_clip': 1.5},
 }
 

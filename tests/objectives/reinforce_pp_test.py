@@ -31,13 +31,15 @@ def slow_advantages(config: ReinforcePPConfig, experience: Any) -> np.ndarray:
       reward = -kls[b, k] + (scores[b] if k == tokens[-1] else 0.0)
       returns[b, t] += config.gamma ** (k - t) * reward
   advantages = np.zeros(mask.shape)
-  advantages[mask] = whitened(returns[mask])
+  centred = returns[mask] - returns[mask].mean()
+  advantages[mask] = whitened(returns[mask]) if config.scale else centred
   return advantages
 
 
 CONFIGS = {
   'default': ReinforcePPConfig(kl=PENALTY),
   'discounted': ReinforcePPConfig(kl=PENALTY, gamma=0.8),
+  'not scaled': ReinforcePPConfig(kl=PENALTY, scale=False),
   'group baseline': ReinforcePPConfig(kl=PENALTY, samples=2, group_baseline=True),
   'kl in loss': ReinforcePPConfig(kl=PENALTY, samples=4, group_baseline=True, kl_in_loss=True),
 }
@@ -57,20 +59,25 @@ def test_advantages_are_whitened_returns(config: ReinforcePPConfig, bad: float) 
 
 
 @pytest.mark.parametrize('kl_in_loss', [False, True])
-def test_the_loss_is_ppos_over_tokens(kl_in_loss: bool) -> None:
-  """-min(rho A, clip(rho) A), plus beta k2 where the penalty is in the loss; and gradients."""
+@pytest.mark.parametrize('normalization', ['token', 'sequence'])
+def test_the_loss_is_ppos(kl_in_loss: bool, normalization: str) -> None:
+  """-min(rho A, clip(rho) A), plus beta k2 where the penalty is in the loss; and gradients.
+
+  Mean over all tokens, or over each response and then over responses.
+  """
   batch, outputs = make_batch('rollouts'), make_outputs('rollouts')
-  config = ReinforcePPConfig(kl=PENALTY, kl_in_loss=kl_in_loss)
+  config = ReinforcePPConfig(kl=PENALTY, kl_in_loss=kl_in_loss, normalization=normalization)
 
   def slow(x: dict[str, np.ndarray]) -> float:
-    losses = []
+    rows: list[list[float]] = [[] for _ in batch.advantages]
     for b, t in np.argwhere(batch.sequences.response_mask):
       ratio = np.exp(x['logprobs'][b, t] - batch.old_logprobs[b, t])
       advantage = batch.advantages[b, t]
       clipped = min(max(ratio, 0.8), 1.2)
       k2 = 0.5 * (x['logprobs'][b, t] - batch.reference_logprobs[b, t]) ** 2
-      losses.append(-min(ratio * advantage, clipped * advantage) + BETA * kl_in_loss * k2)
-    return float(np.mean(losses))
+      rows[b].append(-min(ratio * advantage, clipped * advantage) + BETA * kl_in_loss * k2)
+    means = [np.mean(row) for row in rows]
+    return float(np.mean(means if normalization == 'sequence' else np.concatenate(rows)))
 
   assert_equals_slow_loss(config, batch, outputs, slow, 'logprobs')
   mean, metrics, _ = tabular.evaluator(config, tabular.DIRECT)(outputs, batch)
@@ -88,6 +95,7 @@ def test_the_loss_is_ppos_over_tokens(kl_in_loss: bool) -> None:
     ({'clip': 0.0}, 'clip'),
     ({'dual_clip': 1.2}, 'dual_clip'),
     ({'gamma': 1.1}, 'gamma'),
+    ({'normalization': 'constant'}, 'normalization'),
     ({'kl': KLPenaltyConfig(target=-1.0)}, 'kl.target'),
     ({'kl': KLPenaltyConfig(target=6.0), 'kl_in_loss': True}, 'kl.target'),
   ],

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common import trees
+from rlhf_jax.config import EvaluationConfig
 from rlhf_jax.recipes import Built
 from rlhf_jax.sharding.mesh import MeshConfig, put_batch
 from rlhf_jax.training.optimizer import OptimizerConfig
@@ -165,3 +166,21 @@ def test_parameters_and_moments_are_cut_over_fsdp_and_tensor(
   assert bytes_on_a_device(second.opt_state) <= 2 * held + 16
   batch = prepared.batch.sequences.response
   assert bytes_on_a_device(batch) * sizes[0] * sizes[1] == batch.nbytes
+
+
+@pytest.mark.parametrize('case', ['sft', 'kto', 'ilql', 'reward_process'])
+def test_evaluations_do_not_depend_on_the_mesh(case: str, parents: pathlib.Path) -> None:
+  """Losses row by row, answers to prompts and their divergence are those of one device."""
+  evaluation = EvaluationConfig(prompts=tiny.ROWS, records=tiny.ROWS, batch_size=tiny.ROWS)
+  found = []
+  for sizes in ((1, 1, 1), (2, 2, 2)):
+    config = tiny.make_config(case, parents, evaluation=evaluation, mesh=mesh_config(sizes))
+    built = tiny.build_recipe(config, sizes[0] * sizes[1] * sizes[2])
+    with jax.set_mesh(built.mesh):
+      found.append(built.recipe.evaluate(moved(built.recipe.init(), 0).by_role, 0))
+  assert found[0].scalars == pytest.approx(found[1].scalars, rel=1e-4, abs=1e-5)
+  assert found[0].arrays.keys() == found[1].arrays.keys()
+  for name, rows in found[0].arrays.items():
+    assert len(rows) == tiny.ROWS
+    if rows.dtype.kind in 'fiub':
+      np.testing.assert_allclose(rows, found[1].arrays[name], rtol=1e-4, atol=1e-5, err_msg=name)
