@@ -31,10 +31,10 @@ import jax
 from absl import flags
 
 from experiments import cli
+from rlhf_jax import stages
 from rlhf_jax.common.errors import RunError, UserError
 from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
 from rlhf_jax.data.segments import ControlFeedback
-from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.evaluation.intervals import Measured, measured
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.objectives import objective_of
@@ -44,7 +44,6 @@ from rlhf_jax.recipes.probes import Question, ask, best_of_n_question
 from rlhf_jax.recipes.rewards import load_reward_model
 from rlhf_jax.runs import Run, write_json
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
-from rlhf_jax.stages import quarantine_file
 
 RUN = flags.DEFINE_string('run', None, 'The directory of a finished run.', required=True)
 CHECKPOINT = flags.DEFINE_enum('checkpoint', 'final', CHECKPOINTS, 'Which parameters.')
@@ -157,7 +156,7 @@ def configure(run: Run) -> tuple[ExperimentConfig, dict[str, Run]]:
 
 def load_data(run: Run, config: ExperimentConfig) -> Feedback | ControlFeedback:
   """The records of the run; raises RunError for others."""
-  feedback = load_feedback(config.data, quarantine_file(config.data, run.folder.parent))
+  feedback = stages.load_data(config.data, run.folder.parent)
   if feedback.fingerprint != run.data_fingerprint:
     raise RunError(
       f'{run.folder}: {feedback.source} holds other records than the run learnt from: what it saw '

@@ -17,6 +17,7 @@ from rlhf_jax.config import ExperimentConfig, load_config, path_of
 from rlhf_jax.config_values import canonical_json, from_dict, to_dict
 from rlhf_jax.data.config import CONTROL, TRAINED_TOKENIZERS, DataConfig
 from rlhf_jax.data.segments import ControlFeedback
+from rlhf_jax.data.segments import make as make_segments
 from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
@@ -133,7 +134,10 @@ def load_data(data: DataConfig, root: str | pathlib.Path) -> Feedback | ControlF
 
 @functools.lru_cache(maxsize=2)
 def _load(data: str, quarantine: pathlib.Path) -> Feedback | ControlFeedback:
-  return load_feedback(from_dict(DataConfig, json.loads(data)), quarantine)
+  config = from_dict(DataConfig, json.loads(data))
+  if config.source == CONTROL:
+    return make_segments(config.lqr, config.held_out)
+  return load_feedback(config, quarantine)
 
 
 def quarantine_file(data: DataConfig, root: str | pathlib.Path) -> pathlib.Path:

@@ -21,7 +21,6 @@ from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
-from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
 from rlhf_jax.study import StudyConfig
 from tests import tiny
 
@@ -68,15 +67,6 @@ def test_a_config_says_its_objective_in_json(case: str) -> None:
   values = json.loads(canonical_json(to_dict(config)))
   assert OBJECTIVES[values['objective']['kind']].config is type(config.objective)
   assert from_dict(ExperimentConfig, values) == config
-
-
-def options_of(hint: Any) -> tuple[Any, ...]:
-  """What an annotation allows: members of a union, items of a tuple, any objective's config."""
-  if hint is ObjectiveConfig:
-    return tuple(row.config for row in OBJECTIVES.values())
-  if isinstance(hint, types.UnionType) or typing.get_origin(hint) is tuple:
-    return tuple(option for part in typing.get_args(hint) for option in options_of(part))
-  return (hint,)
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
@@ -225,7 +215,6 @@ def altered(case: str, changes: dict[str, Any]) -> ExperimentConfig:
 
 TASK = (RewardConfig(source='task'),)
 BOTH = (RewardConfig(), *TASK)
-TASK = (RewardConfig(source='task'),)
 JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
 
 

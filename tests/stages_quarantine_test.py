@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def make_config(folder: Path, on_error: str) -> ExperimentConfig:
 def test_a_side_file_under_the_root_holds_the_line_and_the_reason(tmp_path: Path) -> None:
   """The good records are used; the bad one is counted, and kept whole beside the runs."""
   config = make_config(tmp_path, 'quarantine')
-  feedback = stages.resolve(config, tmp_path / 'runs').feedback
+  feedback: Any = stages.resolve(config, tmp_path / 'runs').feedback
   assert feedback.quarantined == 1
   assert len(feedback.train.demonstrations) + len(feedback.held_out.demonstrations) == 9
   side_file = stages.quarantine_file(config.data, tmp_path / 'runs')

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rlhf_jax.common.errors import DataError
-from rlhf_jax.data import embedded, jsonl, segments, tfds
-from rlhf_jax.data.config import CONTROL, EMBEDDED, DataConfig
+from rlhf_jax.data import embedded, jsonl, tfds
+from rlhf_jax.data.config import EMBEDDED, DataConfig
 from rlhf_jax.data.rejects import Rejects
 from rlhf_jax.feedback.dataset import Feedback, Split
 from rlhf_jax.feedback.records import (
@@ -32,10 +32,8 @@ _KIND_OF: dict[type[Record], str] = {
 }
 
 
-def load(
-  config: DataConfig, quarantine: pathlib.Path | None = None
-) -> Feedback | segments.ControlFeedback:
-  """Reads or makes the feedback that a validated config names.
+def load(config: DataConfig, quarantine: pathlib.Path | None = None) -> Feedback:
+  """Reads or makes the feedback on texts that a validated config names.
 
   Args:
     config: the source and what to hold out.
@@ -49,8 +47,6 @@ def load(
     DataError: the source is missing or empty, has a bad record, leaves nothing to learn from, or
       not what `convert` or `responses` needs.
   """
-  if config.source == CONTROL:
-    return segments.make(config.lqr, config.held_out)
   if config.source == EMBEDDED:
     feedback = embedded.make(config.reviews, config.held_out, config.response_length)
   else:

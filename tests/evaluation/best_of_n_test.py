@@ -15,15 +15,11 @@ def test_equals_the_mean_over_all_subsets(n: int) -> None:
   """Each subset's value is that of its member with the highest score."""
   rng = np.random.default_rng(0)
   judge, values = rng.normal(size=(2, PROMPTS, SAMPLES))
-  expected = [
-    np.mean(
-      [
-        values[row, max(subset, key=lambda i, row=row: judge[row, i])]
-        for subset in itertools.combinations(range(SAMPLES), n)
-      ]
-    )
-    for row in range(PROMPTS)
-  ]
+  expected = []
+  for scores, worth in zip(judge, values, strict=True):
+    subsets = [list(subset) for subset in itertools.combinations(range(SAMPLES), n)]
+    chosen = [subset[int(np.argmax(scores[subset]))] for subset in subsets]
+    expected.append(worth[chosen].mean())
   np.testing.assert_allclose(best_of_n(judge, values, n), expected, rtol=1e-12)
 
 

@@ -51,12 +51,12 @@ def cloned(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return folder
 
 
-def cpl(cloned: pathlib.Path, labels: str = 'regret', **objective: float) -> Any:
+def cpl(cloned: pathlib.Path, labels: str = 'regret', lam: float = 1.0) -> Any:
   """The committed CPL stage, possibly with other labels or settings."""
   config = load_config(f'configs/lqr_cpl.py:{labels}')
   config.policy.init = str(cloned)
   config.log.tensorboard = False
-  config.objective = CPLConfig(**{'alpha': 1.0, 'lam': 1.0, **objective})
+  config.objective = CPLConfig(alpha=1.0, lam=lam)
   return config
 
 
@@ -111,11 +111,11 @@ def test_rewards_of_steps_come_from_the_reward_model(tmp_path: pathlib.Path) -> 
   judge = small('lqr_reward_model')
   run(judge, tmp_path / 'judge')
   config = small('lqr_piql')
-  feedback = stages.load_data(config.data, tmp_path)
+  feedback: Any = stages.load_data(config.data, tmp_path)
   with tiny.devices(1):
-    true = control.load_control(config, {}, feedback)  # type: ignore[arg-type]
+    true = control.load_control(config, {}, feedback)
     parents = {'reward_model': stages.Run(tmp_path / 'judge')}
-    learnt = control.load_control(config, parents, feedback)  # type: ignore[arg-type]
+    learnt = control.load_control(config, parents, feedback)
     own, model = control.encode(true, 'train').rows, control.encode(learnt, 'train').rows
   segments = own.sequences
   np.testing.assert_allclose(
@@ -209,7 +209,7 @@ def test_rows_may_be_split_over_devices(tmp_path: pathlib.Path) -> None:
     config = small('lqr_cpl', mesh=MeshConfig())
     with tiny.devices(count):
       stages.run_stage(config, tmp_path / f'on{count}', root=tmp_path)
-      built = stages.build(config, {}, stages.load_data(config.data, tmp_path))
+      built: Any = stages.build(config, {}, stages.load_data(config.data, tmp_path))
       policy = stages.Run(tmp_path / f'on{count}').restore_role(
         'policy', built.recipe.abstract.params['policy']
       )

@@ -16,10 +16,8 @@ from rlhf_jax.evaluation.policy import decode_sequences
 from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.models import roles
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
-from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
 from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.recipes import Built
-from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
 from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 from rlhf_jax.training.writers import read_rows
@@ -57,7 +55,6 @@ def ppo_config(parents: pathlib.Path, temperature: float = 1.0, **objective: Any
     parents,
     steps=2,
     objective=PPOConfig(**{**settings, **objective}),
-    rollout=RolloutConfig(exact_kl=True),
     rollout=RolloutConfig(exact_kl=True),
     generation=GenerationConfig(temperature=temperature),
     optimizer=OptimizerConfig(learning_rate=1e-2),
