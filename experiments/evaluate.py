@@ -149,6 +149,8 @@ def configure(run: Run) -> tuple[ExperimentConfig, dict[str, Run]]:
       flag = 'reward_model' if role == 'reward_model' else 'reference'
       wanted = 'a reward model' if role == 'reward_model' else 'a policy'
       raise RunError(f'--{flag}={folder}: expected the run of {wanted}.')
+    if role == 'reward_model':  # it stands in the place of a whole ensemble
+      parents = {name: parent for name, parent in parents.items() if name == 'policy'}
     parents[role] = other
   folders = {role: str(run.folder) for role, run in parents.items()}
   return config.with_inits(folders), parents

@@ -239,7 +239,7 @@ def _cumulative(weights: Array, rows: int) -> Array:
 
 
 def sequential(columns: Columns, batch_size: int) -> Iterator[tuple[Batch, Array]]:
-  """Every row once, in order, with `[B]` bool: False where the last batch repeats the last row."""
+  """Every row once, in order, with `[B]` bool: False where the last batch begins again."""
   for start in range(0, len(columns), batch_size):
     rows = np.arange(start, start + batch_size)
-    yield columns.take(np.minimum(rows, len(columns) - 1)), rows < len(columns)
+    yield columns.take(rows % len(columns)), rows < len(columns)

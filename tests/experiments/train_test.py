@@ -51,7 +51,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
   'heads': ([SFT, '--config.model.heads=3'], ['model.heads=3', 'model.width=64']),
   'no reward': (
     [PPO, '--config.reward_model.init=None'],
-    ['reward_model.init=None', 'objective.reward=task'],
+    ['reward_model.init=None', "rollout.rewards[0].source='task'"],
   ),
   'no start': ([DPO, '--config.policy.init=None'], ['policy.init=None']),
   'start that is not there': ([DPO, '--config.policy.init=runs/no'], ["policy.init='runs/no'"]),
