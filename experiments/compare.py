@@ -35,6 +35,7 @@ from rlhf_jax.config_values import to_dict
 from rlhf_jax.evaluation.frontier import FrontierPoint, optimal_frontier
 from rlhf_jax.evaluation.statistics import proportion_interval
 from rlhf_jax.feedback.dataset import Feedback
+from rlhf_jax.objectives import objective_of
 from rlhf_jax.recipes.parts import load_parts
 from rlhf_jax.recipes.probes import reference_rewards
 from rlhf_jax.runs import Run, fingerprint
@@ -192,8 +193,12 @@ def describe(study: StudyConfig, stages: Stages) -> Study:
       ),
       (
         'Preferences',
-        f'{config.data.source}, data {record["data_fingerprint"][:12]}, the same for '
-        'the reward model and the offline objectives',
+        f'{config.data.source}, data {record["data_fingerprint"][:12]}, the same for the reward '
+        'model and all objectives, of which each learns from its kind: '
+        + '; '.join(
+          f'{name} from {objective_of(stage.objective).data.replace("_", " ")}'
+          for name, stage in study.objectives.items()
+        ),
       ),
       (
         'Evaluation',
@@ -203,8 +208,8 @@ def describe(study: StudyConfig, stages: Stages) -> Study:
       ),
       (
         'Cost',
-        "tokens and seconds are each objective's own training, without SFT; PPO's tokens count a "
-        'rollout once, however many epochs read it, and it also needs '
+        "tokens and seconds are each objective's own training, without SFT; samples count once, "
+        'however many epochs read them, and objectives that sample also need '
         f'the reward model: {reward_cost["tokens"]:,} tokens, {reward_cost["seconds"]:.0f} s',
       ),
     ],

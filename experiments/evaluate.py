@@ -116,6 +116,8 @@ def best_of_n_questions(opened: Finished) -> list[Question]:
   if min(sizes) < 1:
     raise UserError(f'--best_of_n={",".join(BEST_OF_N.value)}: expected numbers >= 1.')
   parts = opened.parts
+  if not parts.config.evaluation.prompts:
+    raise UserError(f'--best_of_n={",".join(BEST_OF_N.value)}: it takes prompts; raise --prompts.')
   reward_model = load_reward_model(parts) if isinstance(parts, Parts) else None
   if not isinstance(parts, Parts) or reward_model is None or 'policy' not in opened.params:
     raise UserError(

@@ -66,6 +66,13 @@ class RewardModelInitConfig(InitConfig):
         "'mean' with a single reward model",
         f'Name the other members in {path}.ensemble.',
       )
+    members = (self.init, *self.ensemble)
+    if '' in members or len(set(members)) < len(members):
+      raise ConfigError(
+        f'{path}.ensemble',
+        self.ensemble,
+        f'other stages than {self.init!r} and each other',
+      )
     if self.ensemble and self.init is None:
       raise ConfigError(f'{path}.init', None, "the ensemble's first member")
     if not self.uncertainty_coefficient >= 0:
@@ -175,17 +182,25 @@ class ExperimentConfig:
     named = {'policy': self.policy.init, 'reward_model': self.reward_model.init}
     ensemble = enumerate(self.reward_model.ensemble, start=1)
     named |= {f'reward_model_{number}': init for number, init in ensemble}
+    if objective_of(self.objective).data == 'prompts':
+      own = [reward.init for reward in self.rollout.rewards]
+      named |= {f'reward_{number}': init for number, init in enumerate(own)}
     return {
-      role: Init(init, getattr(self, field_of(role)).checkpoint)
+      role: Init(init, 'final' if is_term(role) else getattr(self, field_of(role)).checkpoint)
       for role, init in named.items()
       if init is not None
     }
 
   def with_inits(self, inits: Mapping[str, str]) -> 'ExperimentConfig':
     """The same stage, starting from other places, by role."""
-    members = [name for name in inits if name not in ('policy', 'reward_model')]
+    members = [name for name in inits if name.startswith('reward_model_')]
+    rewards = tuple(
+      dataclasses.replace(reward, init=inits.get(f'reward_{number}'))
+      for number, reward in enumerate(self.rollout.rewards)
+    )
     return dataclasses.replace(
       self,
+      rollout=dataclasses.replace(self.rollout, rewards=rewards),
       policy=dataclasses.replace(self.policy, init=inits.get('policy')),
       reward_model=dataclasses.replace(
         self.reward_model,
@@ -207,6 +222,11 @@ class ExperimentConfig:
         'Every microbatch needs the same number of rows.',
       )
 
+    if objective_of(self.objective).prepare is not None and self.batch_size == 1:
+      raise ConfigError(
+        'batch_size', 1, 'at least 2', 'What is estimated from other rows of the batch needs some.'
+      )
+
   def _validate_model(self) -> None:
     control = self.data.source == CONTROL
     if control != isinstance(self.model, GaussianPolicyConfig):
@@ -224,12 +244,40 @@ class ExperimentConfig:
         f'another objective with {self.data.source!r}',
         'It learns control; its counterpart for texts is ILQL.',
       )
-    if control and isinstance(self.objective, ORPOConfig | UnlikelihoodConfig):
+    if control:
+      self._validate_control()
+
+  def _validate_control(self) -> None:
+    objective, source = objective_of(self.objective), self.data.source
+    iql = isinstance(self.objective, IQLConfig)
+    kinds = ('comparisons', 'demonstrations')
+    discrete = isinstance(self.objective, ORPOConfig | UnlikelihoodConfig)
+    if discrete or not (iql or objective.data in kinds):
       raise ConfigError(
         'objective',
         type(self.objective).__name__,
-        f'another objective with {self.data.source!r}',
-        'It needs probabilities of actions; continuous ones have densities.',
+        f'SFT, CPL, DPO, SimPO, a Bradley-Terry reward model or IQL with {source!r}',
+        'It needs probabilities of actions; continuous ones have densities.'
+        if discrete
+        else f'There are no {objective.data.replace("_", " ")} of texts.',
+      )
+    if getattr(self.objective, 'normalization', 'none') != 'none':
+      raise ConfigError(
+        'objective.normalization',
+        self.objective.normalization,  # type: ignore[attr-defined]
+        f"'none' with {source!r}",
+        'Rewards of control are summed over steps as they are.',
+      )
+    if self.reward_model.ensemble:
+      raise ConfigError(
+        'reward_model.ensemble', self.reward_model.ensemble, f'none with {source!r}'
+      )
+    if self.reward_model.init is not None and not iql:
+      raise ConfigError(
+        'reward_model.init',
+        self.reward_model.init,
+        f'None for {objective.name} with {source!r}',
+        'Only IQL is paid by one, and policies are measured by their cost.',
       )
 
   def _validate_sources(self) -> None:
@@ -247,7 +295,8 @@ class ExperimentConfig:
 
   def _validate_rewards(self, name: str) -> None:
     sources = self.rollout.sources()
-    if 'reward_model' in sources and self.reward_model.init is None:
+    terms = [(reward.source, reward.init) for reward in self.rollout.rewards]
+    if ('reward_model', None) in terms and self.reward_model.init is None:
       raise ConfigError(
         'reward_model.init',
         None,
@@ -313,8 +362,15 @@ def field_of(role: str) -> str:
   return 'policy' if role == 'policy' else 'reward_model'
 
 
+def is_term(role: str) -> bool:
+  """Whether a role is a reward model of its own among the rollout's rewards, 'reward_0', ..."""
+  return role.startswith('reward_') and role.removeprefix('reward_').isdigit()
+
+
 def path_of(role: str) -> str:
   """Where a config names the stage of a role: 'reward_model_1' -> 'reward_model.ensemble'."""
+  if is_term(role):
+    return f'rollout.rewards[{role.removeprefix("reward_")}].init'
   return f'{field_of(role)}.{"init" if role == field_of(role) else "ensemble"}'
 
 

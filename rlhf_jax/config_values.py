@@ -29,6 +29,8 @@ def check_types(config: Any, path: str = '') -> None:
       kinds = ' or '.join(
         str(option) if typing.get_args(option) else option.__name__ for option in options
       )
+      if not _finite(value):
+        raise ConfigError(f'{path}{name}', value, 'finite numbers')
       raise ConfigError(f'{path}{name}', value, f'{kinds}, not {type(value).__name__}')
     if dataclasses.is_dataclass(value):
       check_types(value, f'{path}{name}.')
@@ -36,6 +38,12 @@ def check_types(config: Any, path: str = '') -> None:
       for number, item in enumerate(value):
         if dataclasses.is_dataclass(item):
           check_types(item, f'{path}{name}[{number}].')
+
+
+def _finite(value: Any) -> bool:
+  if isinstance(value, tuple):
+    return all(map(_finite, value))
+  return not isinstance(value, float) or math.isfinite(value)
 
 
 def _fits(value: Any, option: Any) -> bool:

@@ -113,7 +113,8 @@ def resolve(
   for kind in _needed(config):
     feedback.require('train', kind)
   # Like all that can be wrong here, before the stages that it starts from take their time.
-  rewards = reward_fingerprints(config.rollout)
+  online = objective_of(config.objective).data == 'prompts'
+  rewards = reward_fingerprints(config.rollout) if online else {}
   parents = {
     role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()
   }
@@ -203,7 +204,7 @@ def _parent(
   if not isinstance(needed, ExperimentConfig):
     raise ConfigError(field, init, f'the config of one stage, not a {type(needed).__name__}')
   # It works on behalf of this stage: on the same devices, on the same data (or what is held out
-  # here might be trained on there); only which responses it imitates is its own affair.
+  # here might be trained on there); what it makes of them is its own affair.
   needed.mesh = config.mesh
   if needed.data.source != config.data.source:
     raise ConfigError(
@@ -212,7 +213,8 @@ def _parent(
       f'a config on the same source, {config.data.source!r}, not {needed.data.source!r}',
       'Name a run that was trained on it, or another config.',
     )
-  needed.data = dataclasses.replace(config.data, responses=needed.data.responses)
+  own = {name: getattr(needed.data, name) for name in ('responses', 'convert')}
+  needed.data = dataclasses.replace(config.data, **own)
   stage = resolve(needed, root, (*chain, init))
   folder = pathlib.Path(root) / 'stages' / f'{needed.name}-{fingerprint(stage.identity)[:12]}'
   run = Run(folder)
@@ -266,7 +268,7 @@ def _execute(stage: Stage, run: Run) -> StageOutcome:
     {
       'step': config.steps,
       'best_step': checkpoints.best_step,
-      'params_sha256': trees.sha256(outcome.state.params),
+      'params_sha256': trees.sha256(outcome.state.by_role),
       'model': to_dict(built.model),
       'tokens': outcome.tokens,
       'seconds': outcome.seconds,

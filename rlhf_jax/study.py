@@ -70,6 +70,14 @@ class StudyConfig:
 
   def _validate_matched(self) -> None:
     """Compares every stage with the first objective."""
+    for name, config in self.objectives.items():
+      if config.reward_model.ensemble:
+        raise ConfigError(
+          f'objectives.{name}.reward_model.ensemble',
+          config.reward_model.ensemble,
+          'none in a study',
+          'All objectives have the one reward model of the study.',
+        )
     first_name, first = next(iter(self.objectives.items()))
     for name, config in self.objectives.items():
       for part in ('data', 'generation', 'evaluation'):

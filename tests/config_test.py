@@ -284,6 +284,14 @@ JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
     ('sft', {'generation.stop_tokens': ('a',)}, 'generation.stop_tokens', 'tuple[int, ...]'),
     ('sft', {'data': None}, 'data', 'DataConfig, not NoneType'),
     ('sft', {'objective': DataConfig()}, 'objective', 'SFTConfig or WeightedBCConfig'),
+    ('dpo', {'objective.beta': float('nan')}, 'objective.beta', 'finite numbers'),
+    ('kto', {'batch_size': 1}, 'batch_size', 'at least 2'),
+    (
+      'reinforce',
+      {'batch_size': 1, 'objective.baseline': 'batch'},
+      'objective.baseline',
+      "'none' or 'running'",
+    ),
   ],
 )
 def test_what_cannot_work_is_named(

@@ -57,7 +57,7 @@ def altered(number: int, **changes: Any) -> ExperimentConfig:
   [
     (0, {'weight': '1'}, 'float, not str'),
     (1, {'clip_above': True}, 'float or NoneType, not bool'),
-    (1, {'weight': float('nan')}, 'float'),
+    (1, {'weight': float('nan')}, 'finite'),
     (2, {'source': None}, 'str, not NoneType'),
   ],
 )

@@ -8,9 +8,10 @@ import pytest
 
 from rlhf_jax import stages
 from rlhf_jax.common.errors import DataError
-from rlhf_jax.config import InitConfig
+from rlhf_jax.config import InitConfig, RewardModelInitConfig
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.objectives.reward_listwise import ListwiseRewardConfig
+from rlhf_jax.recipes import parts
 from tests import tiny
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -105,3 +106,43 @@ def test_the_ways_out_lead_out(convert: str, normalization: str, tmp_path: pathl
   with tiny.devices(1):
     run = stages.run_stage(config, tmp_path / 'run', root=tmp_path).run
   assert run.require_result()['step'] == 1
+
+
+def test_a_parent_makes_of_the_data_what_its_own_config_says(tmp_path: pathlib.Path) -> None:
+  """KTO from ratings and DPO from comparisons of one file start from one policy with one tokenizer.
+
+  A reward model that converts for itself can be the parent of a stage that does not.
+  """
+  start = tmp_path / 'sft.py'
+  file = 'config.data.source, config.data.path = "jsonl", "its child says which"'
+  start.write_text(
+    'from tests import tiny\ndef get_config():\n  config = tiny.make_config("sft", steps=1)\n'
+    f'  {file}\n  return config\n'
+  )
+  judge = tmp_path / 'judge.py'
+  judge.write_text(
+    'from tests import tiny\n'
+    'def get_config():\n'
+    '  config = tiny.make_config("reward_rating", steps=1)\n'
+    f'  {file}\n'
+    '  config.data.convert = "comparisons_to_ratings"\n'
+    f'  config.policy.init = {str(start)!r}\n'
+    '  return config\n'
+  )
+  converted = write_data(tmp_path, 'comparisons', 'comparisons_to_ratings')
+  plain = write_data(tmp_path, 'comparisons')
+  kto = tiny.make_config('kto', data=converted, policy=InitConfig(init=str(start)))
+  dpo = tiny.make_config(
+    'dpo',
+    data=plain,
+    policy=InitConfig(init=str(start)),
+    reward_model=RewardModelInitConfig(init=str(judge)),
+  )
+  with tiny.devices(1):
+    first, second = (stages.resolve(config, tmp_path) for config in (kto, dpo))
+    assert first.parents['policy'].folder == second.parents['policy'].folder
+    alone = [
+      parts.load_parts(tiny.make_config('sft', data=data), {}, stages.load_data(data, tmp_path))  # type: ignore[arg-type]
+      for data in (plain, converted)
+    ]
+  assert alone[0].tokenizer.fingerprint == alone[1].tokenizer.fingerprint

@@ -52,7 +52,8 @@ def load(config: DataConfig, quarantine: pathlib.Path | None = None) -> Feedback
   else:
     feedback = _from_records(config, quarantine)
   if config.convert:
-    feedback = feedback.converted(config.convert)
+    spoken = _complete(feedback.train, config.responses)
+    feedback = dataclasses.replace(feedback.converted(config.convert), unconverted=spoken)
   if config.responses == 'preferred' and not feedback.train.comparisons:
     raise DataError(
       f"{feedback.source}: --config.data.responses='preferred' imitates the chosen responses of "

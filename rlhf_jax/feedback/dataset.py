@@ -119,6 +119,8 @@ class Feedback:
     task: the task, where the true reward is known.
     bayes_accuracy: the best accuracy any judge can have on `held_out.comparisons`, where known.
     quarantined: how many bad records were set aside.
+    unconverted: what there was to learn from before a converter was applied, so that stages with
+      different converters have one tokenizer; None where none was.
   """
 
   source: str
@@ -127,6 +129,7 @@ class Feedback:
   task: Task | None = None
   bayes_accuracy: float | None = None
   quarantined: int = 0
+  unconverted: Split | None = None
 
   def require(self, split: str, kind: str) -> tuple[Any, ...]:
     """`train` or `held_out` records of a kind; raises DataError where the source has none."""

@@ -17,7 +17,7 @@ Array = jax.Array
 class ProcessRewardConfig:
   """Process-supervised reward model (Uesato et al. 2022; Lightman et al. 2023).
 
-  As a policy's reward it pays every token its score; only scores at the ends of steps are trained.
+  As a policy's reward it pays every token its score.
   """
 
   # 'squared': regression on the steps' scores; 'binary': logistic regression on whether they are
@@ -25,24 +25,41 @@ class ProcessRewardConfig:
   variant: str = 'squared'
   # 'binary' only.
   threshold: float = 0.0
+  # What the scores of tokens between the ends of steps, <eos> among them, are trained to: 'zero',
+  # so that a policy paid token by token is paid for steps alone; 'nothing', for a model that is
+  # only asked about steps. 'squared' only: log-odds of 0 would mean that nobody knows.
+  between: str = 'zero'
 
   def validate(self, path: str) -> None:
     """Raises ConfigError for values that cannot work."""
     if self.variant not in ('squared', 'binary'):
       raise ConfigError(f'{path}.variant', self.variant, "'squared' or 'binary'")
+    if self.between not in ('zero', 'nothing'):
+      raise ConfigError(f'{path}.between', self.between, "'zero' or 'nothing'")
+    if self.variant == 'binary' and self.between == 'zero':
+      raise ConfigError(
+        f'{path}.between',
+        self.between,
+        "'nothing' with variant 'binary'",
+        'Log-odds that steps are right do not add up to a reward of a response.',
+      )
 
 
 def loss(
   config: ProcessRewardConfig, actors: Actors, params: Params, batch: StepRatings
 ) -> LossOutput:
-  """Squared error or binary cross-entropy at the ends of steps, mean over steps."""
+  """Squared error or binary cross-entropy, mean over the tokens that have something to learn."""
   assert actors.token_reward is not None
-  mask = batch.score_mask
-  # Masked first: between steps either may be anything, and must not make nan in the gradient.
+  ends = batch.score_mask
+  mask = batch.sequences.response_mask if config.between == 'zero' else ends
+  # Masked first: elsewhere either may be anything, and must not make nan in the gradient.
   scores = jnp.where(mask, actors.token_reward(params, batch.sequences), 0.0).astype(jnp.float32)
-  targets = jnp.where(mask, batch.score, 0.0)
+  targets = jnp.where(ends, batch.score, 0.0)
   errors = Mean.of(jnp.square(scores - targets), mask)
-  metrics: Metrics = {'squared_error': errors, 'score': Mean.of(scores, mask)}
+  metrics: Metrics = {
+    'squared_error': Mean.of(jnp.square(scores - targets), ends),
+    'score': Mean.of(scores, ends),
+  }
   if config.variant == 'squared':
     return errors, metrics
   good = targets > config.threshold

@@ -62,7 +62,8 @@ def proportional_odds(scores: Array, ratings: Array, cutpoints: tuple[float, ...
   above = scores - edges[jnp.minimum(classes, len(cutpoints) - 1)]
   first, last = classes == 0, classes == len(cutpoints)
   # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a))
-  width = jnp.where(first | last, 1.0, below - above)
+  gap = edges[jnp.minimum(classes, len(cutpoints) - 1)] - edges[jnp.maximum(classes - 1, 0)]
+  width = jnp.where(first | last, 1.0, gap)
   return -(
     jnp.where(first, 0.0, jax.nn.log_sigmoid(below))
     + jnp.where(last, 0.0, jax.nn.log_sigmoid(-above))

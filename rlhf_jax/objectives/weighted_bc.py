@@ -28,7 +28,8 @@ class WeightedBCConfig:
   keep: float = 0.1
   # In the units of the scores; 'weighted' only.
   temperature: float = 1.0
-  # The largest weight, where their mean is 1 (Peng et al. 2019 clip at 20); 'weighted' only.
+  # The largest weight, in units of their mean before it is cut (Peng et al. 2019 clip at 20);
+  # 'weighted' only.
   max_weight: float = 20.0
 
   def validate(self, path: str) -> None:

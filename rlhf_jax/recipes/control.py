@@ -21,7 +21,7 @@ from rlhf_jax.models.mlp import replicated_axes
 from rlhf_jax.objectives import Actors, objective_of
 from rlhf_jax.objectives.iql import IQLConfig
 from rlhf_jax.recipes.offline import Dataset, Learner, Preparation, make_preparation, offline_recipe
-from rlhf_jax.recipes.parts import check_devices, placed, shardings_of
+from rlhf_jax.recipes.parts import check_devices, check_role, placed, shardings_of
 from rlhf_jax.recipes.probes import Question, loss_question, preference_question
 from rlhf_jax.recipes.trainer import Trees
 from rlhf_jax.runs import Run
@@ -67,6 +67,8 @@ def load_control(
       f'{parents["policy"].model}, that of the stage it starts from',
       'Set the same there and here.',
     )
+  for role, run in parents.items():
+    check_role(role, run)
   return ControlParts(config, check_devices(config), feedback, model, parents)
 
 

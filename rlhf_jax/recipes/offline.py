@@ -106,8 +106,14 @@ def make_preparation(parts: StageParts, actors: Actors, splits: int = 1) -> Prep
     return dataclasses.replace(batch, reference_logprobs=logprobs)
 
   def prepare(params: Any, reference: Any, batch: Any) -> Any:
-    assert objective.prepare is not None
-    return objective.prepare(config.objective, actors, params, reference, batch)
+    assert objective.prepare is not None and actors.policy is not None
+    policy = actors.policy
+
+    def in_parts(params: Any, sequences: Sequences) -> Any:
+      return map_rows(lambda rows: policy(params, rows), sequences, splits)
+
+    split = actors._replace(policy=in_parts)
+    return objective.prepare(config.objective, split, params, reference, batch)
 
   needed = objective.reference(config.objective)
   return Preparation(
@@ -259,6 +265,9 @@ def questions_of(parts: Parts, actors: Actors, preparation: Preparation) -> list
   # What is curated from the training set as a whole has no counterpart on held-out records.
   if config.evaluation.records and objective.curate is None:
     held_out = encode(parts, 'held_out', config.evaluation.records)
+    if objective.prepare is not None:
+      # Neighbours are compared with each other, and records of one prompt often stand together.
+      held_out = held_out.select(np.random.default_rng(0).permutation(len(held_out)))
     ask_about = loss_question if objective.difference is None else preference_question
     questions.append(ask_about(parts, actors, held_out, preparation.__call__))
   if objective.trains == 'policy':

@@ -173,6 +173,8 @@ def build_online(parts: Parts) -> Recipe:
     params = {'policy': parts.reference} if from_reference else state.params
     sampled, scored = sample(params, prompts, state.stream(prng.Stream.SAMPLING))
     collected, metrics = complete(params, parts.reference, state.carry, sampled, reward(scored))
+    if from_reference:  # the samples' own KL, which is 0, says nothing of the policy
+      metrics = {name: metric for name, metric in metrics.items() if not name.startswith('kl')}
     return Prepared(collected.batch, collected.carry, {**metrics, **collected.metrics})
 
   def loss(params: Any, batch: Any) -> Any:

@@ -19,6 +19,7 @@ from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.models import decoder, heads, q_heads, roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import objective_of
+from rlhf_jax.objectives.ilql import ILQLConfig
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import make_mesh
 from rlhf_jax.sharding.rules import param_shardings
@@ -86,22 +87,34 @@ def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: F
     tokenizer = make_tokenizer(config.data, feedback)
     model = config.model.with_vocabulary(tokenizer.vocab_size)
   for role, run in parents.items():
-    check_parent(role, run, config, tokenizer)
+    check_parent(role, run, tokenizer)
   check_length(model, config)
   check_tokens(config, model)
   return Parts(config, mesh, feedback, tokenizer, model, parents)
 
 
-def check_parent(role: str, run: Run, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
-  """Raises ConfigError for a run that cannot be what its role says."""
-  field = path_of(role)
+def check_role(role: str, run: Run) -> None:
+  """Raises ConfigError for a run that trained something else than its role says."""
   trained, wanted = objective_of(run.config.objective).trains, field_of(role)
   if trained != wanted:
     raise ConfigError(
-      field,
+      path_of(role),
       str(run.folder),
       f'the run of a {wanted.replace("_", " ")}',
       f'That run trained a {trained.replace("_", " ")}.',
+    )
+
+
+def check_parent(role: str, run: Run, tokenizer: Tokenizer) -> None:
+  """Raises ConfigError for a run that cannot be what its role says."""
+  check_role(role, run)
+  field, wanted = path_of(role), field_of(role)
+  if isinstance(run.config.objective, ILQLConfig):
+    raise ConfigError(
+      field,
+      str(run.folder),
+      'the run of a policy that is all in its decoder',
+      'What ILQL learns is the tilt of its Q heads, which would be lost.',
     )
   if run.tokenizer().fingerprint != tokenizer.fingerprint:
     raise ConfigError(
@@ -150,9 +163,10 @@ def make_tokenizer(config: DataConfig, feedback: Feedback) -> Tokenizer:
   """Trains the named kind on the training records, or loads the named folder."""
   if config.tokenizer not in TRAINED_TOKENIZERS:
     return tokenizers.load(pathlib.Path(config.tokenizer))
+  spoken = feedback.train if feedback.unconverted is None else feedback.unconverted
   words = () if feedback.task is None else feedback.task.vocabulary()
   return tokenizers.train(
-    config.tokenizer, itertools.chain(words, feedback.train.texts()), config.vocab_size
+    config.tokenizer, itertools.chain(words, spoken.texts()), config.vocab_size
   )
 
 

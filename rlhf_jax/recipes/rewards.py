@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import pathlib
+import sys
+import traceback
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ import numpy as np
 
 from rlhf_jax.common.errors import ConfigError, UserError
 from rlhf_jax.common.types import Sequences
+from rlhf_jax.config import field_of, is_term
 from rlhf_jax.evaluation.policy import decode_sequences
 from rlhf_jax.models import roles
 from rlhf_jax.models.config import ModelConfig
@@ -21,6 +24,7 @@ from rlhf_jax.recipes.parts import Parts, abstract_reward_model
 from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.rollout.rewards import aggregate, combine
 from rlhf_jax.rollout.rollout import Scored
+from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import put_batch
 
 Array = jax.Array
@@ -48,32 +52,42 @@ class FrozenRewardModel(NamedTuple):
 
 
 def load_reward_model(parts: Parts) -> FrozenRewardModel | None:
-  """The reward models the config names, all with one kind of score; None if it names none."""
-  runs = {role: run for role, run in parts.parents.items() if role != 'policy'}
+  """The reward model or ensemble the config names, of one kind; None if it names none."""
+  runs = {role: run for role, run in parts.parents.items() if field_of(role) == 'reward_model'}
+  runs = {role: run for role, run in runs.items() if not is_term(role)}
   if not runs:
     return None
-  by_token = {
-    role: isinstance(run.config.objective, ProcessRewardConfig) for role, run in runs.items()
-  }
-  if len(set(by_token.values())) > 1:
+  config = parts.config.reward_model
+  members = [load_member(parts, run, config.checkpoint) for run in runs.values()]
+  if len({member.by_token for member in members}) > 1:
     raise ConfigError(
       'reward_model.ensemble',
-      parts.config.reward_model.ensemble,
+      config.ensemble,
       'members that all score whole responses, or all score tokens',
     )
-  checkpoint = parts.config.reward_model.checkpoint
-  params = [
-    run.restore_role('reward_model', abstract_reward_model(run.model, parts.mesh), checkpoint)
-    for run in runs.values()
-  ]
-  config = parts.config.reward_model
   return FrozenRewardModel(
-    tuple(run.model for run in runs.values()),
-    tuple(params),
-    any(by_token.values()),
+    tuple(member.models[0] for member in members),
+    tuple(member.params[0] for member in members),
+    members[0].by_token,
     config.aggregate,
     config.uncertainty_coefficient,
   )
+
+
+def load_member(parts: Parts, run: Run, checkpoint: str) -> FrozenRewardModel:
+  """One reward model by itself."""
+  abstract = abstract_reward_model(run.model, parts.mesh)
+  params = run.restore_role('reward_model', abstract, checkpoint)
+  objective = run.config.objective
+  by_token = isinstance(objective, ProcessRewardConfig)
+  if isinstance(objective, ProcessRewardConfig) and objective.between != 'zero':
+    raise ConfigError(
+      'reward_model.init',
+      str(run.folder),
+      "a process reward model with objective.between 'zero'",
+      'Every token is paid its score: those between the ends of steps must have learnt theirs.',
+    )
+  return FrozenRewardModel((run.model,), (params,), by_token)
 
 
 def make_score(reward_model: FrozenRewardModel) -> Score:
@@ -98,7 +112,10 @@ def make_reward(parts: Parts, reward_model: FrozenRewardModel | None) -> Score:
   configs = parts.config.rollout.rewards
   judges: list[Score] = []
   for number, config in enumerate(configs):
-    if config.source == 'reward_model':
+    if config.init is not None:
+      own = load_member(parts, parts.parents[f'reward_{number}'], 'final')
+      judges.append(make_score(own))
+    elif config.source == 'reward_model':
       assert reward_model is not None
       judges.append(make_score(reward_model))
     elif config.source == 'task':
@@ -131,7 +148,7 @@ def make_text_score(parts: Parts, function: RewardFunction, name: str) -> Score:
 
   def score(sequences: Sequences) -> Scored:
     texts = decode_sequences(jax.device_get(sequences), parts.tokenizer.decode)
-    given = function(*texts)
+    given = _call(function, texts, name)
     expected = f'{name}: expected a list of {len(texts[1])} numbers, one a response, got'
     try:
       found = np.asarray(given)
@@ -151,18 +168,36 @@ def make_text_score(parts: Parts, function: RewardFunction, name: str) -> Score:
   return score
 
 
+def _call(function: RewardFunction, texts: tuple[list[str], list[str]], name: str) -> Any:
+  """What the function says; its own errors are the user's, and say where they arose."""
+  try:
+    return function(*texts)
+  except Exception as error:
+    raise UserError(f'{name}: {_where(error)}{type(error).__name__}: {error}.') from error
+
+
+def _where(error: Exception) -> str:
+  """`FILE:LINE: ` of the place in an exception's traceback where it arose."""
+  frames = traceback.extract_tb(error.__traceback__)
+  return f'{frames[-1].filename}:{frames[-1].lineno}: ' if frames else ''
+
+
 def load_function(source: str) -> RewardFunction:
-  """The function named 'FILE.py:NAME'; raises UserError where there is none."""
+  """The function named 'FILE.py:NAME'; raises UserError where there is none or the file fails."""
   path, _, name = source.rpartition(':')
   if not pathlib.Path(path).is_file():
     raise UserError(f'{source}: there is no file {path}.')
-  module = types.ModuleType(pathlib.Path(path).stem)
+  # Known by name while it runs, as dataclasses and pickle expect of a module.
+  module = types.ModuleType(f'rlhf_jax_rewards_{pathlib.Path(path).stem}')
   module.__file__ = path
+  sys.modules[module.__name__] = module
   try:
     # Not by import: compiled code that is kept could be that of the file before its last change.
     exec(compile(pathlib.Path(path).read_bytes(), path, 'exec'), vars(module))
   except SyntaxError as error:
     raise UserError(f'{path}:{error.lineno}: {error.msg}.') from error
+  except Exception as error:
+    raise UserError(f'{_where(error)}{type(error).__name__}: {error}.') from error
   function = getattr(module, name, None)
   if not callable(function):
     raise UserError(f'{source}: {path} defines no function {name}.')
@@ -170,15 +205,18 @@ def load_function(source: str) -> RewardFunction:
 
 
 def reward_fingerprints(config: RolloutConfig) -> dict[str, str]:
-  """SHA-256 of the files of reward functions, by source: other code, another result.
+  """SHA-256 of reward functions' files and of those they are said to read, by name.
 
-  Raises UserError for a function that is not there.
+  With other content the result would be another one. Raises UserError for what is not there.
   """
   found = {}
-  for source in config.sources():
-    if source in ('reward_model', 'task'):
+  for reward in config.rewards:
+    if reward.source in ('reward_model', 'task'):
       continue
-    load_function(source)
-    path = pathlib.Path(source.rpartition(':')[0])
-    found[source] = hashlib.sha256(path.read_bytes()).hexdigest()
+    load_function(reward.source)
+    for name in (reward.source.rpartition(':')[0], *reward.files):
+      path = pathlib.Path(name)
+      if not path.is_file():
+        raise UserError(f'{reward.source}: there is no file {name}, which its `files` names.')
+      found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
   return found

@@ -16,8 +16,8 @@ AGGREGATES = ('mean', 'worst', 'uncertainty')
 def combine(scores: Sequence[Array], configs: Sequence[RewardConfig]) -> Array:
   """The weighted sum of `[B]` float rewards, less what thresholds and gates take away: `[B]`.
 
-  Every reward counts up to its `clip_above`. A reward below its `gate_below` alone is the score,
-  weighted; of several such the first one listed.
+  Every reward counts up to its `clip_above`, those that are `gate_only` not at all. A reward below
+  its `gate_below` alone is the score, weighted; of several such the first one listed.
   """
   check_float(**{f'reward_{number}': score for number, score in enumerate(scores)})
   scores = [score.astype(jnp.float32) for score in scores]
@@ -25,7 +25,11 @@ def combine(scores: Sequence[Array], configs: Sequence[RewardConfig]) -> Array:
     score if config.clip_above is None else jnp.minimum(score, config.clip_above)
     for score, config in zip(scores, configs, strict=True)
   ]
-  total = sum(config.weight * score for score, config in zip(clipped, configs, strict=True))
+  total = sum(
+    config.weight * score
+    for score, config in zip(clipped, configs, strict=True)
+    if not config.gate_only
+  )
   assert isinstance(total, jax.Array)
   for score, config in reversed(list(zip(scores, configs, strict=True))):
     if config.gate_below is not None:

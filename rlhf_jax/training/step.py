@@ -11,6 +11,7 @@ import optax
 from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common.metrics import First, Max, Mean, Metrics
 from rlhf_jax.common.prng import Stream
+from rlhf_jax.common.rows import split_rows
 from rlhf_jax.training.state import TrainState
 
 Array = jax.Array
@@ -32,18 +33,6 @@ class Schedule(NamedTuple):
   epochs: int = 1
   minibatches: int = 1
   accumulation: int = 1
-
-
-def split_rows(batch: Any, parts: int) -> Any:
-  """`[B, ...]` -> `[parts, B / parts, ...]`, row b to part b mod parts.
-
-  The stride keeps every part spread over all devices of a batch sharded by blocks of rows.
-  """
-
-  def split(x: Array) -> Array:
-    return x.reshape((x.shape[0] // parts, parts) + x.shape[1:]).swapaxes(0, 1)
-
-  return jax.tree.map(split, batch)
 
 
 def accumulate_gradients(

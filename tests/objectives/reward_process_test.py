@@ -11,7 +11,10 @@ from tests.objectives.tabular import assert_equals_slow_loss, make_batch, make_o
 
 @pytest.mark.parametrize(
   'config',
-  [ProcessRewardConfig(), ProcessRewardConfig(variant='binary', threshold=0.4)],
+  [
+    ProcessRewardConfig(between='nothing'),
+    ProcessRewardConfig(variant='binary', threshold=0.4, between='nothing'),
+  ],
   ids=['squared', 'binary'],
 )
 def test_the_loss_is_the_mean_over_steps(config: ProcessRewardConfig) -> None:
@@ -41,6 +44,20 @@ def test_the_loss_is_the_mean_over_steps(config: ProcessRewardConfig) -> None:
     np.testing.assert_allclose(metrics['step_accuracy'].value(), right.mean())
 
 
+def test_tokens_between_steps_learn_that_they_are_worth_nothing() -> None:
+  """By default: a response's token scores then add up to those of its steps."""
+  batch, outputs = make_batch('step_ratings'), make_outputs('step_ratings')
+  mask = batch.sequences.response_mask
+  targets = np.where(batch.score_mask, batch.score, 0.0)
+
+  def slow(x: dict[str, np.ndarray]) -> float:
+    return float(np.square(x['token_scores'] - targets)[mask].mean())
+
+  assert_equals_slow_loss(ProcessRewardConfig(), batch, outputs, slow, 'token_scores')
+
+
 def test_impossible_settings_are_named() -> None:
   """The error has the field's dotted name."""
   assert_refused(ProcessRewardConfig, {'variant': 'cubic'}, 'variant')
+  assert_refused(ProcessRewardConfig, {'between': 'one'}, 'between')
+  assert_refused(ProcessRewardConfig, {'variant': 'binary'}, 'between')

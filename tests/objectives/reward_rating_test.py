@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,3 +82,19 @@ def test_metrics_count_classes() -> None:
 def test_impossible_settings_are_named(settings: dict[str, Any], field: str) -> None:
   """Cutpoints belong to classes, and ascend."""
   assert_refused(RatingRewardConfig, settings, field)
+
+
+@pytest.mark.parametrize('size', [1e4, 1e8])
+def test_narrow_classes_at_large_scores(size: float) -> None:
+  """A class between close cutpoints has its exact width, however large the score."""
+  scores, ratings = np.array([size, -size], np.float32), np.array([0.15, 0.15], np.float32)
+
+  def total(scores: jax.Array) -> jax.Array:
+    return proportional_odds(scores, jnp.asarray(ratings), (0.1, 0.2)).sum()
+
+  found, slopes = jax.value_and_grad(total)(jnp.asarray(scores))
+  # Far above both cuts -log(sigmoid(s - .1) - sigmoid(s - .2)) is s - .2 - log(1 - exp(-.1)), far
+  # below them -s + .1 - log(1 - exp(-.1)).
+  expected = 2 * size - 0.1 - 2 * np.log(-np.expm1(-0.1))
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  np.testing.assert_allclose(slopes, [1.0, -1.0], rtol=1e-5)

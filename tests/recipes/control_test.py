@@ -10,13 +10,16 @@ import pytest
 
 from rlhf_jax import stages
 from rlhf_jax.common.errors import ConfigError, DataError, RunError
-from rlhf_jax.config import load_config
+from rlhf_jax.config import RewardModelInitConfig, load_config
 from rlhf_jax.models import gaussian
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.objectives.cpl import CPLConfig
 from rlhf_jax.objectives.iql import IQLConfig
 from rlhf_jax.objectives.kto import KTOConfig
 from rlhf_jax.objectives.orpo import ORPOConfig
+from rlhf_jax.objectives.ppo import PPOConfig
+from rlhf_jax.objectives.reward_model import RewardModelConfig
+from rlhf_jax.objectives.reward_process import ProcessRewardConfig
 from rlhf_jax.recipes import control
 from rlhf_jax.recipes.finished import open_run, own_questions
 from rlhf_jax.recipes.probes import ask
@@ -183,6 +186,18 @@ def test_a_policy_with_hidden_layers_is_simulated(tmp_path: pathlib.Path) -> Non
   [
     ({'model': tiny.MODEL}, 'GaussianPolicyConfig'),
     ({'objective': ORPOConfig()}, 'densities'),
+    ({'objective': KTOConfig()}, 'ratings'),
+    ({'objective': PPOConfig()}, 'prompts'),
+    ({'objective': ProcessRewardConfig()}, 'step ratings'),
+    ({'objective': RewardModelConfig()}, 'normalization'),
+    ({'reward_model': RewardModelInitConfig(init='a')}, 'Only IQL'),
+    (
+      {
+        'objective': IQLConfig(),
+        'reward_model': RewardModelInitConfig(init='a', ensemble=('b',)),
+      },
+      'ensemble',
+    ),
     ({'data': tiny.make_config('sft').data}, 'ModelConfig'),
   ],
 )
@@ -194,12 +209,21 @@ def test_impossible_combinations_are_refused(changes: Any, said: str) -> None:
     tiny.make_config('sft', objective=IQLConfig()).validate()
 
 
-def test_what_it_has_no_data_for_is_refused(tmp_path: pathlib.Path) -> None:
-  """KTO wants single ratings; there are comparisons and rewards of steps."""
-  config = small('lqr_cpl', objective=KTOConfig())
-  config.policy.init = str(tmp_path)
+def test_there_are_only_segments(tmp_path: pathlib.Path) -> None:
+  """What else is asked for is refused with what there is."""
+  feedback = stages.load_data(small('lqr_cpl').data, tmp_path)
   with pytest.raises(DataError, match='no ratings.*CPL'):
-    stages.run_stage(config, tmp_path / 'run', root=tmp_path)
+    feedback.require('train', 'ratings')
+
+
+def test_a_policy_is_no_reward_model(tmp_path: pathlib.Path) -> None:
+  """A parent of the wrong kind is named with its field."""
+  run(small('lqr_sft'), tmp_path / 'sft')
+  config = small('lqr_piql')
+  config.reward_model.init = str(tmp_path / 'sft')
+  with pytest.raises(ConfigError, match=r'reward_model\.init.*the run of a reward model'):
+    with tiny.devices(1):
+      stages.run_stage(config, tmp_path / 'run', root=tmp_path)
 
 
 def test_rows_may_be_split_over_devices(tmp_path: pathlib.Path) -> None:

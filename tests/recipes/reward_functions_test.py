@@ -115,10 +115,48 @@ def test_a_function_is_that_of_the_file_as_it_is(lexicon: pathlib.Path) -> None:
 def test_only_functions_have_fingerprints(lexicon: pathlib.Path) -> None:
   sources = ('reward_model', 'task', f'{lexicon}:score')
   config = RolloutConfig(rewards=tuple(RewardConfig(source=source) for source in sources))
-  assert list(reward_fingerprints(config)) == [sources[-1]]
+  assert list(reward_fingerprints(config)) == [str(lexicon)]
+
+
+def test_what_a_function_reads_counts_too(lexicon: pathlib.Path) -> None:
+  """A lexicon beside the code: other words, other fingerprints; a missing one is named."""
+  words = lexicon.with_name('words.txt')
+  term = RewardConfig(source=f'{lexicon}:score', files=(str(words),))
+  found = []
+  for content in ('good', 'bad'):
+    words.write_text(content)
+    found.append(reward_fingerprints(RolloutConfig(rewards=(term,))))
+  assert found[0].keys() == {str(lexicon), str(words)}
+  assert found[0][str(lexicon)] == found[1][str(lexicon)]
+  assert found[0][str(words)] != found[1][str(words)]
+  words.unlink()
+  with pytest.raises(UserError, match='words.txt'):
+    reward_fingerprints(RolloutConfig(rewards=(term,)))
+
+
+def test_a_file_may_hold_whatever_a_module_may(lexicon: pathlib.Path) -> None:
+  """Dataclasses with postponed annotations look their module up by its name."""
+  lexicon.write_text(
+    'from __future__ import annotations\nimport dataclasses\n\n'
+    '@dataclasses.dataclass\nclass Words:\n  worth: int = 2\n\n'
+    'def score(prompts, responses):\n  return [Words().worth for _ in responses]\n'
+  )
+  assert load_function(f'{lexicon}:score')([''], ['a']) == [2]
+
+
+@pytest.mark.slow
+def test_a_functions_own_error_says_where_it_arose(
+  lexicon: pathlib.Path, parents: pathlib.Path
+) -> None:
+  """File and line, the error and its text, without a traceback."""
+  lexicon.write_text('def score(prompts, responses):\n  return [1 / 0 for _ in responses]\n')
+  with pytest.raises(UserError, match=r'lexicon.py:2: ZeroDivisionError'):
+    first_rollout(make_config('rloo', f'{lexicon}:score', parents))
 
 
 BROKEN = {
+  'import': ('import no_such_module\n', 'score', 'lexicon.py:1: ModuleNotFoundError'),
+  'arithmetic': ('x = 1\ny = x / 0\n', 'score', 'lexicon.py:2: ZeroDivisionError'),
   'no file': (None, 'score', 'there is no file'),
   'no function': ('x = 1\n', 'score', 'defines no function score'),
   'no function but a number': ('score = 1\n', 'score', 'defines no function score'),

@@ -167,20 +167,19 @@ def test_members_can_be_config_files(parents: pathlib.Path, tmp_path: pathlib.Pa
     '  return config\n'
   )
   config = make_config(parents, parents / 'reward_model')
-  config.reward_model = RewardModelInitConfig(init=f'{file}:0', ensemble=(f'{file}:1', f'{file}:0'))
+  config.reward_model = RewardModelInitConfig(init=f'{file}:0', ensemble=(f'{file}:1',))
   with tiny.devices(1):
     stage = stages.resolve(config, tmp_path)
   runs = [stage.parents[role].folder for role in ('reward_model', 'reward_model_1')]
-  assert runs[0] != runs[1] and stage.parents['reward_model_2'].folder == runs[0]
+  assert runs[0] != runs[1]
   assert len(list((tmp_path / 'stages').glob('reward_model-*'))) == 2
   parts = parts_of(
     config.with_inits({role: str(run.folder) for role, run in stage.parents.items()})
   )
   with jax.set_mesh(parts.mesh):
     loaded = load_reward_model(parts)
-  assert loaded is not None and len(loaded.params) == 3
-  first, second, third = (np.asarray(tree['head']['kernel']) for tree in loaded.params)
-  np.testing.assert_array_equal(first, third)
+  assert loaded is not None and len(loaded.params) == 2
+  first, second = (np.asarray(tree['head']['kernel']) for tree in loaded.params)
   assert not np.array_equal(first, second)
 
 
@@ -254,3 +253,37 @@ def test_process_rewards_are_paid_where_they_belong(
   scores = prepared.metrics['score']
   assert float(scores.value()) == pytest.approx(rewards.sum(-1).mean(), rel=1e-4)
   assert np.abs(tokens[mask]).max() > 1e-2 and words.max() > words.min()
+
+
+def test_a_reward_may_have_a_model_of_its_own(
+  judges: pathlib.Path, parents: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  """Helpfulness beside safety: two models are weighed, and the second is part of the identity."""
+
+  def config(second: str) -> Any:
+    terms = (RewardConfig(), RewardConfig(init=str(judges / second), weight=0.5))
+    return make_config(parents, judges / 'a', rollout=RolloutConfig(rewards=terms))
+
+  parts = parts_of(config('b'))
+  with jax.set_mesh(parts.mesh):
+    found = make_reward(parts, load_reward_model(parts))(some_sequences(parts)).scores
+  expected = scores_by(parts, judges / 'a') + 0.5 * scores_by(parts, judges / 'b')
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+  assert parts.config.inits()['reward_1'].init == str(judges / 'b')
+  with tiny.devices(1):
+    one, other = (stages.resolve(config(second), tmp_path).identity for second in 'bc')
+  assert one != other
+  finished = tiny.run_stage(dataclasses.replace(config('b'), steps=1), tmp_path / 'run')
+  again = finished.outcome.run.config
+  assert again.rollout.rewards[1].init == str((judges / 'b').absolute())
+  policy = config('b')
+  policy.rollout.rewards[1].init = str(parents / 'sft')
+  with pytest.raises(ConfigError, match=r'rollout\.rewards\[1\]\.init.*reward model'):
+    parts_of(policy)
+
+
+def test_members_must_differ(judges: pathlib.Path, parents: pathlib.Path) -> None:
+  """A model twice is no ensemble, and disagrees with itself about nothing."""
+  for members in ((judges / 'a', judges / 'a'), (judges / 'a', '')):
+    with pytest.raises(ConfigError, match=r'reward_model\.ensemble'):
+      make_config(parents, *members, aggregate='uncertainty').validate()

@@ -47,3 +47,26 @@ def test_the_defaults_are_one_reward_model() -> None:
   config = RolloutConfig()
   config.validate('rollout')
   assert config.sources() == ('reward_model',)
+
+
+@pytest.mark.parametrize(
+  ('rewards', 'field'),
+  [
+    ((RewardConfig(), RewardConfig()), 'rewards[1].source'),
+    ((RewardConfig(source='task', init='runs/rm'),), 'rewards[0].init'),
+    ((RewardConfig(files=('words.txt',)),), 'rewards[0].files'),
+    ((RewardConfig(gate_only=True),), 'rewards[0].gate_only'),
+    ((RewardConfig(gate_only=True, gate_below=0.0),), 'rewards'),
+  ],
+)
+def test_rewards_that_cannot_be_together(rewards: tuple[RewardConfig, ...], field: str) -> None:
+  """The same one twice, settings of another source, and gates without anything behind them."""
+  with pytest.raises(ConfigError) as caught:
+    RolloutConfig(rewards=rewards).validate('rollout')
+  assert caught.value.field == f'rollout.{field}'
+
+
+def test_a_cut_begins_somewhere() -> None:
+  """Positions count from 0."""
+  with pytest.raises(ConfigError, match='score_truncation_after'):
+    RolloutConfig(score_truncation_after=-1).validate('rollout')

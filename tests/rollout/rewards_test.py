@@ -99,3 +99,10 @@ def test_integers_and_unknown_kinds_are_refused() -> None:
     aggregate(jnp.ones((2, 3), int), 'mean', 1.0)
   with pytest.raises(ValueError, match='median'):
     aggregate(jnp.ones((2, 3)), 'median', 1.0)
+
+
+def test_llama_2s_reward_is_either_safety_or_helpfulness() -> None:
+  """Touvron et al. 2023, section 3.2.3: R_s where R_s < 0.15, else R_h, without any sum."""
+  safety, helpfulness = jnp.array([0.1, 0.14, 0.2, 0.9]), jnp.array([5.0, -5.0, 2.0, -1.0])
+  terms = (RewardConfig(gate_below=0.15, gate_only=True), RewardConfig(source='task'))
+  np.testing.assert_allclose(combine([safety, helpfulness], terms), [0.1, 0.14, 2.0, -1.0])
