@@ -137,17 +137,15 @@ def make_rollout_sampler(
   return sample
 
 
-def build_online(parts: Parts) -> Recipe:
-  """The recipe of objectives that eat prompts: every step is a rollout and its updates."""
+def make_rollout(
+  parts: Parts,
+  policy: Callable[[Any, Sequences], PolicyOutput],
+  reward_model: FrozenRewardModel | None,
+) -> Callable[[TrainState, Any], Prepared]:
+  """An iteration before its updates: samples, scores, and what the objective makes of them."""
   config = parts.config
-  row = objective_of(config.objective)
-  collect = row.collect
+  collect = objective_of(config.objective).collect
   assert collect is not None
-  reward_model = load_reward_model(parts)
-  value_model = value_model_of(parts, reward_model)
-  policy = make_policy(parts, value_model)
-  columns = probes.prompt_columns(parts, 'train', None)
-  batches = pipeline.batches(columns, config.batch_size, config.seed)
   sample, reward = make_rollout_sampler(parts), make_reward(parts, reward_model)
   judges = make_judges(parts, policy)
   from_reference = getattr(config.objective, 'sample_from', 'policy') == 'reference'
@@ -177,6 +175,19 @@ def build_online(parts: Parts) -> Recipe:
       metrics = {name: metric for name, metric in metrics.items() if not name.startswith('kl')}
     return Prepared(collected.batch, collected.carry, {**metrics, **collected.metrics})
 
+  return prepare
+
+
+def build_online(parts: Parts) -> Recipe:
+  """The recipe of objectives that eat prompts: every step is a rollout and its updates."""
+  config = parts.config
+  row = objective_of(config.objective)
+  reward_model = load_reward_model(parts)
+  value_model = value_model_of(parts, reward_model)
+  policy = make_policy(parts, value_model)
+  columns = probes.prompt_columns(parts, 'train', None)
+  batches = pipeline.batches(columns, config.batch_size, config.seed)
+
   def loss(params: Any, batch: Any) -> Any:
     return row.loss(config.objective, Actors(policy=policy), params, batch)
 
@@ -191,7 +202,7 @@ def build_online(parts: Parts) -> Recipe:
     trainer.abstract,
     trainer.init,
     batches.batch,
-    prepare,
+    make_rollout(parts, policy, reward_model),
     trainer.update,
     lambda params, step: probes.ask(questions, params, step),
     lambda state: state,

@@ -96,6 +96,9 @@ def test_best_of_n(runs: Path, parents: Path) -> None:
   kl = [metrics[f'best_of_{n}_kl']['mean'] for n in (1, 4)]
   np.testing.assert_allclose(kl, [0, np.log(4) - 3 / 4], atol=1e-6)
   said = message(run_program('evaluate', f'--run={parents / "sft"}', '--best_of_n=4'))
+  assert '--best_of_n=4' in said and '--prompts' in said
+  asked = ('evaluate', f'--run={parents / "sft"}', '--best_of_n=4', '--prompts=4')
+  said = message(run_program(*asked))
   assert '--best_of_n=4' in said and '--reward_model' in said
   said = message(run_program('evaluate', f'--run={runs / "dpo"}', '--best_of_n=four'))
   assert 'expected numbers' in said
