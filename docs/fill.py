@@ -142,9 +142,10 @@ def reference_of(row: Objective) -> str:
 
 def value_of(row: Objective) -> str:
   """Which function of states it needs or learns."""
-  if hasattr(row.config(), 'value_model'):
+  demands = row.demands(row.config())
+  if demands.value is not None:
     return 'yes'
-  if 'actors.q' in inspect.getsource(row.loss):
+  if demands.q is not None:
     return 'Q and V'
   if row.curate is not None and 'baselines()' in inspect.getsource(row.curate):
     return 'of the reference, fitted'
@@ -153,8 +154,7 @@ def value_of(row: Objective) -> str:
 
 def reward_of(row: Objective) -> str:
   """Whether responses, or the steps that a policy learns from, are scored by a reward."""
-  scored = row.data == 'prompts' or (row.data == 'step_ratings' and row.trains == 'policy')
-  return 'yes' if scored else 'no'
+  return 'yes' if row.paid else 'no'
 
 
 def facts(name: str) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rlhf_jax.common.errors import ConfigError, UserError
 from rlhf_jax.config_values import check_types
@@ -12,11 +12,8 @@ from rlhf_jax.data.config import CONTROL, EMBEDDED, DataConfig
 from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
-from rlhf_jax.objectives import ObjectiveConfig, objective_of
-from rlhf_jax.objectives.iql import IQLConfig
-from rlhf_jax.objectives.orpo import ORPOConfig
+from rlhf_jax.objectives import OBJECTIVES, ObjectiveConfig, demands_of, objective_of
 from rlhf_jax.objectives.sft import SFTConfig
-from rlhf_jax.objectives.unlikelihood import UnlikelihoodConfig
 from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.rollout.rewards import AGGREGATES
 from rlhf_jax.sharding.mesh import MeshConfig
@@ -210,19 +207,23 @@ class ExperimentConfig:
     )
 
   def _validate_rows(self) -> None:
-    minibatches = getattr(self.objective, 'minibatches', 1)
-    if self.batch_size % (minibatches * self.accumulation):
-      parts = f'accumulation {self.accumulation}'
-      if minibatches > 1:
-        parts = f'objective.minibatches {minibatches} x {parts}'
-      raise ConfigError(
-        'batch_size',
-        self.batch_size,
-        f'a multiple of {parts}',
-        'Every microbatch needs the same number of rows.',
-      )
-
-    if objective_of(self.objective).prepare is not None and self.batch_size == 1:
+    demands = demands_of(self.objective)
+    for rows, made, minibatches in (
+      (demands.samples, 'samples', 1),
+      (demands.rows, 'rows', demands.minibatches),
+    ):
+      if self.batch_size * rows % (minibatches * self.accumulation):
+        parts = f'accumulation {self.accumulation}'
+        if minibatches > 1:
+          parts = f'objective.minibatches {minibatches} x {parts}'
+        of_each = f' ({rows} {made} of each)' if rows > 1 else ''
+        raise ConfigError(
+          'batch_size',
+          self.batch_size,
+          f'rows{of_each} that are a multiple of {parts}',
+          'Every microbatch needs the same number of rows.',
+        )
+    if demands.compares_rows and self.batch_size == 1:
       raise ConfigError(
         'batch_size', 1, 'at least 2', 'What is estimated from other rows of the batch needs some.'
       )
@@ -237,34 +238,27 @@ class ExperimentConfig:
         'Control has states and actions in the place of texts.',
       )
 
-    if isinstance(self.objective, IQLConfig) and not control:
+    domain: Literal['text', 'control'] = 'control' if control else 'text'
+    if domain not in objective_of(self.objective).domains:
+      able = [name for name, row in OBJECTIVES.items() if domain in row.domains]
       raise ConfigError(
         'objective',
-        'IQLConfig',
-        f'another objective with {self.data.source!r}',
-        'It learns control; its counterpart for texts is ILQL.',
+        type(self.objective).__name__,
+        f'another objective with {self.data.source!r}: {", ".join(able)}',
+        'The others need texts, or probabilities of actions, where control has densities.'
+        if control
+        else 'It learns control; its counterpart for texts is ILQL.',
       )
     if control:
       self._validate_control()
 
   def _validate_control(self) -> None:
     objective, source = objective_of(self.objective), self.data.source
-    iql = isinstance(self.objective, IQLConfig)
-    kinds = ('comparisons', 'demonstrations')
-    discrete = isinstance(self.objective, ORPOConfig | UnlikelihoodConfig)
-    if discrete or not (iql or objective.data in kinds):
-      raise ConfigError(
-        'objective',
-        type(self.objective).__name__,
-        f'SFT, CPL, DPO, SimPO, a Bradley-Terry reward model or IQL with {source!r}',
-        'It needs probabilities of actions; continuous ones have densities.'
-        if discrete
-        else f'There are no {objective.data.replace("_", " ")} of texts.',
-      )
-    if getattr(self.objective, 'normalization', 'none') != 'none':
+    normalization = demands_of(self.objective).normalization.kind
+    if normalization != 'none':
       raise ConfigError(
         'objective.normalization',
-        self.objective.normalization,  # type: ignore[attr-defined]
+        normalization,
         f"'none' with {source!r}",
         'Rewards of control are summed over steps as they are.',
       )
@@ -272,12 +266,12 @@ class ExperimentConfig:
       raise ConfigError(
         'reward_model.ensemble', self.reward_model.ensemble, f'none with {source!r}'
       )
-    if self.reward_model.init is not None and not iql:
+    if self.reward_model.init is not None and not objective.paid:
       raise ConfigError(
         'reward_model.init',
         self.reward_model.init,
         f'None for {objective.name} with {source!r}',
-        'Only IQL is paid by one, and policies are measured by their cost.',
+        'It is not paid by one, and policies of control are measured by their cost.',
       )
 
   def _validate_sources(self) -> None:
@@ -311,11 +305,10 @@ class ExperimentConfig:
         f"'reward_model' or a function with {self.data.source!r}",
         'Only embedded tasks have a gold reward.',
       )
-    if getattr(self.objective, 'value_model', None) == 'reward_model':
-      if self.reward_model.init is None:
-        raise ConfigError(
-          'objective.value_model', 'reward_model', "'shared' or 'separate' without a reward model"
-        )
+    if demands_of(self.objective).value == 'reward_model' and self.reward_model.init is None:
+      raise ConfigError(
+        'objective.value_model', 'reward_model', "'shared' or 'separate' without a reward model"
+      )
 
   def _validate_sampling(self, name: str) -> None:
     if self.generation.top_k != 0 or self.generation.top_p != 1:
@@ -332,16 +325,8 @@ class ExperimentConfig:
         f'a number > 0 for {name}',
         'Greedy rollouts explore nothing.',
       )
-    if getattr(self.objective, 'baseline', None) == 'batch' and self.batch_size == 1:
-      raise ConfigError(
-        'objective.baseline',
-        'batch',
-        "'none' or 'running' with batch_size 1",
-        'The baseline is the mean reward of the other responses.',
-      )
     fixed_length = not (self.generation.stop_at_eos or self.generation.stop_tokens)
-    placement = getattr(self.objective, 'score_placement', None)
-    if placement == 'last_position' and not fixed_length:
+    if demands_of(self.objective).fixed_length and not fixed_length:
       raise ConfigError(
         'objective.score_placement',
         'last_position',

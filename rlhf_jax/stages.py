@@ -21,7 +21,7 @@ from rlhf_jax.data.segments import make as make_segments
 from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
-from rlhf_jax.objectives import objective_of
+from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.recipes import build
 from rlhf_jax.recipes.parts import check_devices
 from rlhf_jax.recipes.rewards import reward_fingerprints
@@ -124,7 +124,7 @@ def resolve(
 def _needed(config: ExperimentConfig) -> tuple[str, ...]:
   """The kinds of records that a stage learns from, those that it reads at its very end too."""
   kind = objective_of(config.objective).data
-  normalized = getattr(config.objective, 'normalization', 'none') == 'demonstrations'
+  normalized = demands_of(config.objective).normalization.kind == 'demonstrations'
   return (kind, 'demonstrations') if normalized else (kind,)
 
 

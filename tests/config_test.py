@@ -228,6 +228,8 @@ JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
     ('sft', {'seed': -1}, 'seed', '>= 0'),
     ('sft', {'accumulation': 3}, 'batch_size', 'accumulation 3'),
     ('ppo', {'accumulation': 8}, 'batch_size', 'objective.minibatches 2 x accumulation 8'),
+    ('rloo', {'objective.minibatches': 3}, 'batch_size', 'rows (2 rows of each)'),
+    ('best_of_n', {'batch_size': 1, 'accumulation': 4}, 'batch_size', '(2 rows of each)'),
     ('dpo', {'policy.init': None}, 'policy.init', 'dpo starts from'),
     ('cpl_kl', {'policy.init': None}, 'policy.init', 'cpl starts from'),
     ('ppo', {'policy.init': None}, 'policy.init', 'reference'),
@@ -289,8 +291,8 @@ JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
     (
       'reinforce',
       {'batch_size': 1, 'objective.baseline': 'batch'},
-      'objective.baseline',
-      "'none' or 'running'",
+      'batch_size',
+      'at least 2',
     ),
   ],
 )

@@ -25,7 +25,7 @@ from rlhf_jax.objectives import (
   unlikelihood,
   weighted_bc,
 )
-from rlhf_jax.objectives.base import Actors, LossOutput, Objective, ObjectiveConfig
+from rlhf_jax.objectives.base import Actors, Demands, LossOutput, Objective, ObjectiveConfig
 
 OBJECTIVES: dict[str, Objective] = {
   module.OBJECTIVE.name: module.OBJECTIVE
@@ -65,4 +65,18 @@ def objective_of(config: ObjectiveConfig) -> Objective:
   raise TypeError(f'{type(config).__name__} is not the config of any objective.')
 
 
-__all__ = ['OBJECTIVES', 'Actors', 'LossOutput', 'Objective', 'ObjectiveConfig', 'objective_of']
+def demands_of(config: ObjectiveConfig) -> Demands:
+  """What an objective's settings ask of the stage around its loss."""
+  return objective_of(config).demands(config)
+
+
+__all__ = [
+  'OBJECTIVES',
+  'Actors',
+  'Demands',
+  'LossOutput',
+  'Objective',
+  'ObjectiveConfig',
+  'demands_of',
+  'objective_of',
+]

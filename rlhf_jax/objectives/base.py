@@ -70,6 +70,65 @@ class Curated(NamedTuple):
   weights: np.ndarray | None = None
 
 
+class QLearning(NamedTuple):
+  """How Q and V heads beside the policy are learnt and used.
+
+  Attributes:
+    target_rate: how far the slow copies of Q move towards Q in an optimizer update.
+    decode_beta: strength of the tilt log pi + beta (Q - V) when responses are sampled.
+  """
+
+  target_rate: float
+  decode_beta: float = 0.0
+
+
+class Normalization(NamedTuple):
+  """How a reward model's gain and bias are set, which are kept with its parameters.
+
+  Attributes:
+    kind: 'none', or over what: 'policy_samples' (before and after training) or 'demonstrations'
+      (after it).
+    samples: how many responses.
+  """
+
+  kind: str = 'none'
+  samples: int = 0
+
+
+class Demands(NamedTuple):
+  """What the settings of an objective ask of the stage around its loss.
+
+  Attributes:
+    epochs: passes over the rows of an iteration.
+    minibatches: optimizer updates in each pass.
+    samples: responses drawn to each prompt of a batch.
+    rows: rows that `collect` makes of a prompt's samples.
+    sampler: who draws them.
+    value: where the value function sits, on the policy's trunk ('shared'), on one of its own
+      copied from the policy ('separate') or from the reward model ('reward_model'); None: there is
+      none.
+    q: Q and V heads beside the policy; None: there are none.
+    cached_reference: whether the reference scores the whole dataset before the first step.
+    compares_rows: whether a row is estimated from the other rows of its batch.
+    fixed_length: whether responses must all be as long as their block.
+    normalization: of a reward model.
+    unpayable: why a policy cannot be paid what the trained reward model says; '': it can.
+  """
+
+  epochs: int = 1
+  minibatches: int = 1
+  samples: int = 1
+  rows: int = 1
+  sampler: Literal['policy', 'reference'] = 'policy'
+  value: Literal['shared', 'separate', 'reward_model'] | None = None
+  q: QLearning | None = None
+  cached_reference: bool = False
+  compares_rows: bool = False
+  fixed_length: bool = False
+  normalization: Normalization = Normalization()
+  unpayable: str = ''
+
+
 Data = Literal['demonstrations', 'comparisons', 'ratings', 'rankings', 'step_ratings', 'prompts']
 
 
@@ -108,6 +167,9 @@ class Objective(NamedTuple):
     collect: `(config, experience, carry) -> Collected`, for objectives that eat prompts.
     carry: initial memory of `collect`, numbers by name.
     trains: the role of what is trained.
+    demands: from a config, what it asks of the stage around the loss.
+    domains: 'text', 'control' (a Gaussian policy on segments of states and actions) or both.
+    by_token: whether the trained reward model scores tokens, not whole responses.
   """
 
   name: str
@@ -121,6 +183,14 @@ class Objective(NamedTuple):
   collect: Callable[[Any, Experience, Carry], Collected] | None = None
   carry: Callable[[Any], dict[str, float]] = lambda config: {}
   trains: Literal['policy', 'reward_model'] = 'policy'
+  demands: Callable[[Any], Demands] = lambda config: Demands()
+  domains: tuple[Literal['text', 'control'], ...] = ('text',)
+  by_token: bool = False
+
+  @property
+  def paid(self) -> bool:
+    """Whether it learns from a reward: of its own samples, or of the steps it is given."""
+    return self.trains == 'policy' and self.data in ('prompts', 'step_ratings')
 
 
 def flatten_rows(sequences: Sequences) -> Sequences:

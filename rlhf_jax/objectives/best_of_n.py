@@ -13,6 +13,7 @@ from rlhf_jax.objectives.base import (
   Actors,
   Carry,
   Collected,
+  Demands,
   LossOutput,
   Objective,
   Params,
@@ -64,4 +65,17 @@ def loss(config: BestOfNConfig, actors: Actors, params: Params, batch: Sequences
   return sft.loss(sft.SFTConfig(), actors, params, batch)
 
 
-OBJECTIVE = Objective('best_of_n', BestOfNConfig, 'prompts', loss, always, collect=collect)
+def demands(config: BestOfNConfig) -> Demands:
+  """Updates of the kept responses to each prompt."""
+  return Demands(
+    epochs=config.epochs,
+    minibatches=config.minibatches,
+    samples=config.samples,
+    rows=config.keep,
+    sampler=config.sample_from,  # type: ignore[arg-type]
+  )
+
+
+OBJECTIVE = Objective(
+  'best_of_n', BestOfNConfig, 'prompts', loss, always, collect=collect, demands=demands
+)

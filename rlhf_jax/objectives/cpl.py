@@ -127,5 +127,11 @@ def difference(config: CPLConfig, actors: Actors, params: Params, batch: Pairs) 
 
 
 OBJECTIVE = Objective(
-  'cpl', CPLConfig, 'comparisons', loss, lambda config: config.use_reference, difference
+  'cpl',
+  CPLConfig,
+  'comparisons',
+  loss,
+  lambda config: config.use_reference,
+  difference,
+  domains=('text', 'control'),
 )

@@ -12,6 +12,7 @@ from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Pairs
 from rlhf_jax.objectives.base import (
   Actors,
+  Demands,
   LossOutput,
   Objective,
   Params,
@@ -169,4 +170,18 @@ def difference(config: DPOConfig, actors: Actors, params: Params, batch: Pairs) 
   return rewards[:, 0] - rewards[:, 1]
 
 
-OBJECTIVE = Objective('dpo', DPOConfig, 'comparisons', loss, always, difference)
+def demands(config: DPOConfig) -> Demands:
+  """Who scores the dataset, and when."""
+  return Demands(cached_reference=config.reference == 'cached')
+
+
+OBJECTIVE = Objective(
+  'dpo',
+  DPOConfig,
+  'comparisons',
+  loss,
+  always,
+  difference,
+  demands=demands,
+  domains=('text', 'control'),
+)

@@ -14,6 +14,7 @@ from rlhf_jax.objectives.base import (
   Actors,
   Carry,
   Collected,
+  Demands,
   LossOutput,
   Objective,
   Params,
@@ -65,7 +66,7 @@ class GRPOConfig:
   # How token losses become one number: mean over each response, then over responses, 'sequence'
   # (the paper; TRL 'grpo'); mean over all tokens, 'token' (Yu et al. 2025, DAPO; TRL 'bnpo',
   # 'dapo'); sum over a response divided by a 'constant' (Dr. GRPO; TRL 'dr_grpo').
-  normalization: str = 'sequence'
+  loss_normalization: str = 'sequence'
   # That constant, in tokens (TRL: the longest response); 'constant' only.
   constant: float = 0.0
 
@@ -82,15 +83,15 @@ class GRPOConfig:
     for name, kinds in (
       ('ratio', ('token', 'sequence')),
       ('scale', SCALES),
-      ('normalization', NORMALIZATIONS),
+      ('loss_normalization', NORMALIZATIONS),
     ):
       if getattr(self, name) not in kinds:
         raise ConfigError(f'{path}.{name}', getattr(self, name), f'one of {kinds}')
-    if (self.normalization == 'constant') != (self.constant > 0):
+    if (self.loss_normalization == 'constant') != (self.constant > 0):
       raise ConfigError(
         f'{path}.constant',
         self.constant,
-        "a number > 0 with normalization 'constant', and 0 otherwise",
+        "a number > 0 with loss_normalization 'constant', and 0 otherwise",
       )
 
 
@@ -144,9 +145,9 @@ def loss(config: GRPOConfig, actors: Actors, params: Params, batch: Rollouts) ->
   reference = jnp.minimum(batch.reference_logprobs, logprobs + MAX_LOG_RATIO)
   kl = k3(logprobs, jnp.where(mask, reference, logprobs))
   losses = policy_losses + config.kl_coefficient * kl
-  mean = normalized(losses, mask, config.normalization, config.constant)
+  mean = normalized(losses, mask, config.loss_normalization, config.constant)
   return mean, {
-    'policy_loss': normalized(policy_losses, mask, config.normalization, config.constant),
+    'policy_loss': normalized(policy_losses, mask, config.loss_normalization, config.constant),
     'loss_kl': Mean.of(kl, mask),
     'entropy': Mean.of(output.entropy, mask),
     **ratio_metrics(terms, old_terms, mask, **clips),
@@ -154,7 +155,7 @@ def loss(config: GRPOConfig, actors: Actors, params: Params, batch: Rollouts) ->
 
 
 def normalized(losses: Array, mask: Array, normalization: str, constant: float = 0.0) -> Mean:
-  """Token losses `[B, R]` as one mean; see `GRPOConfig.normalization`."""
+  """Token losses `[B, R]` as one mean; see `GRPOConfig.loss_normalization`."""
   if normalization == 'token':
     return Mean.of(losses, mask)
   if normalization == 'sequence':
@@ -164,4 +165,14 @@ def normalized(losses: Array, mask: Array, normalization: str, constant: float =
   raise ValueError(f'normalization {normalization!r}: expected one of {NORMALIZATIONS}.')
 
 
-OBJECTIVE = Objective('grpo', GRPOConfig, 'prompts', loss, always, collect=collect)
+def demands(config: GRPOConfig) -> Demands:
+  """Updates of all responses to each prompt."""
+  return Demands(
+    epochs=config.epochs,
+    minibatches=config.minibatches,
+    samples=config.samples,
+    rows=config.samples,
+  )
+
+
+OBJECTIVE = Objective('grpo', GRPOConfig, 'prompts', loss, always, collect=collect, demands=demands)

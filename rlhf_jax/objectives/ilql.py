@@ -11,7 +11,15 @@ from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.masked import last_true, masked_sum
 from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import QOutput, Ratings
-from rlhf_jax.objectives.base import Actors, Curated, LossOutput, Objective, Params
+from rlhf_jax.objectives.base import (
+  Actors,
+  Curated,
+  Demands,
+  LossOutput,
+  Objective,
+  Params,
+  QLearning,
+)
 from rlhf_jax.objectives.iql import expectile_loss
 
 Array = jax.Array
@@ -117,4 +125,16 @@ def loss(config: ILQLConfig, actors: Actors, params: Params, batch: Ratings) -> 
   }
 
 
-OBJECTIVE = Objective('ilql', ILQLConfig, 'ratings', loss, curate=curate)
+def demands(config: ILQLConfig) -> Demands:
+  """Q and V heads, and slow copies of Q."""
+  return Demands(q=QLearning(config.target_rate, config.decode_beta))
+
+
+OBJECTIVE = Objective(
+  'ilql',
+  ILQLConfig,
+  'ratings',
+  loss,
+  curate=curate,
+  demands=demands,
+)

@@ -20,7 +20,7 @@ from rlhf_jax.common.checks import check_float
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import StepRatings
-from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params
+from rlhf_jax.objectives.base import Actors, Demands, LossOutput, Objective, Params, QLearning
 
 Array = jax.Array
 
@@ -168,4 +168,16 @@ def loss(config: IQLConfig, actors: Actors, params: Params, batch: StepRatings) 
   }
 
 
-OBJECTIVE = Objective('iql', IQLConfig, 'step_ratings', loss)
+def demands(config: IQLConfig) -> Demands:
+  """Q and V beside the policy, and slow copies of Q."""
+  return Demands(q=QLearning(config.target_rate))
+
+
+OBJECTIVE = Objective(
+  'iql',
+  IQLConfig,
+  'step_ratings',
+  loss,
+  demands=demands,
+  domains=('control',),
+)

@@ -13,6 +13,7 @@ from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Ratings
 from rlhf_jax.objectives.base import (
   Actors,
+  Demands,
   LossOutput,
   Objective,
   Params,
@@ -145,4 +146,17 @@ def loss(config: KTOConfig, actors: Actors, params: Params, batch: ReferencedRat
   }
 
 
-OBJECTIVE = Objective('kto', KTOConfig, 'ratings', loss, always, prepare=prepare)
+def demands(config: KTOConfig) -> Demands:
+  """The KL is estimated from responses to other prompts of the batch."""
+  return Demands(compares_rows=True)
+
+
+OBJECTIVE = Objective(
+  'kto',
+  KTOConfig,
+  'ratings',
+  loss,
+  always,
+  prepare=prepare,
+  demands=demands,
+)

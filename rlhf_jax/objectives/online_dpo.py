@@ -13,6 +13,7 @@ from rlhf_jax.objectives.base import (
   Actors,
   Carry,
   Collected,
+  Demands,
   LossOutput,
   Objective,
   Params,
@@ -88,4 +89,13 @@ def loss(config: OnlineDPOConfig, actors: Actors, params: Params, batch: Pairs) 
   }
 
 
-OBJECTIVE = Objective('online_dpo', OnlineDPOConfig, 'prompts', loss, always, collect=collect)
+def demands(config: OnlineDPOConfig) -> Demands:
+  """Updates of one pair from each prompt."""
+  return Demands(
+    epochs=config.epochs, minibatches=config.minibatches, samples=config.samples, rows=1
+  )
+
+
+OBJECTIVE = Objective(
+  'online_dpo', OnlineDPOConfig, 'prompts', loss, always, collect=collect, demands=demands
+)

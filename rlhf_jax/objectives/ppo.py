@@ -14,6 +14,7 @@ from rlhf_jax.objectives.base import (
   Actors,
   Carry,
   Collected,
+  Demands,
   LossOutput,
   Objective,
   Params,
@@ -177,6 +178,16 @@ def loss(config: PPOConfig, actors: Actors, params: Params, batch: Rollouts) -> 
   }
 
 
+def demands(config: PPOConfig) -> Demands:
+  """Updates of one response to each prompt, and a value function."""
+  return Demands(
+    epochs=config.epochs,
+    minibatches=config.minibatches,
+    value=config.value_model,  # type: ignore[arg-type]
+    fixed_length=config.score_placement == 'last_position',
+  )
+
+
 OBJECTIVE = Objective(
   'ppo',
   PPOConfig,
@@ -185,4 +196,5 @@ OBJECTIVE = Objective(
   always,
   collect=collect,
   carry=lambda config: {'kl_coefficient': config.kl.coefficient},
+  demands=demands,
 )

@@ -13,6 +13,7 @@ from rlhf_jax.objectives.base import (
   Actors,
   Carry,
   Collected,
+  Demands,
   LossOutput,
   Objective,
   Params,
@@ -86,6 +87,11 @@ def loss(config: ReinforceConfig, actors: Actors, params: Params, batch: Rollout
   return mean, {'policy_loss': mean, 'entropy': Mean.of(output.entropy, mask)}
 
 
+def demands(config: ReinforceConfig) -> Demands:
+  """The batch's mean is a baseline of several responses."""
+  return Demands(compares_rows=config.baseline == 'batch')
+
+
 OBJECTIVE = Objective(
   'reinforce',
   ReinforceConfig,
@@ -98,4 +104,5 @@ OBJECTIVE = Objective(
     'baseline': 0.0,
     'started': 0.0,
   },
+  demands=demands,
 )

@@ -13,6 +13,7 @@ from rlhf_jax.objectives.base import (
   Actors,
   Carry,
   Collected,
+  Demands,
   LossOutput,
   Objective,
   Params,
@@ -59,7 +60,7 @@ class ReinforcePPConfig:
   # off (OpenRLHF's `no_std_norm`).
   scale: bool = True
   # How token losses become one number, as in `GRPOConfig`: 'token' (the paper) or 'sequence'.
-  normalization: str = 'token'
+  loss_normalization: str = 'token'
   # The per-token penalty -beta k1 (0.01 in OpenRLHF), or, with kl_in_loss, beta k2 in the loss as
   # REINFORCE++-baseline has it.
   kl: KLPenaltyConfig = dataclasses.field(default_factory=lambda: KLPenaltyConfig(coefficient=0.01))
@@ -75,8 +76,10 @@ class ReinforcePPConfig:
     check_dual_clip(path, self.dual_clip, self.clip)
     if not 0 <= self.gamma <= 1:
       raise ConfigError(f'{path}.gamma', self.gamma, 'a number in [0, 1]')
-    if self.normalization not in ('token', 'sequence'):
-      raise ConfigError(f'{path}.normalization', self.normalization, "'token' or 'sequence'")
+    if self.loss_normalization not in ('token', 'sequence'):
+      raise ConfigError(
+        f'{path}.loss_normalization', self.loss_normalization, "'token' or 'sequence'"
+      )
     self.kl.validate(f'{path}.kl')
     if self.kl_in_loss and self.kl.target > 0:
       raise ConfigError(f'{path}.kl.target', self.kl.target, '0 with kl_in_loss')
@@ -123,11 +126,21 @@ def loss(config: ReinforcePPConfig, actors: Actors, params: Params, batch: Rollo
   )
   penalties = k2(logprobs, jnp.where(mask, batch.reference_logprobs, logprobs))
   weight = config.kl.coefficient if config.kl_in_loss else 0.0
-  return normalized(policy_losses + weight * penalties, mask, config.normalization), {
-    'policy_loss': normalized(policy_losses, mask, config.normalization),
+  return normalized(policy_losses + weight * penalties, mask, config.loss_normalization), {
+    'policy_loss': normalized(policy_losses, mask, config.loss_normalization),
     'entropy': Mean.of(output.entropy, mask),
     **ratio_metrics(logprobs, batch.old_logprobs, mask, **clips),
   }
+
+
+def demands(config: ReinforcePPConfig) -> Demands:
+  """Updates of all responses to each prompt."""
+  return Demands(
+    epochs=config.epochs,
+    minibatches=config.minibatches,
+    samples=config.samples,
+    rows=config.samples,
+  )
 
 
 OBJECTIVE = Objective(
@@ -138,4 +151,5 @@ OBJECTIVE = Objective(
   always,
   collect=collect,
   carry=lambda config: {'kl_coefficient': config.kl.coefficient},
+  demands=demands,
 )

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from rlhf_jax.common.checks import check_float, check_shapes
 from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Rankings
-from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params, flatten_rows
+from rlhf_jax.objectives.base import (
+  Actors,
+  Demands,
+  LossOutput,
+  Normalization,
+  Objective,
+  Params,
+  flatten_rows,
+)
 from rlhf_jax.objectives.reward_model import check_normalization
 
 Array = jax.Array
@@ -76,6 +84,16 @@ def loss(
   }
 
 
+def demands(config: ListwiseRewardConfig) -> Demands:
+  """The normaliser."""
+  return Demands(normalization=Normalization(config.normalization, config.normalization_samples))
+
+
 OBJECTIVE = Objective(
-  'reward_listwise', ListwiseRewardConfig, 'rankings', loss, trains='reward_model'
+  'reward_listwise',
+  ListwiseRewardConfig,
+  'rankings',
+  loss,
+  trains='reward_model',
+  demands=demands,
 )

@@ -9,7 +9,15 @@ from rlhf_jax.common.checks import check_float, check_shapes
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Pairs
-from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params, flatten_rows
+from rlhf_jax.objectives.base import (
+  Actors,
+  Demands,
+  LossOutput,
+  Normalization,
+  Objective,
+  Params,
+  flatten_rows,
+)
 
 Array = jax.Array
 
@@ -127,6 +135,11 @@ def difference(config: RewardModelConfig, actors: Actors, params: Params, batch:
   return scores[:, 0] - scores[:, 1]
 
 
+def demands(config: RewardModelConfig) -> Demands:
+  """The normaliser."""
+  return Demands(normalization=Normalization(config.normalization, config.normalization_samples))
+
+
 OBJECTIVE = Objective(
   'reward_model',
   RewardModelConfig,
@@ -134,4 +147,6 @@ OBJECTIVE = Objective(
   loss,
   difference=difference,
   trains='reward_model',
+  demands=demands,
+  domains=('text', 'control'),
 )

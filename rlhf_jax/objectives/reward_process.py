@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.metrics import Mean, Metrics
 from rlhf_jax.common.types import StepRatings
-from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params
+from rlhf_jax.objectives.base import Actors, Demands, LossOutput, Objective, Params
 
 Array = jax.Array
 
@@ -67,6 +67,22 @@ def loss(
   return Mean.of(losses, mask), {**metrics, 'step_accuracy': Mean.of((scores > 0) == good, mask)}
 
 
+def demands(config: ProcessRewardConfig) -> Demands:
+  """A model that was only taught the ends of steps cannot pay for every token."""
+  if config.between == 'zero':
+    return Demands()
+  return Demands(
+    unpayable="Every token is paid its score: with objective.between 'nothing' those between the "
+    'ends of steps have not learnt theirs.'
+  )
+
+
 OBJECTIVE = Objective(
-  'reward_process', ProcessRewardConfig, 'step_ratings', loss, trains='reward_model'
+  'reward_process',
+  ProcessRewardConfig,
+  'step_ratings',
+  loss,
+  trains='reward_model',
+  demands=demands,
+  by_token=True,
 )

@@ -9,7 +9,7 @@ from rlhf_jax.common.checks import check_float, check_shapes
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.metrics import Mean, Metrics
 from rlhf_jax.common.types import Ratings
-from rlhf_jax.objectives.base import Actors, LossOutput, Objective, Params
+from rlhf_jax.objectives.base import Actors, Demands, LossOutput, Normalization, Objective, Params
 from rlhf_jax.objectives.reward_model import check_normalization
 
 Array = jax.Array
@@ -85,4 +85,11 @@ def loss(config: RatingRewardConfig, actors: Actors, params: Params, batch: Rati
   return Mean.of(losses), {**metrics, 'class_accuracy': Mean.of(predicted == rated)}
 
 
-OBJECTIVE = Objective('reward_rating', RatingRewardConfig, 'ratings', loss, trains='reward_model')
+def demands(config: RatingRewardConfig) -> Demands:
+  """The normaliser."""
+  return Demands(normalization=Normalization(config.normalization, config.normalization_samples))
+
+
+OBJECTIVE = Objective(
+  'reward_rating', RatingRewardConfig, 'ratings', loss, trains='reward_model', demands=demands
+)

@@ -14,6 +14,7 @@ from rlhf_jax.objectives.base import (
   Actors,
   Carry,
   Collected,
+  Demands,
   LossOutput,
   Objective,
   Params,
@@ -113,6 +114,16 @@ def loss(config: RLOOConfig, actors: Actors, params: Params, batch: Rollouts) ->
   }
 
 
+def demands(config: RLOOConfig) -> Demands:
+  """Updates of all responses to each prompt."""
+  return Demands(
+    epochs=config.epochs,
+    minibatches=config.minibatches,
+    samples=config.samples,
+    rows=config.samples,
+  )
+
+
 OBJECTIVE = Objective(
   'rloo',
   RLOOConfig,
@@ -121,4 +132,5 @@ OBJECTIVE = Objective(
   always,
   collect=collect,
   carry=lambda config: {'kl_coefficient': config.kl.coefficient},
+  demands=demands,
 )

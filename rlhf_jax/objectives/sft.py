@@ -40,4 +40,4 @@ def loss(config: SFTConfig, actors: Actors, params: Params, batch: Sequences) ->
   }
 
 
-OBJECTIVE = Objective('sft', SFTConfig, 'demonstrations', loss)
+OBJECTIVE = Objective('sft', SFTConfig, 'demonstrations', loss, domains=('text', 'control'))

@@ -124,4 +124,6 @@ def difference(config: SimPOConfig, actors: Actors, params: Params, batch: Pairs
   return config.beta * (means[:, 0] - means[:, 1])
 
 
-OBJECTIVE = Objective('simpo', SimPOConfig, 'comparisons', loss, difference=difference)
+OBJECTIVE = Objective(
+  'simpo', SimPOConfig, 'comparisons', loss, difference=difference, domains=('text', 'control')
+)

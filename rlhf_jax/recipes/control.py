@@ -18,8 +18,7 @@ from rlhf_jax.data.segments import ControlFeedback, SegmentColumns, columns_of
 from rlhf_jax.models import control, gaussian
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.models.mlp import replicated_axes
-from rlhf_jax.objectives import Actors, objective_of
-from rlhf_jax.objectives.iql import IQLConfig
+from rlhf_jax.objectives import Actors, demands_of, objective_of
 from rlhf_jax.recipes.offline import Dataset, Learner, Preparation, make_preparation, offline_recipe
 from rlhf_jax.recipes.parts import check_devices, check_role, placed, shardings_of
 from rlhf_jax.recipes.probes import Question, loss_question, preference_question
@@ -118,19 +117,19 @@ def make_actors(parts: ControlParts) -> Actors:
 def make_trees(parts: ControlParts) -> Trees:
   """What the stage trains: a policy, a reward model, or a policy with V and Q."""
   objective = parts.config.objective
+  q = demands_of(objective).q
   roles: list[str] = [objective_of(objective).trains]
-  roles += ['q_heads'] if isinstance(objective, IQLConfig) else []
+  roles += [] if q is None else ['q_heads']
   abstract: dict[str, Any] = {role: abstract_role(parts, role) for role in roles}
   trees = Trees(abstract, lambda: {role: init_role(parts, role) for role in roles}, {})
-  if not isinstance(objective, IQLConfig):
+  if q is None:
     return trees
-  rate = objective.target_rate
 
   def targets(params: dict[str, Any]) -> dict[str, Any]:
     return {'q_target': control.target_of(params['q_heads'])}
 
   def move(slow: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(lambda old, new: old + rate * (new - old), slow, targets(params))
+    return jax.tree.map(lambda old, new: old + q.target_rate * (new - old), slow, targets(params))
 
   return trees._replace(targets=targets, move_targets=move)
 

@@ -11,8 +11,7 @@ from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.models import q_heads
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
-from rlhf_jax.objectives import objective_of
-from rlhf_jax.objectives.ilql import ILQLConfig
+from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.recipes.control import ControlParts, control_questions, make_trees
 from rlhf_jax.recipes.offline import offline_questions
 from rlhf_jax.recipes.online import online_questions
@@ -86,7 +85,7 @@ def open_run(
     roles = {'reward_model': abstract_reward_model(model, mesh)}
   else:
     roles = {'policy': abstract_decoder(model, mesh)}
-  if isinstance(config.objective, ILQLConfig):
+  if demands_of(config.objective).q is not None:
     roles['q_heads'] = abstract_q_heads(model, mesh)
     roles['q_target'] = q_heads.target_of(roles['q_heads'])
   params = {role: run.restore_role(role, tree, checkpoint) for role, tree in roles.items()}

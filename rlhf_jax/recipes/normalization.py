@@ -11,6 +11,7 @@ from rlhf_jax.common import prng
 from rlhf_jax.common.types import Array, Sequences
 from rlhf_jax.data import pipeline
 from rlhf_jax.models import roles
+from rlhf_jax.objectives import demands_of
 from rlhf_jax.recipes.parts import Parts, init_decoder
 from rlhf_jax.recipes.probes import device_batches, prompt_columns, sample_scores
 
@@ -22,8 +23,7 @@ def normalized(parts: Parts, params: Any) -> Any:
   et al. 2019); 'demonstrations': gain 1 and bias -mean over training demonstrations (Huang et al.
   2024).
   """
-  config: Any = parts.config.objective
-  kind = getattr(config, 'normalization', 'none')
+  kind, count = demands_of(parts.config.objective).normalization
   if kind == 'none':
     return params
 
@@ -31,7 +31,6 @@ def normalized(parts: Parts, params: Any) -> Any:
   def raw(params: Any, rows: Sequences) -> Array:
     return roles.reward_score(parts.model, params, rows, normalize=False)
 
-  count = config.normalization_samples
   if kind == 'policy_samples':
     columns = prompt_columns(parts, 'train', count)
     key = prng.stream_key(prng.base_key(parts.config.seed), prng.Stream.NORMALIZATION)

@@ -12,9 +12,8 @@ from rlhf_jax.common.rows import map_rows
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.data import pipeline
 from rlhf_jax.models import q_heads, roles
-from rlhf_jax.objectives import Actors, objective_of
+from rlhf_jax.objectives import Actors, demands_of, objective_of
 from rlhf_jax.objectives.base import response_logprobs
-from rlhf_jax.objectives.ilql import ILQLConfig
 from rlhf_jax.recipes.baselines import reference_baselines
 from rlhf_jax.recipes.normalization import normalized
 from rlhf_jax.recipes.parts import (
@@ -162,15 +161,15 @@ def make_trees(parts: Parts) -> Trees:
       {'reward_model': abstract_reward_model(model, mesh)}, lambda: _new_reward(parts), {}
     )
   policy = {'policy': abstract_decoder(model, mesh)}
-  if not isinstance(parts.config.objective, ILQLConfig):
+  q = demands_of(parts.config.objective).q
+  if q is None:
     return Trees(policy, lambda: {'policy': init_decoder(parts)}, {})
-  rate = parts.config.objective.target_rate
 
   def targets(params: dict[str, Any]) -> dict[str, Any]:
     return {'q_target': q_heads.target_of(params['q_heads'])}
 
   def move(slow: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(lambda old, new: old + rate * (new - old), slow, targets(params))
+    return jax.tree.map(lambda old, new: old + q.target_rate * (new - old), slow, targets(params))
 
   return Trees(
     {**policy, 'q_heads': abstract_q_heads(model, mesh)},
@@ -223,7 +222,7 @@ def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
   objective = objective_of(config.objective)
   columns, weights = learner.dataset
   preparation = make_preparation(parts, learner.actors, config.accumulation)
-  if preparation.reference is not None and getattr(config.objective, 'reference', '') == 'cached':
+  if demands_of(config.objective).cached_reference:
     columns = cache_reference(parts, preparation, columns)
   batches = pipeline.batches(columns, config.batch_size, config.seed, weights)
   count = jax.jit(count_tokens)
@@ -279,7 +278,7 @@ def questions_of(parts: Parts, actors: Actors, preparation: Preparation) -> list
 def _new_reward(parts: Parts) -> dict[str, Any]:
   """A reward model at step 0, normalised beforehand where Ziegler et al. do."""
   params = init_reward_model(parts)
-  if getattr(parts.config.objective, 'normalization', 'none') == 'policy_samples':
+  if demands_of(parts.config.objective).normalization.kind == 'policy_samples':
     params = normalized(parts, params)
   return {'reward_model': params}
 

@@ -15,7 +15,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.generation.sample import repeat_prompts
 from rlhf_jax.models import roles
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import Actors, objective_of
+from rlhf_jax.objectives import Actors, demands_of, objective_of
 from rlhf_jax.objectives.base import Collected
 from rlhf_jax.recipes import probes
 from rlhf_jax.recipes.parts import Parts, abstract_decoder, abstract_head, init_decoder
@@ -31,14 +31,9 @@ from rlhf_jax.training.state import TrainState
 Array = jax.Array
 
 
-def value_kind(parts: Parts) -> str | None:
-  """Where the value function sits, 'shared', 'separate' or 'reward_model'; None: there is none."""
-  return getattr(parts.config.objective, 'value_model', None)
-
-
 def value_model_of(parts: Parts, reward_model: FrozenRewardModel | None) -> ModelConfig:
   """The decoder that the value head sits on."""
-  if value_kind(parts) == 'reward_model':
+  if demands_of(parts.config.objective).value == 'reward_model':
     assert reward_model is not None
     return reward_model.models[0]
   return parts.model
@@ -47,9 +42,10 @@ def value_model_of(parts: Parts, reward_model: FrozenRewardModel | None) -> Mode
 def abstract_params(parts: Parts, value_model: ModelConfig) -> dict[str, Any]:
   """Trained trees by role: the policy, the value head, and the value trunk if it has its own."""
   trees = {'policy': abstract_decoder(parts.model, parts.mesh)}
-  if value_kind(parts) is not None:
+  kind = demands_of(parts.config.objective).value
+  if kind is not None:
     trees['value_head'] = abstract_head(value_model, parts.mesh)
-  if value_kind(parts) in ('separate', 'reward_model'):
+  if kind in ('separate', 'reward_model'):
     trees['value_trunk'] = abstract_decoder(value_model, parts.mesh)
   return trees
 
@@ -61,7 +57,7 @@ def init_params(parts: Parts, reward_model: FrozenRewardModel | None) -> dict[st
   the normaliser folded in (Huang et al. 2024, released code): values are in the units of rewards.
   Of an ensemble the first member is taken.
   """
-  kind = value_kind(parts)
+  kind = demands_of(parts.config.objective).value
   params = {'policy': init_decoder(parts)}
   if kind is None:
     return params
@@ -148,7 +144,8 @@ def make_rollout(
   assert collect is not None
   sample, reward = make_rollout_sampler(parts), make_reward(parts, reward_model)
   judges = make_judges(parts, policy)
-  from_reference = getattr(config.objective, 'sample_from', 'policy') == 'reference'
+  demands = demands_of(config.objective)
+  from_reference = demands.sampler == 'reference'
 
   @jax.jit
   def complete(
@@ -164,9 +161,7 @@ def make_rollout(
   places = np.arange(config.batch_size, dtype=np.int32)
 
   def prepare(state: TrainState, prompts: Any) -> Prepared:
-    prompts = repeat_prompts(
-      dataclasses.replace(prompts, index=places), getattr(config.objective, 'samples', 1)
-    )
+    prompts = repeat_prompts(dataclasses.replace(prompts, index=places), demands.samples)
     prompts = put_batch(prompts, parts.mesh)
     params = {'policy': parts.reference} if from_reference else state.params
     sampled, scored = sample(params, prompts, state.stream(prng.Stream.SAMPLING))

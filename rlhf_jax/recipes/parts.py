@@ -18,8 +18,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.models import decoder, heads, q_heads, roles
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import objective_of
-from rlhf_jax.objectives.ilql import ILQLConfig
+from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import make_mesh
 from rlhf_jax.sharding.rules import param_shardings
@@ -109,12 +108,12 @@ def check_parent(role: str, run: Run, tokenizer: Tokenizer) -> None:
   """Raises ConfigError for a run that cannot be what its role says."""
   check_role(role, run)
   field, wanted = path_of(role), field_of(role)
-  if isinstance(run.config.objective, ILQLConfig):
+  if demands_of(run.config.objective).q is not None:
     raise ConfigError(
       field,
       str(run.folder),
       'the run of a policy that is all in its decoder',
-      'What ILQL learns is the tilt of its Q heads, which would be lost.',
+      'What that run learnt is the tilt of its Q heads, which would be lost.',
     )
   if run.tokenizer().fingerprint != tokenizer.fingerprint:
     raise ConfigError(
@@ -179,10 +178,11 @@ def check_devices(config: ExperimentConfig) -> Mesh:
 
 def check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
   """Every microbatch must divide over the devices that hold rows."""
-  minibatches = getattr(config.objective, 'minibatches', 1)
+  demands = demands_of(config.objective)
   devices = mesh.shape['data'] * mesh.shape['fsdp']
-  rows = config.batch_size // (minibatches * config.accumulation)
-  if rows % devices:
+  updated = config.batch_size * demands.rows // (demands.minibatches * config.accumulation)
+  scored = config.batch_size * demands.samples // config.accumulation
+  if rows := next((rows for rows in (updated, scored) if rows % devices), 0):
     raise ConfigError(
       'batch_size',
       config.batch_size,

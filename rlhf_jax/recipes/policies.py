@@ -14,7 +14,7 @@ from rlhf_jax.common.masked import masked_sum
 from rlhf_jax.common.types import Prompts, Sequences
 from rlhf_jax.generation.sample import Samples, generate, samples_to_sequences
 from rlhf_jax.models import decoder, q_heads, roles
-from rlhf_jax.objectives.ilql import ILQLConfig
+from rlhf_jax.objectives import demands_of
 from rlhf_jax.ops.kl import exact_kl
 from rlhf_jax.recipes.parts import Parts
 
@@ -33,15 +33,15 @@ def readout(parts: Parts, params: Roles) -> Callable[[Array], Array]:
   """From hidden states `[..., width]` to the logits `[..., V]` that tokens are drawn from."""
   if 'q_heads' not in params:
     return functools.partial(decoder.logits, parts.model, params['policy'])
-  objective = parts.config.objective
-  assert isinstance(objective, ILQLConfig)
+  q = demands_of(parts.config.objective).q
+  assert q is not None
   return functools.partial(
     q_heads.tilted_logits,
     parts.model,
     params['policy'],
     params['q_heads'],
     params['q_target'],
-    objective.decode_beta,
+    q.decode_beta,
   )
 
 

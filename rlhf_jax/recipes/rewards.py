@@ -19,7 +19,7 @@ from rlhf_jax.config import field_of, is_term
 from rlhf_jax.evaluation.policy import decode_sequences
 from rlhf_jax.models import roles
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives.reward_process import ProcessRewardConfig
+from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.recipes.parts import Parts, abstract_reward_model
 from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.rollout.rewards import aggregate, combine
@@ -79,15 +79,11 @@ def load_member(parts: Parts, run: Run, checkpoint: str) -> FrozenRewardModel:
   abstract = abstract_reward_model(run.model, parts.mesh)
   params = run.restore_role('reward_model', abstract, checkpoint)
   objective = run.config.objective
-  by_token = isinstance(objective, ProcessRewardConfig)
-  if isinstance(objective, ProcessRewardConfig) and objective.between != 'zero':
+  if reason := demands_of(objective).unpayable:
     raise ConfigError(
-      'reward_model.init',
-      str(run.folder),
-      "a process reward model with objective.between 'zero'",
-      'Every token is paid its score: those between the ends of steps must have learnt theirs.',
+      'reward_model.init', str(run.folder), 'a reward model that can pay a policy', reason
     )
-  return FrozenRewardModel((run.model,), (params,), by_token)
+  return FrozenRewardModel((run.model,), (params,), objective_of(objective).by_token)
 
 
 def make_score(reward_model: FrozenRewardModel) -> Score:

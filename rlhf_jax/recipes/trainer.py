@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.objectives import demands_of
 from rlhf_jax.recipes.parts import StageParts, shardings_of
 from rlhf_jax.sharding.mesh import batch_sharding, replicated
 from rlhf_jax.sharding.rules import opt_state_shardings
@@ -51,12 +52,8 @@ def make_trainer(parts: StageParts, trees: Trees, loss: Loss) -> Trainer:
     loss: `(params and targets by role, batch) -> (Mean, metrics)`.
   """
   config = parts.config
-  objective = config.objective
-  schedule = Schedule(
-    epochs=getattr(objective, 'epochs', 1),
-    minibatches=getattr(objective, 'minibatches', 1),
-    accumulation=config.accumulation,
-  )
+  demands = demands_of(config.objective)
+  schedule = Schedule(demands.epochs, demands.minibatches, config.accumulation)
   total_updates = config.steps * schedule.epochs * schedule.minibatches
   optimizer = make_optimizer(config.optimizer, total_updates)
 

@@ -169,7 +169,7 @@ def test_the_penalty_of_grpo_has_no_gradient_yet(coefficient: float) -> None:
   batch = batch.replace(reference_logprobs=batch.old_logprobs)
   outputs['logprobs'] = batch.old_logprobs
   for config in (
-    GRPOConfig(kl_coefficient=coefficient, normalization='token'),
+    GRPOConfig(kl_coefficient=coefficient, loss_normalization='token'),
     ReinforcePPConfig(kl=KLPenaltyConfig(coefficient=coefficient), kl_in_loss=True),
   ):
     _, slopes = tabular.direct_loss(config, outputs, batch)
@@ -187,7 +187,7 @@ ON_POLICY: dict[str, tuple[Any, bool]] = {
   'rloo': (RLOOConfig(), False),
   'rloo token': (RLOOConfig(ratio='token'), True),
   'reinforce_pp': (ReinforcePPConfig(), True),
-  'grpo token': (GRPOConfig(normalization='token', kl_coefficient=0.0), True),
+  'grpo token': (GRPOConfig(loss_normalization='token', kl_coefficient=0.0), True),
 }
 
 

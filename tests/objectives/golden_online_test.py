@@ -142,7 +142,7 @@ PLUS_PLUS: dict[str, dict[str, Any]] = {
   'reinforce_pp_baseline': {'group_baseline': True},
   'reinforce_pp_kl_loss': {'group_baseline': True, 'kl_in_loss': True},
   'reinforce_pp_no_std': {'scale': False},
-  'sample_level': {'normalization': 'sequence'},
+  'sample_level': {'loss_normalization': 'sequence'},
   'dual_clip': {'dual_clip': 1.5},
 }
 
@@ -186,7 +186,7 @@ def test_grpo(case: str) -> None:
     kl_coefficient=settings['beta'],
     ratio=settings['importance_sampling_level'],
     scale=settings['scale_rewards'],
-    normalization=normalization,
+    loss_normalization=normalization,
     constant=settings['max_completion_length'] if normalization == 'constant' else 0.0,
   )
   assert_case('grpo', case, config)
@@ -201,7 +201,7 @@ OPENRLHF: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize('case', OPENRLHF)
 def test_grpo_over_tokens(case: str) -> None:
   """OpenRLHF's, which averages over tokens and divides by the deviation plus 1e-9."""
-  config = GRPOConfig(samples=GROUP, normalization='token', epsilon=1e-9, **OPENRLHF[case])
+  config = GRPOConfig(samples=GROUP, loss_normalization='token', epsilon=1e-9, **OPENRLHF[case])
   assert_case('reinforce_pp', case, config)
 
 

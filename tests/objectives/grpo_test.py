@@ -62,9 +62,9 @@ def slow(config: GRPOConfig, batch: Any, logprobs: np.ndarray) -> float:
       penalty = config.kl_coefficient * (np.exp(d) - d - 1)
       losses.append(-min(ratio * advantage, clipped * advantage) + penalty)
     rows.append(losses)
-  if config.normalization == 'sequence':
+  if config.loss_normalization == 'sequence':
     return float(np.mean([np.mean(row) for row in rows]))
-  if config.normalization == 'token':
+  if config.loss_normalization == 'token':
     return float(np.mean(np.concatenate(rows)))
   return float(np.mean([np.sum(row) / config.constant for row in rows]))
 
@@ -73,8 +73,8 @@ def slow(config: GRPOConfig, batch: Any, logprobs: np.ndarray) -> float:
   'config',
   [
     GRPOConfig(kl_coefficient=0.3),
-    GRPOConfig(normalization='token', clip=0.1, clip_high=0.4),
-    GRPOConfig(normalization='constant', constant=7.0, kl_coefficient=0.0),
+    GRPOConfig(loss_normalization='token', clip=0.1, clip_high=0.4),
+    GRPOConfig(loss_normalization='constant', constant=7.0, kl_coefficient=0.0),
     GRPOConfig(ratio='sequence', clip=0.05, clip_high=0.1),
   ],
   ids=['sequence', 'token, clip higher', 'constant', 'ratio of sequences'],
@@ -109,8 +109,8 @@ def test_an_unknown_normalization_is_refused() -> None:
     ({'epsilon': 0.0}, 'epsilon'),
     ({'ratio': 'word'}, 'ratio'),
     ({'scale': 'row'}, 'scale'),
-    ({'normalization': 'row'}, 'normalization'),
-    ({'normalization': 'constant'}, 'constant'),
+    ({'loss_normalization': 'row'}, 'loss_normalization'),
+    ({'loss_normalization': 'constant'}, 'constant'),
     ({'constant': 10.0}, 'constant'),
   ],
 )

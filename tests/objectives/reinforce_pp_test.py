@@ -66,7 +66,7 @@ def test_the_loss_is_ppos(kl_in_loss: bool, normalization: str) -> None:
   Mean over all tokens, or over each response and then over responses.
   """
   batch, outputs = make_batch('rollouts'), make_outputs('rollouts')
-  config = ReinforcePPConfig(kl=PENALTY, kl_in_loss=kl_in_loss, normalization=normalization)
+  config = ReinforcePPConfig(kl=PENALTY, kl_in_loss=kl_in_loss, loss_normalization=normalization)
 
   def slow(x: dict[str, np.ndarray]) -> float:
     rows: list[list[float]] = [[] for _ in batch.advantages]
@@ -95,7 +95,7 @@ def test_the_loss_is_ppos(kl_in_loss: bool, normalization: str) -> None:
     ({'clip': 0.0}, 'clip'),
     ({'dual_clip': 1.2}, 'dual_clip'),
     ({'gamma': 1.1}, 'gamma'),
-    ({'normalization': 'constant'}, 'normalization'),
+    ({'loss_normalization': 'constant'}, 'loss_normalization'),
     ({'kl': KLPenaltyConfig(target=-1.0)}, 'kl.target'),
     ({'kl': KLPenaltyConfig(target=6.0), 'kl_in_loss': True}, 'kl.target'),
   ],

@@ -186,11 +186,11 @@ def test_a_policy_with_hidden_layers_is_simulated(tmp_path: pathlib.Path) -> Non
   [
     ({'model': tiny.MODEL}, 'GaussianPolicyConfig'),
     ({'objective': ORPOConfig()}, 'densities'),
-    ({'objective': KTOConfig()}, 'ratings'),
-    ({'objective': PPOConfig()}, 'prompts'),
-    ({'objective': ProcessRewardConfig()}, 'step ratings'),
+    ({'objective': KTOConfig()}, 'cpl, iql'),
+    ({'objective': PPOConfig()}, 'PPOConfig'),
+    ({'objective': ProcessRewardConfig()}, 'ProcessRewardConfig'),
     ({'objective': RewardModelConfig()}, 'normalization'),
-    ({'reward_model': RewardModelInitConfig(init='a')}, 'Only IQL'),
+    ({'reward_model': RewardModelInitConfig(init='a')}, 'not paid by one'),
     (
       {
         'objective': IQLConfig(),

@@ -56,8 +56,8 @@ def make_stage(monkeypatch: pytest.MonkeyPatch, parents: pathlib.Path) -> Any:
 
   monkeypatch.setattr(online, 'make_reward', make_reward)
 
-  def make(case: str, objective: Any) -> Stage:
-    built = tiny.build_recipe(tiny.make_config(case, parents, objective=objective))
+  def make(case: str, objective: Any, **changes: Any) -> Stage:
+    built = tiny.build_recipe(tiny.make_config(case, parents, objective=objective, **changes))
     with jax.set_mesh(built.mesh):
       return Stage(built, built.recipe.init(), seen)
 
@@ -173,3 +173,18 @@ def test_the_running_baseline_is_of_the_iterations_before(make_stage: Any) -> No
     baseline = 0.75 * baseline + 0.25 * mean
     assert float(prepared.carry['baseline']) == pytest.approx(baseline, rel=1e-4, abs=1e-5)
     state = dataclasses.replace(state, carry=prepared.carry)
+
+
+def test_two_prompts_are_enough_for_four_updates(make_stage: Any) -> None:
+  """What must divide into minibatches and microbatches are the responses, not the prompts."""
+  stage = make_stage('rloo', RLOOConfig(samples=8, minibatches=4), batch_size=2, accumulation=2)
+  prepared = prepare(stage)
+  assert prepared.batch.advantages.shape[0] == 16
+  with jax.set_mesh(stage.built.mesh):
+    state, _ = stage.built.recipe.update(stage.state, prepared.batch)
+  counts = [
+    int(x)
+    for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    if getattr(path[-1], 'name', '') == 'count'
+  ]
+  assert counts and set(counts) == {4}
