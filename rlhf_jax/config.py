@@ -10,6 +10,7 @@ from rlhf_jax.common.errors import ConfigError, UserError
 from rlhf_jax.config_values import check_types
 from rlhf_jax.data.config import CONTROL, EMBEDDED, DataConfig
 from rlhf_jax.generation.config import GenerationConfig
+from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.objectives import OBJECTIVES, ObjectiveConfig, demands_of, objective_of
@@ -137,6 +138,8 @@ class ExperimentConfig:
   # The decoder, if policy.init names none; a stage that starts from another has that one's decoder.
   # On the embedded control task, a GaussianPolicyConfig.
   model: ModelConfig | GaussianPolicyConfig = dataclasses.field(default_factory=ModelConfig)
+  # What of the decoders is trained.
+  adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
   # Where the trained policy (or the reward model's trunk) starts; it is also the frozen reference.
   policy: InitConfig = dataclasses.field(default_factory=InitConfig)
   # The reward model: the reward of objectives that sample, and for any policy the proxy reward in
@@ -172,6 +175,7 @@ class ExperimentConfig:
         value.validate(field.name)
     self._validate_rows()
     self._validate_model()
+    self._validate_adapter()
     self._validate_sources()
 
   def inits(self) -> dict[str, 'Init']:
@@ -272,6 +276,26 @@ class ExperimentConfig:
         self.reward_model.init,
         f'None for {objective.name} with {source!r}',
         'It is not paid by one, and policies of control are measured by their cost.',
+      )
+
+  def _validate_adapter(self) -> None:
+    if self.adapter.method == 'none':
+      return
+    if self.data.source == CONTROL:
+      raise ConfigError('adapter.method', self.adapter.method, f"'none' with {self.data.source!r}")
+    if self.policy.init is None:
+      raise ConfigError(
+        'policy.init',
+        None,
+        f'a run or a config with adapter.method {self.adapter.method!r}',
+        'What is not trained must have been trained before.',
+      )
+    if self.adapter.dropout and objective_of(self.objective).data == 'prompts':
+      raise ConfigError(
+        'adapter.dropout',
+        self.adapter.dropout,
+        f'0 for {objective_of(self.objective).name}',
+        'Ratios would compare the policy that sampled with another one.',
       )
 
   def _validate_sources(self) -> None:

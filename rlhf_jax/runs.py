@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import KINDS, canonical_json, differences, from_dict
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.tokenizers import load as load_tokenizer
+from rlhf_jax.models import adapters
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.training.checkpoints import Checkpoints
 
@@ -130,7 +132,11 @@ class Run:
   def params_identity(self, checkpoint: str) -> str:
     """What tells the 'final' or the 'best' parameters from all others."""
     if checkpoint == 'final':
-      return f'sha256:{self.params_sha256}'
+      identity = f'sha256:{self.params_sha256}'
+      config = self.config
+      if config.adapter.method == 'none':
+        return identity
+      return f'{identity} on {self.parents()["policy"].params_identity(config.policy.checkpoint)}'
     return f'{fingerprint(self._origin()["identity"])} at step {self.step(checkpoint)}'
 
   def parents(self) -> dict[str, 'Run']:
@@ -168,13 +174,54 @@ class Run:
     return result['best_step'] if checkpoint == 'best' else result['step']
 
   def restore_role(self, role: str, abstract: Any, checkpoint: str = 'final') -> Any:
-    """Parameters of one role ('policy', a target's too), in the shardings of `abstract`."""
+    """Parameters of one role ('policy', a target's too), in the shardings of `abstract`.
+
+    A decoder that was trained in part is put together with what it started from, which is read from
+    the parent's directory.
+    """
+    if self.config.adapter.method == 'none' or role not in ('policy', 'reward_model'):
+      return self._restore(role, abstract, checkpoint)
+    if role == 'policy':
+      return self._merged(abstract, lambda part: self._restore(role, part, checkpoint))
+
+    others: dict[str, Any] = {}
+
+    def trained_trunk(part: Any) -> Any:
+      others.update(self._restore(role, {**abstract, 'trunk': part}, checkpoint))
+      return others.pop('trunk')
+
+    return {'trunk': self._merged(abstract['trunk'], trained_trunk), **others}
+
+  def _restore(self, role: str, abstract: Any, checkpoint: str) -> Any:
+    """What this run's own checkpoint has of a role."""
     step = self.step(checkpoint)
     checkpoints = Checkpoints(self.folder / 'checkpoints', self.config.checkpoint)
     try:
       return checkpoints.restore_role(role, abstract, step)
     finally:
       checkpoints.close()
+
+  def _merged(self, abstract: Any, restore: Callable[[Any], Any]) -> Any:
+    """The whole decoder, from its parent's and from what `restore` gives of the trained part."""
+    config, model = self.config, self.model
+    parent = self.parents()['policy']
+    if not parent.folder.is_dir():
+      raise RunError(
+        f'{self.folder}: it holds only what it trained of its decoder; the rest is in '
+        f'{parent.folder}, which is not there any more. Put it back.'
+      )
+    base = parent.restore_role('policy', abstract, config.policy.checkpoint)
+    base = adapters.base_of(config.adapter, base)
+    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    trained = restore(adapters.abstract(config.adapter, model, mesh))
+    merge = jax.jit(
+      lambda base, trained: adapters.merge(
+        model, adapters.join(adapters.frozen_of(config.adapter, model, base), trained)
+      ),
+      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+      donate_argnums=0 if config.adapter.method == 'lora' else (),
+    )
+    return merge(base, trained)
 
   @property
   def _learnt(self) -> bool:

@@ -14,6 +14,7 @@ class Stream(enum.Enum):
   INIT = 'init'
   SAMPLING = 'sampling'
   MINIBATCHES = 'minibatches'
+  DROPOUT = 'dropout'
   EVALUATION = 'evaluation'
   NORMALIZATION = 'normalization'
 

@@ -1,11 +1,13 @@
 """The decoder as pure functions over a plain nested dict of float32 parameters.
 
 `params['layers']` holds the parameters of all blocks stacked along a leading axis `[L, ...]`,
-whether the layers are then scanned or unrolled, so that a checkpoint serves both.
+whether the layers are then scanned or unrolled, so that a checkpoint serves both. Where the last
+ones are trained apart from the others (`models/adapters.py`) they are in `params['top_layers']`.
 """
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, overload
@@ -60,9 +62,13 @@ def unstack_layers(params: Params) -> Params:
   """
   if isinstance(params['layers'], tuple):
     return params
-  count = jax.tree.leaves(params['layers'])[0].shape[0]
-  parts = [jax.tree.map(operator.itemgetter(i), params['layers']) for i in range(count)]
-  return params | {'layers': tuple(parts)}
+  parts = [
+    jax.tree.map(operator.itemgetter(i), stack)
+    for stack in _stacks(params)
+    for i in range(_depth(stack))
+  ]
+  rest = {name: tree for name, tree in params.items() if name != 'top_layers'}
+  return rest | {'layers': tuple(parts)}
 
 
 def decoding_params(config: ModelConfig, params: Params) -> Params:
@@ -137,7 +143,7 @@ def hidden_states(
   context = _context(config, keys, first, positions)
   x = constrain_batch(_embed(config, params, tokens, positions))
   run = _scan if config.scan_layers else _unroll
-  x, cache = run(config, params['layers'], x, context, cache)
+  x, cache = run(config, params, x, context, cache)
   if cache is not None:
     cache = dataclasses.replace(cache, index=cache.index + length)
   if config.norm_placement != 'post':
@@ -269,35 +275,48 @@ def _layer(config: ModelConfig, write: Callable[..., tuple[Array, ...]] | None =
   return jax.checkpoint(apply, policy=policy, prevent_cse=not config.scan_layers)
 
 
+def _stacks(params: Params) -> list[Any]:
+  """Parameters of blocks stacked along their leading axis, from the lowest up."""
+  return [params[name] for name in ('layers', 'top_layers') if name in params]
+
+
+def _depth(stack: Any) -> int:
+  return jax.tree.leaves(stack)[0].shape[0]
+
+
 def _unroll(
-  config: ModelConfig, layers: Any, x: Array, context: _ByKind, cache: Cache | None
+  config: ModelConfig, params: Params, x: Array, context: _ByKind, cache: Cache | None
 ) -> tuple[Array, Cache | None]:
   """Layers one by one; a cache is one array a layer, each updated in place."""
-  parts = unstack_layers({'layers': layers})['layers']
+  parts = unstack_layers(params)['layers']
   kinds = config.is_local()
   if cache is None:
     apply = _layer(config)
-    for params, local in zip(parts, kinds, strict=True):
-      x = apply(params, x, context[local])
+    for layer, local in zip(parts, kinds, strict=True):
+      x = apply(layer, x, context[local])
     return x, None
   start = (0, 0, cache.index, 0)
   written: list[tuple[Array, ...]] = []
-  for *old, params, local in zip(cache.keys, cache.values, parts, kinds, strict=True):
+  for *old, layer, local in zip(cache.keys, cache.values, parts, kinds, strict=True):
 
     def write(*new: Array, old: list[Any] = old) -> tuple[Array, ...]:
       both = zip(old, new, strict=True)
       written.append(tuple(jax.lax.dynamic_update_slice(a, b, start) for a, b in both))
       return written[-1]
 
-    x = _layer(config, write)(params, x, context[local])
+    x = _layer(config, write)(layer, x, context[local])
   keys, values = zip(*written, strict=True)
   return x, dataclasses.replace(cache, keys=keys, values=values)
 
 
 def _scan(
-  config: ModelConfig, layers: Any, x: Array, context: _ByKind, cache: Cache | None
+  config: ModelConfig, params: Params, x: Array, context: _ByKind, cache: Cache | None
 ) -> tuple[Array, Cache | None]:
   """Layers by one compiled block; a cache is carried whole, and only new columns are written."""
+  # One scan a stack: gradients then stop at the lowest block of those that are trained.
+  stacks = _stacks(params)
+  bounds = list(itertools.accumulate(map(_depth, stacks), initial=0))
+  numbers = [jnp.arange(*ends) for ends in itertools.pairwise(bounds)]
 
   def pick(local: Array) -> Context:
     if len(context) == 1:
@@ -311,21 +330,25 @@ def _scan(
     def step(x: Array, layer: Any) -> tuple[Array, None]:
       return apply(layer[0], x, pick(layer[1])), None
 
-    return jax.lax.scan(step, x, (layers, kinds))[0], None
+    for stack, layers in zip(stacks, numbers, strict=True):
+      x, _ = jax.lax.scan(step, x, (stack, kinds[layers]))
+    return x, None
   index = cache.index
 
   def cached_step(carry: Any, layer: Any) -> tuple[Any, None]:
-    x, *stacks = carry
-    params, local, i = layer
+    x, *stored = carry
+    block, local, i = layer
 
     def write(*new: Array) -> tuple[Array, ...]:
       for which, part in enumerate(new):
-        stacks[which] = jax.lax.dynamic_update_slice(stacks[which], part[None], (i, 0, 0, index, 0))
-      return tuple(jax.lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacks)
+        stored[which] = jax.lax.dynamic_update_slice(stored[which], part[None], (i, 0, 0, index, 0))
+      return tuple(jax.lax.dynamic_index_in_dim(whole, i, keepdims=False) for whole in stored)
 
-    x = _layer(config, write)(params, x, pick(local))
-    return (x, *stacks), None
+    x = _layer(config, write)(block, x, pick(local))
+    return (x, *stored), None
 
-  xs = (layers, kinds, jnp.arange(config.layers))
-  (x, keys, values), _ = jax.lax.scan(cached_step, (x, cache.keys, cache.values), xs)
+  carry = (x, cache.keys, cache.values)
+  for stack, layers in zip(stacks, numbers, strict=True):
+    carry, _ = jax.lax.scan(cached_step, carry, (stack, kinds[layers], layers))
+  x, keys, values = carry
   return x, dataclasses.replace(cache, keys=keys, values=values)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,47 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   'gelu': functools.partial(jax.nn.gelu, approximate=False),
   'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
 }
+
+
+class Linear(NamedTuple):
+  """A linear map of a block.
+
+  Attributes:
+    inputs: how many leading axes of its kernel are summed over; the others are its outputs.
+    group: the module of the block that it is in, '' for the block itself.
+  """
+
+  inputs: int = 1
+  group: str = ''
+
+
+PROJECTIONS = {
+  'query': Linear(),
+  'key': Linear(),
+  'value': Linear(),
+  'out': Linear(inputs=2),
+  'gate': Linear(group='mlp'),
+  'up': Linear(group='mlp'),
+  'down': Linear(group='mlp'),
+}
+
+
+def low_rank_shapes(
+  config: ModelConfig, name: str, rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Shapes of A and B whose product is like the kernel of a projection: inputs, rank, outputs."""
+  width, size = config.width, config.size_per_head
+  kernel = {
+    'query': (width, config.heads, size),
+    'key': (width, config.num_kv_heads, size),
+    'value': (width, config.num_kv_heads, size),
+    'out': (config.heads, size, width),
+    'gate': (width, config.mlp_width),
+    'up': (width, config.mlp_width),
+    'down': (config.mlp_width, width),
+  }[name]
+  inputs = PROJECTIONS[name].inputs
+  return (*kernel[:inputs], rank), (rank, *kernel[inputs:])
 
 
 def named(init: Initializer, names: Names) -> Initializer:
@@ -60,6 +101,8 @@ class Norm(nn.Module):
 class Projection(nn.Module):
   """A linear map given as an einsum, its kernel (and bias) used in the type of the input.
 
+  Parameters that hold low-rank matrices too (`models/adapters.py`) add `lora_scale` x A B.
+
   Attributes:
     equation: einsum of the input with the kernel.
     shape: shape of the kernel.
@@ -80,6 +123,8 @@ class Projection(nn.Module):
   def __call__(self, x: Array) -> Array:
     kernel = self.param('kernel', named(self.initializer, self.names), self.shape)
     y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+    if self.has_variable('params', 'lora_a'):
+      y = y + self._low_rank(x)
     if not self.bias_axes:
       return y
     bias = self.param(
@@ -88,6 +133,23 @@ class Projection(nn.Module):
       tuple(self.shape[axis] for axis in self.bias_axes),
     )
     return y + bias.reshape(self.bias_shape).astype(x.dtype)
+
+  def _low_rank(self, x: Array) -> Array:
+    def leaf(name: str) -> Array:
+      return self.get_variable('params', name)
+
+    if self.has_variable('params', 'lora_dropout'):
+      keep = 1 - leaf('lora_rate')
+      kept = jax.random.bernoulli(leaf('lora_dropout'), keep, x.shape)
+      x = jnp.where(kept, x / keep.astype(x.dtype), 0)
+    operand, _, rest = self.equation.partition(',')
+    kernel, _, result = rest.partition('->')
+    inputs = ''.join(axis for axis in kernel if axis not in result)
+    outputs = ''.join(axis for axis in kernel if axis in result)
+    low = ''.join(axis for axis in operand if axis not in inputs) + 'r'
+    y = jnp.einsum(f'{operand},{inputs}r->{low}', x, leaf('lora_a').astype(x.dtype))
+    y = jnp.einsum(f'{low},r{outputs}->{result}', y, leaf('lora_b').astype(x.dtype))
+    return y * leaf('lora_scale').astype(x.dtype)
 
 
 class Mlp(nn.Module):

@@ -16,8 +16,8 @@ from rlhf_jax.recipes.parts import Parts, init_decoder
 from rlhf_jax.recipes.probes import device_batches, prompt_columns, sample_scores
 
 
-def normalized(parts: Parts, params: Any) -> Any:
-  """The reward model with gain and bias as its objective's `normalization` says.
+def normalizer(parts: Parts, params: Any) -> Any:
+  """A reward model's gain and bias as its objective's `normalization` says.
 
   'policy_samples': gain 1 / std and bias -mean / std over responses of the initial policy (Ziegler
   et al. 2019); 'demonstrations': gain 1 and bias -mean over training demonstrations (Huang et al.
@@ -25,7 +25,7 @@ def normalized(parts: Parts, params: Any) -> Any:
   """
   kind, count = demands_of(parts.config.objective).normalization
   if kind == 'none':
-    return params
+    return params['normalizer']
 
   @jax.jit
   def raw(params: Any, rows: Sequences) -> Array:
@@ -47,8 +47,7 @@ def normalized(parts: Parts, params: Any) -> Any:
     scores = np.concatenate(rows).astype(np.float64)
     gain = 1.0
   values = {'gain': gain, 'bias': -gain * float(scores.mean())}
-  normalizer = {
+  return {
     name: jax.device_put(jnp.asarray(value, jnp.float32), params['normalizer'][name].sharding)
     for name, value in values.items()
   }
-  return {**params, 'normalizer': normalizer}

@@ -11,20 +11,20 @@ from rlhf_jax.common.metrics import Metrics, Sum
 from rlhf_jax.common.rows import map_rows
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.data import pipeline
-from rlhf_jax.models import q_heads, roles
+from rlhf_jax.models import adapters, q_heads, roles
 from rlhf_jax.objectives import Actors, demands_of, objective_of
 from rlhf_jax.objectives.base import response_logprobs
 from rlhf_jax.recipes.baselines import reference_baselines
-from rlhf_jax.recipes.normalization import normalized
+from rlhf_jax.recipes.normalization import normalizer
 from rlhf_jax.recipes.parts import (
   Parts,
   StageParts,
-  abstract_decoder,
   abstract_q_heads,
-  abstract_reward_model,
-  init_decoder,
+  abstract_trained_reward_model,
+  frozen_part,
   init_q_heads,
   init_reward_model,
+  trained_policy,
 )
 from rlhf_jax.recipes.probes import (
   Question,
@@ -156,14 +156,23 @@ def curated(parts: Parts, columns: Columns) -> Dataset:
 def make_trees(parts: Parts) -> Trees:
   """What the stage trains: a policy, a reward model, or a policy with Q heads."""
   model, mesh = parts.model, parts.mesh
+  frozen = frozen_part(parts, model, parts.reference)
   if objective_of(parts.config.objective).trains == 'reward_model':
     return Trees(
-      {'reward_model': abstract_reward_model(model, mesh)}, lambda: _new_reward(parts), {}
+      {'reward_model': abstract_trained_reward_model(parts)},
+      lambda: _new_reward(parts, frozen),
+      {},
+      frozen={'reward_model': {'trunk': frozen}},
     )
-  policy = {'policy': abstract_decoder(model, mesh)}
+  trees = Trees(
+    {'policy': adapters.abstract(parts.config.adapter, model, mesh)},
+    lambda: {'policy': trained_policy(parts)},
+    {},
+    frozen={'policy': frozen},
+  )
   q = demands_of(parts.config.objective).q
   if q is None:
-    return Trees(policy, lambda: {'policy': init_decoder(parts)}, {})
+    return trees
 
   def targets(params: dict[str, Any]) -> dict[str, Any]:
     return {'q_target': q_heads.target_of(params['q_heads'])}
@@ -171,12 +180,11 @@ def make_trees(parts: Parts) -> Trees:
   def move(slow: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.map(lambda old, new: old + q.target_rate * (new - old), slow, targets(params))
 
-  return Trees(
-    {**policy, 'q_heads': abstract_q_heads(model, mesh)},
-    lambda: {'policy': init_decoder(parts), 'q_heads': init_q_heads(parts)},
-    {},
-    targets,
-    move,
+  return trees._replace(
+    abstract={**trees.abstract, 'q_heads': abstract_q_heads(model, mesh)},
+    init=lambda: {**trees.init(), 'q_heads': init_q_heads(parts)},
+    targets=targets,
+    move_targets=move,
   )
 
 
@@ -200,20 +208,20 @@ class Learner(NamedTuple):
 
 def build_offline(parts: Parts) -> Recipe:
   """The recipe of an objective that learns from given responses."""
-  actors = make_actors(parts)
+  actors, trees = make_actors(parts), make_trees(parts)
 
   def finish(state: TrainState) -> TrainState:
     if 'reward_model' not in state.params:
       return state
-    return dataclasses.replace(
-      state, params={'reward_model': normalized(parts, state.params['reward_model'])}
-    )
+    whole = trees.whole(state.params)['reward_model']
+    params = {**state.params['reward_model'], 'normalizer': normalizer(parts, whole)}
+    return dataclasses.replace(state, params={'reward_model': params})
 
   def questions(preparation: Preparation) -> list[Question]:
     return questions_of(parts, actors, preparation)
 
   dataset = curated(parts, encode(parts, 'train'))
-  return offline_recipe(parts, Learner(actors, make_trees(parts), dataset, questions, finish))
+  return offline_recipe(parts, Learner(actors, trees, dataset, questions, finish))
 
 
 def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
@@ -229,7 +237,8 @@ def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
 
   def prepare(state: TrainState, batch: Any) -> Prepared:
     batch = put_batch(batch, parts.mesh)
-    return Prepared(preparation(state.by_role, batch), state.carry, count(batch))
+    whole = learner.trees.whole(state.by_role)
+    return Prepared(preparation(whole, batch), state.carry, count(batch))
 
   def loss(params: Any, batch: Any) -> Any:
     return objective.loss(config.objective, learner.actors, params, batch)
@@ -243,7 +252,7 @@ def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
     batches.batch,
     prepare,
     trainer.update,
-    lambda params, step: ask(questions, params, step),
+    lambda params, step: ask(questions, learner.trees.whole(params), step),
     learner.finish,
     ('loss', 'accuracy') if objective.difference else ('loss',),
     columns.statistics,
@@ -275,11 +284,12 @@ def questions_of(parts: Parts, actors: Actors, preparation: Preparation) -> list
   return questions
 
 
-def _new_reward(parts: Parts) -> dict[str, Any]:
+def _new_reward(parts: Parts, frozen: Any) -> dict[str, Any]:
   """A reward model at step 0, normalised beforehand where Ziegler et al. do."""
-  params = init_reward_model(parts)
+  params = init_reward_model(parts, trained_policy(parts))
   if demands_of(parts.config.objective).normalization.kind == 'policy_samples':
-    params = normalized(parts, params)
+    whole = adapters.join({'trunk': frozen}, params)
+    params = {**params, 'normalizer': normalizer(parts, whole)}
   return {'reward_model': params}
 
 

@@ -13,12 +13,19 @@ from rlhf_jax.common.metrics import Metrics
 from rlhf_jax.common.types import PolicyOutput, Prompts, Sequences
 from rlhf_jax.data import pipeline
 from rlhf_jax.generation.sample import repeat_prompts
-from rlhf_jax.models import roles
+from rlhf_jax.models import adapters, roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import Actors, demands_of, objective_of
 from rlhf_jax.objectives.base import Collected
 from rlhf_jax.recipes import probes
-from rlhf_jax.recipes.parts import Parts, abstract_decoder, abstract_head, init_decoder
+from rlhf_jax.recipes.parts import (
+  Parts,
+  abstract_head,
+  frozen_part,
+  init_decoder,
+  trained_part,
+  trained_policy,
+)
 from rlhf_jax.recipes.policies import make_sampler, temperature_of
 from rlhf_jax.recipes.rewards import FrozenRewardModel, load_reward_model, make_reward
 from rlhf_jax.recipes.trainer import Trees, make_trainer
@@ -41,12 +48,14 @@ def value_model_of(parts: Parts, reward_model: FrozenRewardModel | None) -> Mode
 
 def abstract_params(parts: Parts, value_model: ModelConfig) -> dict[str, Any]:
   """Trained trees by role: the policy, the value head, and the value trunk if it has its own."""
-  trees = {'policy': abstract_decoder(parts.model, parts.mesh)}
+  adapter = parts.config.adapter
+  trees = {'policy': adapters.abstract(adapter, parts.model, parts.mesh)}
   kind = demands_of(parts.config.objective).value
   if kind is not None:
     trees['value_head'] = abstract_head(value_model, parts.mesh)
   if kind in ('separate', 'reward_model'):
-    trees['value_trunk'] = abstract_decoder(value_model, parts.mesh)
+    adapter.check(value_model, 'adapter')
+    trees['value_trunk'] = adapters.abstract(adapter, value_model, parts.mesh)
   return trees
 
 
@@ -58,15 +67,14 @@ def init_params(parts: Parts, reward_model: FrozenRewardModel | None) -> dict[st
   Of an ensemble the first member is taken.
   """
   kind = demands_of(parts.config.objective).value
-  params = {'policy': init_decoder(parts)}
+  params = {'policy': trained_policy(parts)}
   if kind is None:
     return params
   if kind == 'reward_model':
     assert reward_model is not None
     # Copies: the reward model itself stays frozen, and trained buffers are donated.
-    first = reward_model.params[0]
-    trunk = jax.tree.map(jnp.copy, first['trunk'])
-    head, normalizer = first['head'], first['normalizer']
+    trunk = trained_part(parts, reward_model.models[0], value_base(parts, reward_model), 1)
+    head, normalizer = (reward_model.params[0][name] for name in ('head', 'normalizer'))
     head = {
       'kernel': head['kernel'] * normalizer['gain'],
       'bias': head['bias'] * normalizer['gain'] + normalizer['bias'],
@@ -76,9 +84,34 @@ def init_params(parts: Parts, reward_model: FrozenRewardModel | None) -> dict[st
   head = jax.tree.map(
     lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract
   )
-  if kind == 'separate':
-    return {**params, 'value_head': head, 'value_trunk': init_decoder(parts)}
-  return {**params, 'value_head': head}
+  if kind == 'shared':
+    return {**params, 'value_head': head}
+  base = value_base(parts, reward_model)
+  trunk = init_decoder(parts) if base is None else trained_part(parts, parts.model, base, 1)
+  return {**params, 'value_head': head, 'value_trunk': trunk}
+
+
+def value_base(parts: Parts, reward_model: FrozenRewardModel | None) -> Any | None:
+  """What a value trunk of its own starts from, as `adapters.base_of` lays it out.
+
+  None where all of it is trained, and it is a copy of the policy: that is loaded anew.
+  """
+  adapter = parts.config.adapter
+  if demands_of(parts.config.objective).value == 'reward_model':
+    assert reward_model is not None
+    return adapters.base_of(adapter, reward_model.params[0]['trunk'])
+  return None if adapter.method == 'none' else parts.reference
+
+
+def frozen_params(
+  parts: Parts, value_model: ModelConfig, reward_model: FrozenRewardModel | None
+) -> dict[str, Any]:
+  """What is not trained of the roles that are trained in part."""
+  frozen = {'policy': frozen_part(parts, parts.model, parts.reference)}
+  if demands_of(parts.config.objective).value in ('separate', 'reward_model'):
+    base = value_base(parts, reward_model)
+    frozen['value_trunk'] = frozen_part(parts, value_model, base)
+  return frozen
 
 
 def make_policy(parts: Parts, value_model: ModelConfig) -> Callable[[Any, Sequences], PolicyOutput]:
@@ -137,6 +170,7 @@ def make_rollout(
   parts: Parts,
   policy: Callable[[Any, Sequences], PolicyOutput],
   reward_model: FrozenRewardModel | None,
+  trees: Trees,
 ) -> Callable[[TrainState, Any], Prepared]:
   """An iteration before its updates: samples, scores, and what the objective makes of them."""
   config = parts.config
@@ -163,7 +197,7 @@ def make_rollout(
   def prepare(state: TrainState, prompts: Any) -> Prepared:
     prompts = repeat_prompts(dataclasses.replace(prompts, index=places), demands.samples)
     prompts = put_batch(prompts, parts.mesh)
-    params = {'policy': parts.reference} if from_reference else state.params
+    params = {'policy': parts.reference} if from_reference else trees.whole(state.params)
     sampled, scored = sample(params, prompts, state.stream(prng.Stream.SAMPLING))
     collected, metrics = complete(params, parts.reference, state.carry, sampled, reward(scored))
     if from_reference:  # the samples' own KL, which is 0, says nothing of the policy
@@ -190,6 +224,7 @@ def build_online(parts: Parts) -> Recipe:
     abstract_params(parts, value_model),
     lambda: init_params(parts, reward_model),
     row.carry(config.objective),
+    frozen=frozen_params(parts, value_model, reward_model),
   )
   trainer = make_trainer(parts, trees, loss)
   questions = online_questions(parts, reward_model)
@@ -197,9 +232,9 @@ def build_online(parts: Parts) -> Recipe:
     trainer.abstract,
     trainer.init,
     batches.batch,
-    make_rollout(parts, policy, reward_model),
+    make_rollout(parts, policy, reward_model, trees),
     trainer.update,
-    lambda params, step: probes.ask(questions, params, step),
+    lambda params, step: probes.ask(questions, trees.whole(params), step),
     lambda state: state,
     ('score', 'kl', 'entropy', 'length'),
     columns.statistics,

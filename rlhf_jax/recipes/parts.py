@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -16,12 +16,12 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.data.config import TRAINED_TOKENIZERS, DataConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.dataset import Feedback
-from rlhf_jax.models import decoder, heads, q_heads, roles
+from rlhf_jax.models import adapters, decoder, heads, q_heads, roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.runs import Run
-from rlhf_jax.sharding.mesh import make_mesh
-from rlhf_jax.sharding.rules import param_shardings
+from rlhf_jax.sharding.mesh import make_mesh, replicated
+from rlhf_jax.sharding.rules import placed
 
 Array = jax.Array
 Mesh = jax.sharding.Mesh
@@ -65,9 +65,12 @@ class Parts:
   def reference(self) -> Any | None:
     """The policy's parent's decoder, frozen, on the mesh; None for a stage without a parent.
 
-    It is loaded apart from the trained copy, whose buffers are donated away.
+    It is loaded apart from the trained copy, whose buffers are donated away; of a decoder that is
+    trained in part it is also what stays frozen, at no further cost.
     """
-    return init_decoder(self) if 'policy' in self.parents else None
+    if 'policy' not in self.parents:
+      return None
+    return adapters.base_of(self.config.adapter, init_decoder(self))
 
 
 def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: Feedback) -> Parts:
@@ -89,6 +92,7 @@ def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: F
     check_parent(role, run, tokenizer)
   check_length(model, config)
   check_tokens(config, model)
+  config.adapter.check(model, 'adapter')
   return Parts(config, mesh, feedback, tokenizer, model, parents)
 
 
@@ -207,17 +211,6 @@ def check_length(model: ModelConfig, config: ExperimentConfig) -> None:
     )
 
 
-def placed(axes: Any, init: Callable[[Array], Any], mesh: Mesh) -> Any:
-  """Shapes, dtypes and shardings of what `init` would make."""
-  abstract = jax.eval_shape(init, jax.random.key(0))
-  shardings = param_shardings(axes, abstract, mesh)
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    abstract,
-    shardings,
-  )
-
-
 def abstract_decoder(model: ModelConfig, mesh: Mesh) -> Any:
   """A decoder's shapes and shardings."""
   return placed(decoder.logical_axes(model), lambda key: decoder.init(model, key), mesh)
@@ -244,13 +237,19 @@ def abstract_reward_model(model: ModelConfig, mesh: Mesh) -> Any:
   )
 
 
+def abstract_trained_reward_model(parts: Parts) -> Any:
+  """Shapes and shardings of what a stage trains of a reward model."""
+  whole = abstract_reward_model(parts.model, parts.mesh)
+  return {**whole, 'trunk': adapters.abstract(parts.config.adapter, parts.model, parts.mesh)}
+
+
 def shardings_of(abstract: Any) -> Any:
   """The shardings of a tree of abstract arrays."""
   return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def init_key(parts: Parts, what: int) -> Array:
-  """The key of one of the trees that are made at the start: 0 the decoder, 1 a scalar head."""
+  """The key of a tree that is made at the start: 0 the decoder, 1 its heads, 2 on its adapters."""
   return prng.stream_key(prng.base_key(parts.config.seed), prng.Stream.INIT, what)
 
 
@@ -264,10 +263,39 @@ def init_decoder(parts: Parts) -> Any:
   )
 
 
-def init_reward_model(parts: Parts) -> Any:
-  """A new head on the initial policy's trunk, with the identity as its normaliser."""
-  abstract = abstract_reward_model(parts.model, parts.mesh)
-  params = roles.reward_model_from_trunk(parts.model, init_decoder(parts), init_key(parts, 1))
+def trained_policy(parts: Parts) -> Any:
+  """What is trained of the policy's decoder (or a reward model's trunk), at the start."""
+  if parts.config.adapter.method == 'none':
+    return init_decoder(parts)
+  return trained_part(parts, parts.model, parts.reference, 0)
+
+
+def trained_part(parts: Parts, model: ModelConfig, base: Any, number: int) -> Any:
+  """What is trained of a decoder, from parameters laid out by `adapters.base_of`; copies.
+
+  `number` tells the adapters of a stage's several decoders apart.
+  """
+  config = parts.config.adapter
+  start = jax.jit(
+    functools.partial(adapters.init, config, model),
+    out_shardings=shardings_of(adapters.abstract(config, model, parts.mesh)),
+  )
+  return start(base, init_key(parts, 2 + number))
+
+
+def frozen_part(parts: Parts, model: ModelConfig, base: Any) -> Any:
+  """What is not trained of a decoder: the arrays of `base` themselves."""
+  everywhere = replicated(parts.mesh)
+  return jax.tree.map(
+    lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf, everywhere),
+    adapters.frozen_of(parts.config.adapter, model, base),
+  )
+
+
+def init_reward_model(parts: Parts, trunk: Any) -> Any:
+  """A new head on a trunk, or on what is trained of it, with the identity as its normaliser."""
+  abstract = abstract_trained_reward_model(parts)
+  params = roles.reward_model_from_trunk(parts.model, trunk, init_key(parts, 1))
   return jax.device_put(params, shardings_of(abstract))
 
 

@@ -6,15 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.objectives import demands_of
+from rlhf_jax.models import adapters
+from rlhf_jax.objectives import LossOutput, demands_of
 from rlhf_jax.recipes.parts import StageParts, shardings_of
 from rlhf_jax.sharding.mesh import batch_sharding, replicated
 from rlhf_jax.sharding.rules import opt_state_shardings
 from rlhf_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from rlhf_jax.training.state import TrainState
-from rlhf_jax.training.step import Loss, MoveTargets, Schedule, make_update
+from rlhf_jax.training.step import MoveTargets, Schedule, make_update
 
 Array = jax.Array
+WholeLoss = Callable[[dict[str, Any], Any], LossOutput]
 
 
 class Trees(NamedTuple):
@@ -26,6 +28,7 @@ class Trees(NamedTuple):
     carry: initial values of what the recipe carries from step to step.
     targets: from trained parameters to the ones that follow them slowly, by role; None: none do.
     move_targets: how they follow.
+    frozen: what is not trained of the roles that are trained in part, on the mesh.
   """
 
   abstract: dict[str, Any]
@@ -33,6 +36,11 @@ class Trees(NamedTuple):
   carry: dict[str, float]
   targets: Callable[[dict[str, Any]], dict[str, Any]] | None = None
   move_targets: MoveTargets | None = None
+  frozen: dict[str, Any] = {}
+
+  def whole(self, params: dict[str, Any]) -> dict[str, Any]:
+    """Trees by role as models take them, from what is trained (and its targets)."""
+    return adapters.join(self.frozen, params)
 
 
 class Trainer(NamedTuple):
@@ -43,13 +51,13 @@ class Trainer(NamedTuple):
   update: Callable[[TrainState, Any], Any]
 
 
-def make_trainer(parts: StageParts, trees: Trees, loss: Loss) -> Trainer:
+def make_trainer(parts: StageParts, trees: Trees, loss: WholeLoss) -> Trainer:
   """The optimizer, the sharded state, and the update.
 
   Args:
     parts: the stage's pieces.
     trees: what is trained.
-    loss: `(params and targets by role, batch) -> (Mean, metrics)`.
+    loss: `(whole params and targets by role, batch) -> (Mean, metrics)`.
   """
   config = parts.config
   demands = demands_of(config.objective)
@@ -79,9 +87,18 @@ def make_trainer(parts: StageParts, trees: Trees, loss: Loss) -> Trainer:
     shardings,
   )
   learning_rate = learning_rate_schedule(config.optimizer, total_updates)
-  update = jax.jit(
-    make_update(loss, optimizer, learning_rate, schedule, trees.move_targets),
-    in_shardings=(shardings, batch_sharding(parts.mesh)),
+
+  def update(state: TrainState, batch: Any, frozen: dict[str, Any]) -> Any:
+    def part_loss(params: Any, rows: Any, key: Array) -> LossOutput:
+      whole = adapters.join(frozen, params)
+      return loss(adapters.with_dropout(whole, key), rows)
+
+    move = trees.move_targets
+    return make_update(part_loss, optimizer, learning_rate, schedule, move)(state, batch)
+
+  jitted = jax.jit(
+    update,
+    in_shardings=(shardings, batch_sharding(parts.mesh), None),
     out_shardings=(shardings, everywhere),
     donate_argnums=0,
   )
@@ -91,4 +108,4 @@ def make_trainer(parts: StageParts, trees: Trees, loss: Loss) -> Trainer:
       create, in_shardings=(param_sharding,), out_shardings=shardings, donate_argnums=0
     )(trees.init())
 
-  return Trainer(abstract, init, update)
+  return Trainer(abstract, init, lambda state, batch: jitted(state, batch, trees.frozen))

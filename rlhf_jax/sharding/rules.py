@@ -1,6 +1,7 @@
 """Which mesh axis each logical axis of a parameter is split over: a table, and its application."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.sharding.mesh import replicated
 
+Array = jax.Array
 Rules = tuple[tuple[str, str | None], ...]
 
 # The first row that names a logical axis holds. Weights are cut over 'fsdp' along the residual
@@ -60,6 +62,17 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = DEFAULT_R
 
   return jax.tree_util.tree_map_with_path(
     place, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple)
+  )
+
+
+def placed(axes: Any, init: Callable[[Array], Any], mesh: Mesh) -> Any:
+  """Shapes, dtypes and shardings of what `init` would make from a key, by its logical axes."""
+  abstract = jax.eval_shape(init, jax.random.key(0))
+  shardings = param_shardings(axes, abstract, mesh)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    abstract,
+    shardings,
   )
 
 

@@ -15,8 +15,8 @@ from rlhf_jax.common.rows import split_rows
 from rlhf_jax.training.state import TrainState
 
 Array = jax.Array
-# (params by role, with the targets among them; batch) -> (loss as total and weight, metrics)
-Loss = Callable[[Any, Any], tuple[Mean, Metrics]]
+# (params by role, with the targets among them; batch; key) -> (loss as total and weight, metrics)
+Loss = Callable[[Any, Any, Array], tuple[Mean, Metrics]]
 # (targets, params after an update) -> targets
 MoveTargets = Callable[[dict[str, Any], Any], dict[str, Any]]
 
@@ -36,28 +36,32 @@ class Schedule(NamedTuple):
 
 
 def accumulate_gradients(
-  loss: Loss, params: Any, batch: Any, accumulation: int
+  loss: Loss, params: Any, batch: Any, accumulation: int, key: Array
 ) -> tuple[Any, Mean, Metrics]:
   """Gradient of (summed total / summed weight) over microbatches, whatever their number.
+
+  Every microbatch has a key of its own, so a loss that draws random numbers depends on how many
+  there are; no other does.
 
   Returns gradients like `params`, the loss, and the merged metrics.
   """
 
-  def total(params: Any, rows: Any) -> tuple[Array, tuple[Mean, Metrics]]:
-    mean, metrics = loss(params, rows)
+  def total(params: Any, rows: Any, key: Array) -> tuple[Array, tuple[Mean, Metrics]]:
+    mean, metrics = loss(params, rows, key)
     return mean.total, (jax.lax.stop_gradient(mean), metrics)
 
   gradient = jax.grad(total, has_aux=True)
   if accumulation == 1:
-    gradients, (mean, metrics) = gradient(params, batch)
+    gradients, (mean, metrics) = gradient(params, batch, key)
   else:
 
-    def add(gradients: Any, rows: Any) -> tuple[Any, tuple[Mean, Metrics]]:
-      more, aux = gradient(params, rows)
+    def add(gradients: Any, part: tuple[Any, Array]) -> tuple[Any, tuple[Mean, Metrics]]:
+      more, aux = gradient(params, *part)
       return jax.tree.map(jnp.add, gradients, more), aux
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    gradients, (means, stacked) = jax.lax.scan(add, zeros, split_rows(batch, accumulation))
+    parts = (split_rows(batch, accumulation), jax.random.split(key, accumulation))
+    gradients, (means, stacked) = jax.lax.scan(add, zeros, parts)
     mean, metrics = means.reduce(), metrics_lib.reduce(stacked)
   weight = jnp.where(mean.weight == 0, 1.0, mean.weight)
   return jax.tree.map(lambda g: g / weight, gradients), mean, metrics
@@ -80,7 +84,8 @@ def make_update(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
   """The pure function `(state, batch) -> (state, metrics)` of one iteration; the caller jits it.
 
-  Minibatch order comes from the state's `MINIBATCHES` stream. Metrics are merged over all updates;
+  Minibatch order comes from the state's `MINIBATCHES` stream, the loss's keys from its `DROPOUT`
+  stream. Metrics are merged over all updates;
   'loss' and 'gradient_norm' (before clipping) are among them.
 
   Args:
@@ -92,11 +97,15 @@ def make_update(
   """
   updates_per_step = schedule.epochs * schedule.minibatches
 
-  def update_once(carry: _Moving, batch: Any, count: Array) -> tuple[_Moving, Metrics]:
+  def update_once(carry: _Moving, batch: Any, count: Array, key: Array) -> tuple[_Moving, Metrics]:
     params, opt_state, targets = carry
     fixed = jax.lax.stop_gradient(targets)
     gradients, mean, metrics = accumulate_gradients(
-      lambda params, rows: loss({**params, **fixed}, rows), params, batch, schedule.accumulation
+      lambda params, rows, key: loss({**params, **fixed}, rows, key),
+      params,
+      batch,
+      schedule.accumulation,
+      key,
     )
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, opt_state, params)
@@ -114,8 +123,9 @@ def make_update(
   def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
     start = state.step * updates_per_step
     carry = _Moving(state.params, state.opt_state, state.targets)
+    key = state.stream(Stream.DROPOUT)
     if updates_per_step == 1:
-      carry, metrics = update_once(carry, batch, start)
+      carry, metrics = update_once(carry, batch, start, key)
     else:
       order = minibatch_order(
         state.stream(Stream.MINIBATCHES), jax.tree.leaves(batch)[0].shape[0], schedule
@@ -123,7 +133,8 @@ def make_update(
 
       def body(carry: _Moving, item: tuple[Array, Array]) -> tuple[_Moving, Metrics]:
         rows, number = item
-        return update_once(carry, jax.tree.map(lambda x: x[rows], batch), start + number)
+        minibatch = jax.tree.map(lambda x: x[rows], batch)
+        return update_once(carry, minibatch, start + number, jax.random.fold_in(key, number))
 
       carry, stacked = jax.lax.scan(body, carry, (order, jnp.arange(updates_per_step)))
       metrics = metrics_lib.over_updates(stacked)

@@ -140,7 +140,7 @@ def test_targets_resume_exactly(tmp_path: pathlib.Path) -> None:
     start = {'w': jnp.arange(3.0)}
     return TrainState.create(start, optimizer, 0, carry, {'w_target': jnp.zeros(3)})
 
-  def loss(params: Any, batch: jax.Array) -> Any:
+  def loss(params: Any, batch: jax.Array, key: jax.Array) -> Any:
     return Mean.of(jnp.square(params['w'] - 0.5 * params['w_target'] - batch)), {}
 
   def move(targets: Any, params: Any) -> Any:

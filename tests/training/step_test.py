@@ -1,5 +1,6 @@
 """One iteration: gradients do not depend on the split, and every update is made."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from rlhf_jax.common import metrics as metrics_lib
+from rlhf_jax.common import prng
 from rlhf_jax.common.metrics import First, FirstMax, Max, Mean, Metrics, Sum
 from rlhf_jax.common.prng import Stream
 from rlhf_jax.training.state import TrainState
@@ -36,7 +38,7 @@ def make_batch() -> dict[str, Any]:
   }
 
 
-def token_loss(params: Any, batch: Any) -> tuple[Mean, Metrics]:
+def token_loss(params: Any, batch: Any, key: Any) -> tuple[Mean, Metrics]:
   """A mean over tokens, not over rows."""
   errors = jnp.square(batch['x'] * params['w'] - params['b'])
   mean = Mean.of(errors, batch['mask'])
@@ -48,6 +50,7 @@ def token_loss(params: Any, batch: Any) -> tuple[Mean, Metrics]:
   }
 
 
+KEY = jax.random.key(0)
 PARAMS = {'w': jnp.linspace(0.5, 1.5, LENGTH), 'b': jnp.float32(0.3)}
 
 
@@ -56,7 +59,7 @@ def test_microbatches_do_not_change_gradients(parts: int) -> None:
   """Gradient, loss and metrics of the token-weighted mean, from the definition, for any split."""
   batch = make_batch()
   gradients, mean, metrics = jax.jit(
-    lambda params, batch: accumulate_gradients(token_loss, params, batch, parts)
+    lambda params, batch: accumulate_gradients(token_loss, params, batch, parts, KEY)
   )(PARAMS, batch)
   x, mask = np.asarray(batch['x'], np.float64), np.asarray(batch['mask'])
   w, b = np.asarray(PARAMS['w'], np.float64), float(PARAMS['b'])
@@ -73,7 +76,7 @@ def test_microbatches_do_not_change_gradients(parts: int) -> None:
 
 def test_a_batch_without_a_token_has_zero_gradient() -> None:
   batch = {**make_batch(), 'mask': jnp.zeros((ROWS, LENGTH), bool)}
-  gradients, mean, _ = accumulate_gradients(token_loss, PARAMS, batch, 2)
+  gradients, mean, _ = accumulate_gradients(token_loss, PARAMS, batch, 2, KEY)
   assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))
   assert float(mean.value()) == 0
 
@@ -102,7 +105,7 @@ def test_every_epoch_is_a_permutation(epochs: int, minibatches: int) -> None:
   assert not np.array_equal(order, minibatch_order(jax.random.key(1), 32, schedule))
 
 
-def visit_loss(params: Any, batch: Any) -> tuple[Mean, Metrics]:
+def visit_loss(params: Any, batch: Any, key: Any) -> tuple[Mean, Metrics]:
   """Its gradient counts visits: each row's parameter has slope -1 whenever the row is seen."""
   seen = params['visits'][batch['row']]
   mean = Mean(-seen.sum(), jnp.float32(seen.size))
@@ -148,7 +151,7 @@ def test_metrics_of_the_first_update_cover_all_its_microbatches() -> None:
   assert found == {float(order[0].max())}
 
 
-def target_loss(params: Any, batch: Any) -> tuple[Mean, Metrics]:
+def target_loss(params: Any, batch: Any, key: Any) -> tuple[Mean, Metrics]:
   """Half the squared distance of each row's product with w to its product with the target."""
   errors = batch['x'] @ params['w'] - batch['x'] @ params['w_target'] - 1.0
   return Mean.of(0.5 * jnp.square(errors)), {}
@@ -201,3 +204,30 @@ def test_metrics_survive_json_exactly() -> None:
   more: Metrics = {'mean': Mean(jnp.float32(0.7), jnp.float32(3))}
   first, second = (metrics_lib.merge([x, more])['mean'] for x in (metrics, again))
   np.testing.assert_array_equal(first.value(), second.value())
+
+
+def draw_loss(params: Any, batch: Any, key: Any) -> tuple[Mean, Metrics]:
+  """Its gradient is the number that was drawn."""
+  return Mean.of(params['w'] * jax.random.uniform(key) * jnp.ones_like(batch['row'])), {}
+
+
+def test_every_microbatch_of_every_update_has_a_key_of_its_own() -> None:
+  """Mean and update numbers differ; the same step draws the same again, and another step others."""
+  optimizer = optax.sgd(1.0)
+  update = jax.jit(make_update(draw_loss, optimizer, lambda count: 1.0, Schedule(2, 2, 2)))
+  rows = {'row': jnp.arange(8.0)}
+
+  def moved(step: int) -> float:
+    state = TrainState.create({'w': jnp.float32(0)}, optimizer, 0, {})
+    state, _ = update(dataclasses.replace(state, step=jnp.int32(step)), rows)
+    return float(state.params['w'])
+
+  drawn = jax.grad(lambda w, key: draw_loss({'w': w}, rows, key)[0].value())
+  key = prng.stream_key(prng.base_key(0), prng.Stream.DROPOUT, 3)
+  keys = [
+    part for number in range(4) for part in jax.random.split(jax.random.fold_in(key, number), 2)
+  ]
+  draws = [float(drawn(0.0, key)) for key in keys]
+  assert len(set(draws)) == 8
+  assert moved(3) == pytest.approx(-sum(draws) / 2, rel=1e-6)
+  assert moved(3) == moved(3) != moved(4)
