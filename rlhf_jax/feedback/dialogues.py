@@ -137,6 +137,11 @@ def text_of(context: Context) -> str:
   return json.dumps([[message.role, message.content] for message in context])
 
 
+def contents(dialogue: Dialogue) -> str:
+  """What was said, a line a message, without who said it."""
+  return '\n'.join(message.content for message in dialogue)
+
+
 def to_messages(dialogue: Dialogue) -> list[dict[str, Any]]:
   """Messages as they are written in files and given to templates."""
   return [dataclasses.asdict(message) for message in dialogue]

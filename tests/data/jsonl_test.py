@@ -306,7 +306,7 @@ def test_hh_transcripts_are_read_but_for_the_four_empty_responses(shared_data):
   with gzip.open(path, 'rt', encoding='utf-8') as file:
     first = json.loads(file.readline())
   pair = records[0]
-  assert isinstance(pair, Comparison)
+  assert isinstance(pair, Comparison) and isinstance(pair.prompt, str)
   assert pair.prompt + pair.chosen == first['chosen']
   assert pair.prompt + pair.rejected == first['rejected']
   assert pair.prompt.endswith('\n\nAssistant:')

@@ -68,7 +68,7 @@ def test_records_with_dialogues_survive_the_way_through_mappings_and_json(record
     ([{'role': 'system', 'content': 'a'}], 'prompt', 'a system message alone'),
   ],
 )
-def test_a_bad_prompt_is_named_by_message_and_reason(value: Any, place: str, reason: str):
+def test_a_bad_prompt_is_named_by_message_and_reason(value: Any, place: str, reason: str) -> None:
   with pytest.raises(RecordError, match=f"field '{place}': .*{reason}"):
     Rating.from_dict({'prompt': value, 'response': 'a', 'score': 1})
 
@@ -82,7 +82,7 @@ def test_a_bad_prompt_is_named_by_message_and_reason(value: Any, place: str, rea
     ('system assistant', 'a system message alone'),
   ],
 )
-def test_a_whole_dialogue_is_asked_and_answered(roles: str, reason: str):
+def test_a_whole_dialogue_is_asked_and_answered(roles: str, reason: str) -> None:
   with pytest.raises(RecordError, match=f"field 'messages': .*{reason}"):
     dialogues.split('messages', tuple(Message(role, 'x') for role in roles.split()))
 
