@@ -1,6 +1,7 @@
 """Dialogues have the tokens that they are sampled with, and only the assistant's are learnt."""
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ LLAMA_TALK = TALK[1:]
 
 
 @pytest.fixture(scope='module')
-def made(tmp_path_factory) -> Any:
+def made(tmp_path_factory: Any) -> Any:
   """Folders by name, each with the tokenizer that transformers has for it."""
   found = {}
   for name, make, template in (
@@ -173,7 +174,8 @@ def test_other_records_have_the_prompt_and_the_answers_of_demonstrations(made):
   prompt, said = TALK[:2], [message.content for message in (TALK[2], TALK[4])]
   single = [_demonstration((*prompt, TALK[i]), ours) for i in (2, 4)]
   expected = [one.response[0].tolist() for one in single]
-  pair = _row(pipeline.encode_comparisons([Comparison(prompt, *said)], ours, CONFIG))
+  compared = Comparison(prompt, said[0], said[1])
+  pair = _row(pipeline.encode_comparisons([compared], ours, CONFIG))
   assert pair.sequences.response[0].tolist() == expected
   ranked = _row(pipeline.encode_rankings([Ranking(prompt, tuple(said), (1, 2))], ours, CONFIG))
   assert ranked.sequences.response[0].tolist() == expected
@@ -257,6 +259,14 @@ def test_a_template_that_rewrites_its_prompt_is_refused(made):
   for records in ([Demonstration(TALK[:2], 'a')], [Demonstration(TALK[:2], TALK[2:])]):
     with pytest.raises(DataError, match="before message 2, the assistant's, otherwise"):
       pipeline.encode_demonstrations(records, thinking, CONFIG)
+
+
+def test_the_built_in_template_is_as_the_page_on_data_shows_it():
+  page = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'data.md'
+  shown = page.read_text('utf-8').partition('among them:\n\n')[2].partition('\n\nA run')[0]
+  ours = tokenizers.train('byte', ['x'], 300).with_template(templates.PLAIN)
+  talk = dialogue('s:Be brief.', 'u:How?', 'a:So.', 'u:Why?')
+  assert ours.written(talk) == '\n'.join(line[4:] for line in shown.splitlines())
 
 
 def test_dialogues_need_a_template(tmp_path):

@@ -1,6 +1,8 @@
 """Lines with lists of messages say what the same lines with texts would say, turn for turn."""
 
 import json
+import pathlib
+import re
 from typing import Any
 
 import pytest
@@ -78,6 +80,18 @@ SAID, OTHER = _turns('a:Yo'), _turns('a:Hello')
 )
 def test_messages_are_read_where_texts_are(tmp_path, line, record):
   assert _read(tmp_path, line, line) == [record, record]
+
+
+def test_the_lines_on_the_page_are_read(tmp_path):
+  page = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'data.md'
+  (block,) = re.findall(r'```jsonl\n(.*?)```', page.read_text('utf-8'), re.DOTALL)
+  kinds = []
+  for line in block.splitlines():
+    (record,) = _read(tmp_path, json.loads(line))
+    assert not isinstance(record.text if isinstance(record, Prompt) else record.prompt, str)
+    kinds.append(type(record))
+  several = [Demonstration, Demonstration, Rating, *[Comparison] * 3, Ranking, Prompt]
+  assert kinds == several
 
 
 @pytest.mark.parametrize(
