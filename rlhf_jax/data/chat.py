@@ -121,9 +121,7 @@ def answer(prompts: Sequence[Asked], replies: Sequence[Reply], tokenizer: Tokeni
     turns = (Message(ASSISTANT, reply),) if isinstance(reply, str) else reply
     asked = len(prompt.dialogue)
     dialogue = prompt.dialogue + turns
-    rendered = tokenizer.render_turns(dialogue, asked=asked)
-    if not rendered.text.startswith(prompt.text):
-      raise templates.not_a_prefix(dialogue, asked)
+    rendered = tokenizer.render_turns(dialogue, prompt=prompt.text, asked=asked)
     found.append((dialogue, rendered))
   rows = tokenizer.encode_rendered([rendered.text for _, rendered in found])
   return [

@@ -73,7 +73,7 @@ def render(template: str, tokens: Mapping[str, str], dialogue: Dialogue, *, ask:
 
 
 def render_turns(
-  template: str, tokens: Mapping[str, str], dialogue: Dialogue, *, asked: int
+  template: str, tokens: Mapping[str, str], dialogue: Dialogue, *, prompt: str, asked: int
 ) -> Rendered:
   """A dialogue as text, and where in it the assistant's turns from message `asked` on stand.
 
@@ -81,13 +81,23 @@ def render_turns(
   of the messages up to it adds to that of the messages before it with the beginning of an
   assistant's turn; so every such rendering must be how the next one begins.
 
+  Args:
+    template: in jinja.
+    tokens: special tokens by their names in templates.
+    dialogue: the messages, the last of them the assistant's.
+    prompt: what `render` gives of those before `asked`, with `ask`.
+    asked: the number of the first message that is the assistant's to learn.
+
   Raises:
     DataError: the template refuses the dialogue, has no turn of the assistant between its
       `{% generation %}` and end, or renders earlier messages otherwise once more follow.
   """
-  if _GENERATION.search(template):
-    text, spans = _render(template, tokens, dialogue, ask=False, marked=True)
-    start = len(render(template, tokens, dialogue[:asked], ask=True))
+  marked = _GENERATION.search(template) is not None
+  text, spans = _render(template, tokens, dialogue, ask=False, marked=marked)
+  if not text.startswith(prompt):
+    raise _not_a_prefix(dialogue, asked)
+  if marked:
+    start = len(prompt)
     spans = [(max(first, start), last) for first, last in spans if last > start]
     if not spans:
       raise DataError(
@@ -95,19 +105,22 @@ def render_turns(
         "assistant's turns in it. Mend the template: all that the assistant says belongs there."
       )
     return Rendered(text, spans)
-  text, spans = render(template, tokens, dialogue, ask=False), []
+  last = len(dialogue) - 1
   for number in range(asked, len(dialogue)):
     if dialogue[number].role != 'assistant':
       continue
-    before = render(template, tokens, dialogue[:number], ask=True)
-    through = render(template, tokens, dialogue[: number + 1], ask=False)
+    before, through = prompt, text
+    if number > asked:
+      before = render(template, tokens, dialogue[:number], ask=True)
+    if number < last:
+      through = render(template, tokens, dialogue[: number + 1], ask=False)
     if not (through.startswith(before) and text.startswith(through)):
-      raise not_a_prefix(dialogue, number)
+      raise _not_a_prefix(dialogue, number)
     spans.append((len(before), len(through)))
   return Rendered(text, spans)
 
 
-def not_a_prefix(dialogue: Dialogue, number: int) -> DataError:
+def _not_a_prefix(dialogue: Dialogue, number: int) -> DataError:
   """The error about a template that renders messages otherwise once the assistant has spoken."""
   return DataError(
     f'{_shown(dialogue)}: the chat template renders the messages before message {number}, the '

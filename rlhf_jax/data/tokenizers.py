@@ -140,11 +140,13 @@ class Tokenizer:
     ids = {_MARKS['bos']: self.bos_id, _MARKS['eos']: self.eos_id}
     return _MARK.sub(lambda found: self.backend.id_to_token(ids[found.group()]), text)
 
-  def render_turns(self, dialogue: Dialogue, *, asked: int) -> templates.Rendered:
+  def render_turns(self, dialogue: Dialogue, *, prompt: str, asked: int) -> templates.Rendered:
     """A dialogue and where the assistant's turns are; as `templates.render_turns`."""
     assert self.template is not None, 'data.chat.require_template comes first'
     self._check_marks(dialogue)
-    return templates.render_turns(self.template, self.template_tokens, dialogue, asked=asked)
+    return templates.render_turns(
+      self.template, self.template_tokens, dialogue, prompt=prompt, asked=asked
+    )
 
   def _check_marks(self, dialogue: Dialogue) -> None:
     for message in dialogue if self.literal else ():

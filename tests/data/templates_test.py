@@ -4,15 +4,20 @@ import pytest
 
 from rlhf_jax.common.errors import ConfigError, DataError
 from rlhf_jax.data import templates
-from rlhf_jax.feedback.dialogues import to_messages
+from rlhf_jax.feedback.dialogues import Dialogue, to_messages
 from tests.data import folders
 
 TALK = folders.dialogue('u:Hi', 'a:Yo', 'u:How?', 'a:So. ')
 TOKENS = {'bos_token': '<s>', 'eos_token': '</s>'}
 
 
+def _rendered(template: str, talk: Dialogue, asked: int) -> templates.Rendered:
+  prompt = templates.render(template, TOKENS, talk[:asked], ask=True)
+  return templates.render_turns(template, TOKENS, talk, prompt=prompt, asked=asked)
+
+
 def _turns(template: str, asked: int = 1) -> list[str]:
-  text, spans = templates.render_turns(template, TOKENS, TALK, asked=asked)
+  text, spans = _rendered(template, TALK, asked)
   return [text[first:last] for first, last in spans]
 
 
@@ -43,11 +48,11 @@ def test_a_template_that_rewrites_what_was_said_is_refused_unless_it_tells_the_t
   with pytest.raises(
     DataError, match="before message 1, the assistant's, otherwise once it follow"
   ):
-    templates.render_turns(folders.FORGETFUL, {}, talk, asked=1)
+    _rendered(folders.FORGETFUL, talk, 1)
   marked = folders.FORGETFUL.replace('{{ ', '{% generation %}{{ ').replace(
     ' }}', ' }}{% endgeneration %}'
   )
-  assert templates.render_turns(marked, {}, talk, asked=1).spans
+  assert _rendered(marked, talk, 1).spans
 
 
 def test_a_keyword_around_nothing_is_an_error():
