@@ -14,6 +14,9 @@ from rlhf_jax.data import templates
 from rlhf_jax.data.tokenizers import Encoded, Tokenizer
 from rlhf_jax.feedback.dialogues import ASSISTANT, SYSTEM, USER, Dialogue, Message, Reply
 
+# Texts that are encoded together: where each of their tokens stands is large, and soon forgotten.
+_CHUNK = 1024
+
 
 class Asked(NamedTuple):
   """A dialogue that waits for the assistant.
@@ -70,12 +73,16 @@ def ask(
     DataError: the template refuses a dialogue.
   """
   require_template(tokenizer)
-  texts = [tokenizer.render(dialogue, ask=True) for dialogue in dialogues]
-  rows = tokenizer.encode_rendered(texts)
-  return [
-    _fitted(Asked(dialogue, text, row.ids, row.ids, len(row.ids)), tokenizer, room, truncation)
-    for dialogue, text, row in zip(dialogues, texts, rows, strict=True)
-  ]
+  found = []
+  for start in range(0, len(dialogues), _CHUNK):
+    chunk = dialogues[start : start + _CHUNK]
+    texts = [tokenizer.render(dialogue, ask=True) for dialogue in chunk]
+    for dialogue, text, (ids, _) in zip(
+      chunk, texts, tokenizer.encode_rendered(texts), strict=True
+    ):
+      asked = Asked(dialogue, text, ids, ids, len(ids))
+      found.append(_fitted(asked, tokenizer, room, truncation))
+  return found
 
 
 def _fitted(asked: Asked, tokenizer: Tokenizer, room: int, truncation: str) -> Asked:
@@ -106,7 +113,9 @@ def shortened(dialogue: Dialogue) -> Iterator[Dialogue]:
     yield kept + dialogue[start:]
 
 
-def answer(prompts: Sequence[Asked], replies: Sequence[Reply], tokenizer: Tokenizer) -> list[Said]:
+def answer(
+  prompts: Sequence[Asked], replies: Sequence[Reply], tokenizer: Tokenizer
+) -> Iterator[Said]:
   """What follows each prompt: one turn of the assistant, or turns of both sides.
 
   A turn of the assistant ends with the first stop token in it, or right behind it, where the
@@ -116,6 +125,14 @@ def answer(prompts: Sequence[Asked], replies: Sequence[Reply], tokenizer: Tokeni
   Raises:
     DataError: the template refuses a dialogue, or renders its prompt otherwise once it is answered.
   """
+  for start in range(0, len(prompts), _CHUNK):
+    chunk = slice(start, start + _CHUNK)
+    yield from _answer(prompts[chunk], replies[chunk], tokenizer)
+
+
+def _answer(
+  prompts: Sequence[Asked], replies: Sequence[Reply], tokenizer: Tokenizer
+) -> Iterator[Said]:
   found = []
   for prompt, reply in zip(prompts, replies, strict=True):
     turns = (Message(ASSISTANT, reply),) if isinstance(reply, str) else reply
@@ -124,10 +141,8 @@ def answer(prompts: Sequence[Asked], replies: Sequence[Reply], tokenizer: Tokeni
     rendered = tokenizer.render_turns(dialogue, prompt=prompt.text, asked=asked)
     found.append((dialogue, rendered))
   rows = tokenizer.encode_rendered([rendered.text for _, rendered in found])
-  return [
-    _said(dialogue, rendered, prompt, row, tokenizer)
-    for (dialogue, rendered), prompt, row in zip(found, prompts, rows, strict=True)
-  ]
+  for (dialogue, rendered), prompt, row in zip(found, prompts, rows, strict=True):
+    yield _said(dialogue, rendered, prompt, row, tokenizer)
 
 
 def _said(

@@ -107,8 +107,8 @@ def encode_replies(
   else:
     encoded = ((ids, []) for ids in tokenizer.encode_batch(plain))
   in_dialogues = [(asked, reply) for asked, reply in rows if asked is not None]
-  said = iter(
-    chat.answer([asked for asked, _ in in_dialogues], [x for _, x in in_dialogues], tokenizer)
+  said = chat.answer(
+    [asked for asked, _ in in_dialogues], [reply for _, reply in in_dialogues], tokenizer
   )
   found = []
   for asked, reply in rows:
@@ -118,7 +118,7 @@ def encode_replies(
       continue
     one = next(said)
     starts = _from_reply(one, reply) if with_starts else []
-    found.append(EncodedReply(one.ids, one.imitated, starts))
+    found.append(EncodedReply(one.ids, None if all(one.imitated) else one.imitated, starts))
   return found
 
 
