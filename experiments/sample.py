@@ -9,6 +9,10 @@ r"""Completes prompts, or chats, with the policy of a finished run.
 Only the run directory is needed, not the data. Settings that are not given are the run's own. A
 response depends on its prompt's text, its number and --seed, not on the other prompts.
 
+With --chat prompts are what a person says, --system what the assistant is told before; the chat
+template of the run's tokenizer writes the dialogue, and where it has none it is a transcript as in
+Anthropic's HH, of a Human and an Assistant.
+
 --json writes {"schema": 1, "run", "checkpoint", "step", "params_sha256" (of the final parameters),
 "settings": {"temperature", "top_k", "top_p", "max_new_tokens", "prompt_length", "seed"},
 "samples": [...]}, a sample for each response, in the order of the prompts:
@@ -24,7 +28,7 @@ is no state to save.
 
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -34,9 +38,12 @@ from rlhf_jax.common import prng
 from rlhf_jax.common.errors import ConfigError, RunError, UserError
 from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
 from rlhf_jax.feedback.dataset import Feedback, Split
+from rlhf_jax.feedback.dialogues import ASSISTANT, USER, Context, Message
+from rlhf_jax.feedback.dialogues import SYSTEM as SYSTEM_ROLE
 from rlhf_jax.objectives import objective_of
 from rlhf_jax.recipes.completions import Completer, Completion, best_of, make_completer
 from rlhf_jax.recipes.finished import open_run
+from rlhf_jax.recipes.parts import Parts
 from rlhf_jax.runs import Run, write_json
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 
@@ -47,6 +54,7 @@ PROMPT = flags.DEFINE_multi_string(
 CHAT = flags.DEFINE_bool(
   'chat', False, 'Prompts are what a person says in a dialogue; a terminal keeps its history.'
 )
+SYSTEM = flags.DEFINE_string('system', None, 'The system message of --chat.')
 CHECKPOINT = flags.DEFINE_enum('checkpoint', 'final', CHECKPOINTS, 'Which parameters.')
 TEMPERATURE = flags.DEFINE_float(
   'temperature', None, '0: the likeliest token, always. Default: as the run sampled.', 0.0
@@ -93,6 +101,8 @@ def main() -> int:
     raise UserError(
       f'--num_samples={NUM_SAMPLES.value}: --best_of={BEST_OF.value} shows one response. Leave one.'
     )
+  if SYSTEM.value is not None and not CHAT.value:
+    raise UserError(f'--system={SYSTEM.value!r}: only a dialogue has one; give --chat.')
   path = cli.json_path(JSON.value)
   if path is not None and not PROMPT.value:
     raise UserError(f'--json={path}: only the responses to --prompt are written; give one.')
@@ -110,11 +120,12 @@ def main() -> int:
   nothing = Feedback('--prompt', Split(), Split())
   opened = open_run(run, config, nothing, mesh, parents=judges(run), checkpoint=CHECKPOINT.value)
   completer = make_completer(opened)
+  assert isinstance(opened.parts, Parts)
+  talk = talk_of(opened.parts.tokenizer.template is not None)
   if not PROMPT.value:
-    return converse(completer, config)
-  completions = respond(
-    completer, [turn(text) if CHAT.value else text for text in PROMPT.value], key(0)
-  )
+    return converse(completer, talk, config)
+  asked = [talk.ask(text) if CHAT.value else text for text in PROMPT.value]
+  completions = respond(completer, asked, key(0))
   for completion in completions:
     show(completion, config)
   if path is not None:
@@ -139,7 +150,7 @@ def judges(run: Run) -> dict[str, Run]:
   return found
 
 
-def respond(completer: Completer, prompts: list[str], key: jax.Array) -> list[Completion]:
+def respond(completer: Completer, prompts: list[Context], key: jax.Array) -> list[Completion]:
   """Responses to prompts, as many as asked for, or the best of --best_of."""
   if BEST_OF.value > 1:
     return best_of(completer(prompts, key, BEST_OF.value), BEST_OF.value)
@@ -167,12 +178,39 @@ def key(turns: int) -> jax.Array:
   return prng.stream_key(prng.base_key(SEED.value), prng.Stream.SAMPLING, turns)
 
 
-def turn(text: str, history: str = '') -> str:
-  """A dialogue in which a person has just spoken and the assistant is to answer."""
-  return f'{history}{_HUMAN}{text}{_ASSISTANT}'
+class Talk(NamedTuple):
+  """A dialogue so far, in the form in which the policy reads it.
+
+  Attributes:
+    history: the messages, or a transcript for policies without a chat template.
+  """
+
+  history: Context
+
+  def ask(self, text: str) -> Context:
+    """The dialogue in which a person has just spoken and the assistant is to answer."""
+    if isinstance(self.history, str):
+      return f'{self.history}{_HUMAN}{text}{_ASSISTANT}'
+    return (*self.history, Message(USER, text))
 
 
-def converse(completer: Completer, config: ExperimentConfig) -> int:
+def talk_of(has_template: bool) -> Talk:
+  """A dialogue in which nobody has spoken yet."""
+  if has_template:
+    return Talk(() if SYSTEM.value is None else (Message(SYSTEM_ROLE, SYSTEM.value),))
+  return Talk('' if SYSTEM.value is None else SYSTEM.value)
+
+
+def answered(asked: Context, answer: str) -> Talk:
+  """The dialogue after an answer."""
+  if isinstance(asked, str):
+    # A policy that does not stop may go on to speak for the person.
+    return Talk(f'{asked} {answer.partition(_HUMAN.rstrip())[0].strip()}')
+  # A template may refuse an empty turn.
+  return Talk((*asked, Message(ASSISTANT, answer.strip() or '...')))
+
+
+def converse(completer: Completer, beginning: Talk, config: ExperimentConfig) -> int:
   """Reads a line, answers, until the input ends."""
   terminal = sys.stdin.isatty()
   if terminal:
@@ -180,18 +218,18 @@ def converse(completer: Completer, config: ExperimentConfig) -> int:
 
     commands = '/reset begins anew, ' if CHAT.value else ''
     print(f'{commands}/quit or Ctrl-D ends.')
-  history, turns = '', 0
+  talk, turns = beginning, 0
   while True:
     try:
       line = input('> ' if terminal else '')
       if line.strip() == '/quit':
         return cli.DONE
       if CHAT.value and line.strip() == '/reset':
-        history = ''
+        talk = beginning
         continue
       if not line.strip():
         continue
-      prompt = turn(line, history) if CHAT.value else line
+      prompt = talk.ask(line) if CHAT.value else line
       completions = respond(completer, [prompt], key(turns))
     except (EOFError, KeyboardInterrupt):
       print()
@@ -199,15 +237,13 @@ def converse(completer: Completer, config: ExperimentConfig) -> int:
     for completion in completions:
       show(completion, config)
     turns += 1
-    # A policy that does not stop may go on to speak for the person.
-    answer = completions[-1].text.partition(_HUMAN.rstrip())[0]
-    history = f'{prompt} {answer.strip()}'
+    talk = answered(prompt, completions[-1].text)
 
 
 def show(completion: Completion, config: ExperimentConfig) -> None:
   """Prints a response, how it ended, and its token ids."""
   if completion.prompt_tokens_cut:
-    begun = 'end' if config.data.truncation == 'keep_end' else 'start'
+    begun = 'start' if config.data.truncation == 'keep_start' else 'end'
     print(
       f'note: {completion.prompt_tokens_cut} tokens of the prompt were left out; its {begun} is '
       f'read, {len(completion.prompt_tokens)} tokens (--prompt_length).',

@@ -23,7 +23,7 @@ from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.recipes import build
-from rlhf_jax.recipes.parts import check_devices
+from rlhf_jax.recipes.parts import chat_template, check_devices
 from rlhf_jax.recipes.rewards import reward_fingerprints
 from rlhf_jax.runs import Run, environment_record, fingerprint, git_revision, write_json
 from rlhf_jax.training.checkpoints import Checkpoints
@@ -161,11 +161,15 @@ def _identity(
   tokenizer = None
   own = 'policy' not in parents and config.data.source != CONTROL
   if own and config.data.tokenizer not in TRAINED_TOKENIZERS:
-    tokenizer = load_tokenizer(pathlib.Path(config.data.tokenizer)).fingerprint
+    tokenizer = load_tokenizer(pathlib.Path(config.data.tokenizer)).identity
+  template = None
+  if config.data.chat_template:
+    template = fingerprint(chat_template(config.data))
   return {
     'config': values,
     'data': feedback.fingerprint,
     'tokenizer': tokenizer,
+    'chat_template': template,
     'rewards': rewards,
   }
 

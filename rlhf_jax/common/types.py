@@ -40,12 +40,23 @@ class Sequences:
     response: int32 tokens, right-padded; the stop token, if any, is the last real one.
     response_mask: bool, True at real tokens, the stop token included. It comes from lengths, never
       from comparing tokens with the padding id.
+    loss_mask: bool, True at the response tokens that are imitated, a part of `response_mask`; None
+      where those are all. The response of a demonstration may be the rest of a dialogue, several
+      turns of both sides: the model attends to every turn (`response_mask`) and is to say the
+      assistant's alone (`loss_mask`). So one row, one forward pass, teaches every answer with all
+      that was said before it, and nothing that eats other data has to know of turns.
   """
 
   prompt: Array
   prompt_mask: Array
   response: Array
   response_mask: Array
+  loss_mask: Array | None = None
+
+  @property
+  def imitated(self) -> Array:
+    """`[..., R]` bool, the response tokens that supervised objectives learn to say."""
+    return self.response_mask if self.loss_mask is None else self.loss_mask
 
 
 @struct.dataclass

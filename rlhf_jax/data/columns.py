@@ -66,6 +66,8 @@ class Columns:
     extras: further `[N, ...]` arrays by field of the batch, e.g. `reference_logprobs`.
     statistics: counts worth telling: rows, prompts and responses that were cut, and what that has
       made useless.
+    imitated: of each response's tokens, 1 where they are imitated and 0 elsewhere (a batch's
+      `loss_mask`); None where all are.
   """
 
   kind: str
@@ -77,6 +79,7 @@ class Columns:
   pad_id: int
   extras: dict[str, Array]
   statistics: dict[str, int]
+  imitated: Ragged | None = None
 
   def __len__(self) -> int:
     return len(self.prompts.offsets) - 1
@@ -123,5 +126,8 @@ class Columns:
     responses = self.responses.take(slots, self.response_length, self.pad_id, left=False)
     sequences = Sequences(tokens, mask, *responses)
     if self.kind == 'demonstrations':
+      if self.imitated is not None:
+        counted, _ = self.imitated.take(slots, self.response_length, 0, left=False)
+        extras['loss_mask'] = counted.astype(bool)
       return dataclasses.replace(sequences, **extras)
     return JUDGED[self.kind](sequences, **extras)

@@ -8,7 +8,7 @@ from rlhf_jax.data.lqr import LQRConfig
 from rlhf_jax.feedback.convert import CONVERTERS
 from rlhf_jax.feedback.labelling import LabelConfig
 
-TRUNCATIONS = ('keep_end', 'keep_start')
+TRUNCATIONS = ('drop_turns', 'keep_end', 'keep_start')
 RESPONSES = ('chosen', 'preferred', 'all')
 ON_ERROR = ('strict', 'quarantine')
 TRAINED_TOKENIZERS = ('word', 'byte')
@@ -120,11 +120,16 @@ class DataConfig:
   # Tokens of a response, <eos> included; shorter ones are padded on the right, longer ones are cut
   # and have no <eos>.
   response_length: int = 16
-  # The part of a longer prompt that is kept; dialogues want the end (Rafailov et al. 2023's code).
-  truncation: str = 'keep_end'
+  # What is kept of a longer prompt: 'drop_turns' leaves whole turns of a dialogue out, the oldest
+  # first, never the system message or the last question, and keeps the end of what is still too
+  # long and of texts; 'keep_end' (Rafailov et al. 2023's code) and 'keep_start' count tokens alone.
+  truncation: str = 'drop_turns'
   # 'word' (split at white space) or 'byte' (byte-level BPE), trained on the training records;
   # else a folder with a tokenizer of ours or of Hugging Face's.
   tokenizer: str = 'word'
+  # How dialogues are written: '' as the tokenizer's folder says; 'plain' (Human: and Assistant:),
+  # for tokenizers that have no template; else a file with a jinja template.
+  chat_template: str = ''
   # The most tokens a trained tokenizer may have.
   vocab_size: int = 8192
   reviews: ReviewsConfig = dataclasses.field(default_factory=ReviewsConfig)
@@ -178,6 +183,13 @@ class DataConfig:
     if self.source != 'jsonl' and self.held_out_path is not None:
       raise ConfigError(
         f'{path}.held_out_path', self.held_out_path, f'none with source {self.source!r}'
+      )
+    if self.source in (EMBEDDED, CONTROL) and self.chat_template:
+      raise ConfigError(
+        f'{path}.chat_template',
+        self.chat_template,
+        f"'' with source {self.source!r}",
+        'It has no dialogues.',
       )
     if self.source == CONTROL and self.convert:
       raise ConfigError(f'{path}.convert', self.convert, f"'' with source {CONTROL!r}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlhf_jax.common.errors import DataError
+from rlhf_jax.data import dialogue_forms
 from rlhf_jax.data.rejects import Rejects
 from rlhf_jax.feedback.records import (
   Comparison,
@@ -25,6 +26,8 @@ from rlhf_jax.feedback.records import (
 TEXTS = ('prompt', 'response', 'chosen', 'rejected')
 # Texts only beside a prompt that stands alone; else they are fields like any other.
 BESIDE_PROMPT = ('completion', 'responses', 'steps', 'completions')
+# A whole dialogue; only where the line has no other text than, perhaps, a prompt.
+MESSAGES = dialogue_forms.MESSAGES
 # Of these the first that the line has counts.
 VERDICTS = {
   'response': ('score', 'desirable', 'label'),
@@ -44,8 +47,8 @@ def read(path: str, rejects: Rejects) -> list[Record]:
 
   The first good line settles which of FORMS all lines have. Of a form's fields all are needed;
   `chosen, rejected` are whole transcripts whose common start, up to the last "\\n\\nAssistant:" in
-  it, is the prompt. Further fields of the record may be there; others are left alone, and so are
-  blank lines.
+  it, is the prompt. Texts may be lists of messages (`data.dialogue_forms`). Further fields of the
+  record may be there; others are left alone, and so are blank lines.
 
   Raises:
     DataError: the file is missing, empty, or not readable at all.
@@ -102,6 +105,8 @@ def _form(fields: dict[str, Any], form: tuple[str, ...] | None) -> tuple[str, ..
   found = tuple(name for name in TEXTS if name in fields)
   if found == ('prompt',):
     found += tuple(name for name in BESIDE_PROMPT if name in fields)
+  if found in ((), ('prompt',)) and MESSAGES in fields:
+    found += (MESSAGES,)
   verdicts = VERDICTS.get(found[-1], ()) if len(found) == 2 else ()
   found += tuple(name for name in verdicts if name in fields)[:1]
   if form is None:
@@ -127,26 +132,48 @@ def _renamed(kind: type[Record], fields: dict[str, Any], **names: str) -> Record
     raise RecordError(names.get(name, name) + bracket + item, error.reason) from None
 
 
-def _demonstration(fields: dict[str, Any]) -> Record:
-  return _renamed(Demonstration, fields, response='completion')
+def _comparison(fields: dict[str, Any]) -> Record:
+  return Comparison.from_dict(dialogue_forms.comparison(fields))
 
 
-def _completion_rating(fields: dict[str, Any]) -> Record:
-  return _renamed(Rating, fields, response='completion')
+def _demonstration(field: str) -> Callable[[dict[str, Any]], Record]:
+  """Reads what a `response` or `completion` says, maybe over several turns."""
+
+  def read(fields: dict[str, Any]) -> Record:
+    fields = {**fields, field: dialogue_forms.turns(field, fields[field])}
+    return _renamed(Demonstration, fields, response=field)
+
+  return read
+
+
+def _dialogue(fields: dict[str, Any]) -> Record:
+  return Demonstration.from_dict(dialogue_forms.whole(fields))
+
+
+def _rating(field: str) -> Callable[[dict[str, Any]], Record]:
+  def read(fields: dict[str, Any]) -> Record:
+    return _renamed(Rating, dialogue_forms.plain(fields, field), response=field)
+
+  return read
+
+
+def _ranking(fields: dict[str, Any]) -> Record:
+  return Ranking.from_dict(dialogue_forms.all_plain(fields, 'responses'))
 
 
 def _desirable(field: str) -> Callable[[dict[str, Any]], Record]:
   """Reads a true-or-false verdict on a `response` or `completion`."""
 
   def read(fields: dict[str, Any]) -> Record:
-    fields = {**fields, field: _sign(field, fields[field])}
     text = 'response' if 'response' in fields else 'completion'
+    fields = {**dialogue_forms.plain(fields, text), field: _sign(field, fields[field])}
     return _renamed(Rating, fields, response=text, score=field)
 
   return read
 
 
 def _best(fields: dict[str, Any]) -> Record:
+  fields = dialogue_forms.all_plain(fields, 'responses')
   best, responses = fields['best'], fields['responses']
   count = len(responses) if isinstance(responses, list) else 0
   # A list that is too short, or none, is for the record to refuse.
@@ -171,6 +198,8 @@ def _sign(field: str, value: object) -> float:
 
 
 def _transcripts(fields: dict[str, Any]) -> Record:
+  if isinstance(fields['chosen'], list) and isinstance(fields['rejected'], list):
+    return _comparison(fields)
   for name in ('chosen', 'rejected'):
     if not isinstance(fields[name], str):
       raise RecordError(name, f'expected text, got {type(fields[name]).__name__}')
@@ -187,19 +216,21 @@ def _transcripts(fields: dict[str, Any]) -> Record:
 
 # The fields that a line must have -> how it is read.
 FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], Record]] = {
-  ('prompt', 'chosen', 'rejected'): Comparison.from_dict,
+  ('prompt', 'chosen', 'rejected'): _comparison,
   ('chosen', 'rejected'): _transcripts,
-  ('prompt', 'response', 'score'): Rating.from_dict,
+  ('prompt', 'response', 'score'): _rating('response'),
   ('prompt', 'response', 'desirable'): _desirable('desirable'),
   ('prompt', 'response', 'label'): _desirable('label'),
-  ('prompt', 'completion', 'score'): _completion_rating,
+  ('prompt', 'completion', 'score'): _rating('completion'),
   ('prompt', 'completion', 'desirable'): _desirable('desirable'),
   ('prompt', 'completion', 'label'): _desirable('label'),
-  ('prompt', 'responses', 'ranks'): Ranking.from_dict,
+  ('prompt', 'responses', 'ranks'): _ranking,
   ('prompt', 'responses', 'best'): _best,
   ('prompt', 'steps', 'scores'): StepRating.from_dict,
   ('prompt', 'completions', 'labels'): _labelled_steps,
-  ('prompt', 'response'): Demonstration.from_dict,
-  ('prompt', 'completion'): _demonstration,
+  ('prompt', 'response'): _demonstration('response'),
+  ('prompt', 'completion'): _demonstration('completion'),
+  (MESSAGES,): _dialogue,
+  ('prompt', MESSAGES): _dialogue,
   ('prompt',): lambda fields: _renamed(Prompt, fields, text='prompt'),
 }

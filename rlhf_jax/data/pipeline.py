@@ -9,7 +9,9 @@ import numpy as np
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.data.columns import Array, Batch, Columns, Ragged
 from rlhf_jax.data.config import DataConfig
+from rlhf_jax.data.texts import encode_contexts, encode_replies
 from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.feedback.dialogues import Context, Reply
 from rlhf_jax.feedback.records import (
   Comparison,
   Demonstration,
@@ -34,9 +36,13 @@ def encode_prompts(records: Sequence[Prompt], tokenizer: Tokenizer, config: Data
 def encode_demonstrations(
   records: Sequence[Demonstration], tokenizer: Tokenizer, config: DataConfig
 ) -> Columns:
-  """Demonstrations as columns; batches are `Sequences`."""
+  """Demonstrations as columns; batches are `Sequences`.
+
+  Where a response is the rest of a dialogue, or begins with what its template writes for the
+  assistant, they have a `loss_mask`.
+  """
   prompts = [record.prompt for record in records]
-  responses = tokenizer.encode_batch([record.response for record in records])
+  responses = [[record.response] for record in records]
   return _columns('demonstrations', prompts, responses, tokenizer, config)
 
 
@@ -45,8 +51,8 @@ def encode_comparisons(
 ) -> Columns:
   """Comparisons as columns; batches are `Pairs`. Pairs that the cut made identical are counted."""
   prompts = [record.prompt for record in records]
-  texts = [text for record in records for text in (record.chosen, record.rejected)]
-  columns = _columns('comparisons', prompts, tokenizer.encode_batch(texts), tokenizer, config)
+  responses = [(record.chosen, record.rejected) for record in records]
+  columns = _columns('comparisons', prompts, responses, tokenizer, config)
   columns = dataclasses.replace(columns, slots=np.arange(2 * len(records)).reshape(-1, 2))
   return columns.attach(
     preference=np.array([record.preference for record in records], np.float32),
@@ -57,7 +63,7 @@ def encode_comparisons(
 def encode_ratings(records: Sequence[Rating], tokenizer: Tokenizer, config: DataConfig) -> Columns:
   """Ratings as columns; batches are `Ratings`."""
   prompts = [record.prompt for record in records]
-  responses = tokenizer.encode_batch([record.response for record in records])
+  responses = [[record.response] for record in records]
   columns = _columns('ratings', prompts, responses, tokenizer, config)
   return columns.attach(score=np.array([record.score for record in records], np.float32))
 
@@ -71,8 +77,8 @@ def encode_rankings(
   responses that the cut made identical are counted.
   """
   prompts = [record.prompt for record in records]
-  texts = [text for record in records for text in record.responses]
-  columns = _columns('rankings', prompts, tokenizer.encode_batch(texts), tokenizer, config)
+  responses = [record.responses for record in records]
+  columns = _columns('rankings', prompts, responses, tokenizer, config)
   counts = np.array([len(record.responses) for record in records], np.int64)[:, None]
   place = np.arange(counts.max(initial=0))
   mask = place < counts
@@ -94,12 +100,13 @@ def encode_step_ratings(
     DataError: the tokenizer gives two steps the same last token.
   """
   prompts = [record.prompt for record in records]
-  encoded = tokenizer.encode_with_starts([record.response for record in records])
-  columns = _columns('step_ratings', prompts, [ids for ids, _ in encoded], tokenizer, config)
+  responses = [[record.response] for record in records]
+  starts: list[list[int]] = []
+  columns = _columns('step_ratings', prompts, responses, tokenizer, config, starts)
   shape = (len(records), config.response_length)
   score, mask, cut = np.zeros(shape, np.float32), np.zeros(shape, bool), 0
-  for row, (record, (_, starts)) in enumerate(zip(records, encoded, strict=True)):
-    last = _last_tokens(record, starts)
+  for row, (record, begin) in enumerate(zip(records, starts, strict=True)):
+    last = _last_tokens(record, begin)
     scores = np.array(record.scores, np.float32)[last < config.response_length]
     kept = last[: len(scores)]
     score[row, kept], mask[row, kept] = scores, True
@@ -124,28 +131,26 @@ def _last_tokens(record: StepRating, starts: Sequence[int]) -> Array:
 
 def _columns(
   kind: str,
-  prompts: list[str],
-  responses: list[list[int]],
+  contexts: Sequence[Context],
+  replies: Sequence[Sequence[Reply]],
   tokenizer: Tokenizer,
   config: DataConfig,
+  starts: list[list[int]] | None = None,
 ) -> Columns:
-  """Columns with one response a row; `responses` are token ids without an end."""
-  begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  room = config.prompt_length - len(begin)
-  encoded = tokenizer.encode_batch(prompts)
-  kept = [begin + _cut(row, room, config.truncation) for row in encoded]
-  for text, row in zip(prompts, kept, strict=True):
-    if not row:
-      raise DataError(
-        f'prompt {text!r}: no tokens, and the tokenizer has no <bos> to begin with. Give prompts '
-        'that are not empty, or a tokenizer with a bos_token.'
-      )
-  ended = [[*row, tokenizer.eos_id] for row in responses]
+  """Columns with one response a row; `replies` are those to each of `contexts`, if any.
+
+  Into `starts` goes, for each response, the number of its character with which each token starts.
+  """
+  prompts = encode_contexts(contexts, tokenizer, config)
+  said = encode_replies(prompts, replies, tokenizer, with_starts=starts is not None)
+  if starts is not None:
+    starts += [one.starts for one in said]
   limit = config.response_length
+  partly = any(one.imitated is not None and not all(one.imitated[:limit]) for one in said)
   return Columns(
     kind=kind,
-    prompts=Ragged.of(kept),
-    responses=Ragged.of([row[:limit] for row in ended]),
+    prompts=Ragged.of([prompt.ids for prompt in prompts]),
+    responses=Ragged.of([one.ids[:limit] for one in said]),
     slots=np.arange(len(prompts)),
     prompt_length=config.prompt_length,
     response_length=limit,
@@ -153,16 +158,11 @@ def _columns(
     extras={},
     statistics={
       'rows': len(prompts),
-      'prompts_cut': sum(len(row) > room for row in encoded),
-      'responses_cut': sum(len(row) > limit for row in ended),
+      'prompts_cut': sum(prompt.cut > 0 for prompt in prompts),
+      'responses_cut': sum(len(one.ids) > limit for one in said),
     },
+    imitated=Ragged.of([one.counted[:limit] for one in said]) if partly else None,
   )
-
-
-def _cut(tokens: list[int], room: int, truncation: str) -> list[int]:
-  if len(tokens) <= room:
-    return tokens
-  return tokens[-room:] if truncation == 'keep_end' else tokens[:room]
 
 
 ENCODERS: Mapping[str, Callable[[Sequence[Any], Tokenizer, DataConfig], Columns]] = {

@@ -31,6 +31,11 @@ class Segments:
   actions: Array
   response_mask: Array
 
+  @property
+  def imitated(self) -> Array:
+    """`[..., T]` bool, the steps that supervised objectives learn to take: all."""
+    return self.response_mask
+
 
 @dataclasses.dataclass(frozen=True)
 class ControlFeedback:

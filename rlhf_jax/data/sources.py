@@ -12,6 +12,7 @@ from rlhf_jax.data import embedded, jsonl, tfds
 from rlhf_jax.data.config import EMBEDDED, DataConfig
 from rlhf_jax.data.rejects import Rejects
 from rlhf_jax.feedback.dataset import Feedback, Split
+from rlhf_jax.feedback.dialogues import Context, text_of
 from rlhf_jax.feedback.records import (
   Comparison,
   Demonstration,
@@ -105,17 +106,18 @@ def split_by_prompt(
 
 
 def _digest(record: Record) -> str:
+  said: Context
   if isinstance(record, Prompt):
-    text = record.text
+    said = record.text
   elif record.prompt:
-    text = record.prompt
+    said = record.prompt
   elif isinstance(record, Comparison):
-    text = record.chosen
+    said = record.chosen
   elif isinstance(record, Ranking):
-    text = record.responses[0]
+    said = record.responses[0]
   else:
-    text = record.response
-  return hashlib.sha256(text.encode()).hexdigest()
+    said = record.response
+  return hashlib.sha256(text_of(said).encode()).hexdigest()
 
 
 def _read(config: DataConfig, rejects: Rejects) -> tuple[Sequence[Record], Sequence[Record] | None]:

@@ -4,16 +4,35 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_jax.common.errors import DataError
+from rlhf_jax.data import templates, tokenizer_folders
 from rlhf_jax.data.config import TRAINED_TOKENIZERS
+from rlhf_jax.data.tokenizer_folders import CONFIG, GENERATION, TEMPLATE, TOKENIZER
+from rlhf_jax.feedback.dialogues import ASSISTANT, USER, Dialogue, Message
 
 PAD, BOS, EOS, UNK = '<pad>', '<bos>', '<eos>', '<unk>'
 SPECIAL = (PAD, BOS, EOS, UNK)
-_TOKENIZER, _CONFIG = 'tokenizer.json', 'tokenizer_config.json'
 _LITERAL = 'literal_text'  # of ours: special tokens in a text are text
+# What templates write for the special tokens of such tokenizers: characters of no text (Unicode's
+# noncharacters), which then become the tokens.
+_MARKS = {'bos': '\ufdd0', 'eos': '\ufdd1'}
+_MARK = re.compile(f'([{"".join(_MARKS.values())}])')
+_PROBE = 'Qxz7'
+
+
+class Encoded(NamedTuple):
+  """A rendered text as tokens: ids, and the characters `[start, end)` each was made from.
+
+  A tokenizer may leave white space at the start of a token out of its characters, and tokens that
+  share a character have it alike; starts never fall.
+  """
+
+  ids: list[int]
+  spans: list[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +46,9 @@ class Tokenizer:
     eos_id: ends every finished response.
     literal: whether special tokens spelt out in a text are ordinary text (a tokenizer of ours) or
       special (a Hugging Face one, whose chat markup must work).
+    template: the chat template, None without one.
+    stops: ids that end a response beside `eos_id`: those that the folder's generation config names,
+      and what the template writes after an answer.
   """
 
   backend: Any
@@ -34,6 +56,8 @@ class Tokenizer:
   bos_id: int | None
   eos_id: int
   literal: bool
+  template: str | None = None
+  stops: tuple[int, ...] = ()
 
   @property
   def vocab_size(self) -> int:
@@ -42,9 +66,43 @@ class Tokenizer:
 
   @property
   def fingerprint(self) -> str:
-    """SHA-256 of the tokenizer and its special ids."""
+    """SHA-256 of the tokenizer and its special ids: what the ids of texts mean."""
     ids = json.dumps([self.pad_id, self.bos_id, self.eos_id, self.literal])
     return hashlib.sha256((self.backend.to_str() + ids).encode()).hexdigest()
+
+  @property
+  def identity(self) -> str:
+    """SHA-256 of all that batches and samples depend on, chat template and stop tokens too."""
+    if self.template is None and not self.stops:
+      return self.fingerprint
+    chat = json.dumps([self.fingerprint, self.template, self.stops])
+    return hashlib.sha256(chat.encode()).hexdigest()
+
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    """All ids that end a response."""
+    return (self.eos_id, *self.stops)
+
+  def with_template(self, template: str) -> 'Tokenizer':
+    """The tokenizer with another chat template, whose end of turn is one more stop token."""
+    changed = dataclasses.replace(self, template=template)
+    end = changed._end_of_turn()
+    if end is None or end in self.stop_ids:
+      return changed
+    return dataclasses.replace(changed, stops=(*self.stops, end))
+
+  def _end_of_turn(self) -> int | None:
+    """The first special token that the template writes after what the assistant has said."""
+    try:
+      text = self.render((Message(USER, 'Hi'), Message(ASSISTANT, _PROBE)), ask=False)
+    except DataError:  # then it is told of the first dialogue; without any, nobody needs it
+      return None
+    _, found, after = text.rpartition(_PROBE)
+    if not found:
+      return None
+    (encoded,) = self.encode_rendered([after])
+    special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+    return next((i for i in encoded.ids if i in special), None)
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, with nothing added at either end."""
@@ -58,23 +116,96 @@ class Tokenizer:
     rows = self.backend.encode_batch(list(texts), add_special_tokens=False)
     return [(row.ids, [start for start, _ in row.offsets]) for row in rows]
 
-  def decode(self, ids: Iterable[int]) -> str:
-    """The text of token ids; padding, beginning and end are left out, unknown words are '<unk>'."""
-    skipped = (self.pad_id, self.bos_id, self.eos_id)
-    return self.backend.decode(
-      [int(i) for i in ids if int(i) not in skipped], skip_special_tokens=False
+  @property
+  def template_tokens(self) -> dict[str, str]:
+    """Special tokens by their names in chat templates."""
+    if self.literal:
+      return {f'{name}_token': mark for name, mark in _MARKS.items()}
+    ids = {'pad': self.pad_id, 'bos': self.bos_id, 'eos': self.eos_id}
+    return {
+      f'{name}_token': self.backend.id_to_token(i) for name, i in ids.items() if i is not None
+    }
+
+  def render(self, dialogue: Dialogue, *, ask: bool) -> str:
+    """A dialogue as the chat template writes it; `ask` and errors as in `templates.render`."""
+    assert self.template is not None, 'data.chat.require_template comes first'
+    self._check_marks(dialogue)
+    return templates.render(self.template, self.template_tokens, dialogue, ask=ask)
+
+  def written(self, dialogue: Dialogue) -> str:
+    """What is asked, as people may read it: as `render` writes it, special tokens spelt out."""
+    text = self.render(dialogue, ask=True)
+    if not self.literal:
+      return text
+    ids = {_MARKS['bos']: self.bos_id, _MARKS['eos']: self.eos_id}
+    return _MARK.sub(lambda found: self.backend.id_to_token(ids[found.group()]), text)
+
+  def render_turns(self, dialogue: Dialogue, *, prompt: str, asked: int) -> templates.Rendered:
+    """A dialogue and where the assistant's turns are; as `templates.render_turns`."""
+    assert self.template is not None, 'data.chat.require_template comes first'
+    self._check_marks(dialogue)
+    return templates.render_turns(
+      self.template, self.template_tokens, dialogue, prompt=prompt, asked=asked
     )
 
+  def _check_marks(self, dialogue: Dialogue) -> None:
+    for message in dialogue if self.literal else ():
+      if _MARK.search(message.content):
+        raise DataError(
+          f'message {message.content!r:.60}: it has a character that Unicode reserves (U+FDD0 or '
+          'U+FDD1), which stands for special tokens here. Take it out.'
+        )
+
+  def encode_rendered(self, texts: Sequence[str]) -> list[Encoded]:
+    """Rendered texts as tokens, the special ones that the template wrote among them."""
+    if not self.literal:
+      rows = self.backend.encode_batch(list(texts), add_special_tokens=False)
+      return [Encoded(row.ids, row.offsets) for row in rows]
+    marks = {_MARKS['bos']: self.bos_id, _MARKS['eos']: self.eos_id}
+    found = []
+    for text in texts:
+      ids: list[int] = []
+      spans: list[tuple[int, int]] = []
+      start = 0
+      for piece in _MARK.split(text):
+        if piece in marks:
+          ids.append(marks[piece])  # type: ignore[arg-type]
+          spans.append((start, start + 1))
+        elif piece:
+          row = self.backend.encode(piece, add_special_tokens=False)
+          ids += row.ids
+          spans += [(start + first, start + last) for first, last in row.offsets]
+        start += len(piece)
+      found.append(Encoded(ids, spans))
+    return found
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of token ids; unknown words are '<unk>'.
+
+    Padding, beginning and end are left out, and so is a stop token in the last place.
+    """
+    skipped = (self.pad_id, self.bos_id, self.eos_id)
+    kept = [int(i) for i in ids if int(i) not in skipped]
+    if kept and kept[-1] in self.stops:
+      kept = kept[:-1]
+    return self.backend.decode(kept, skip_special_tokens=False)
+
   def save(self, folder: pathlib.Path) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json`, which Hugging Face tools read too."""
+    """Writes a folder that `load` and Hugging Face's tools read: vocabulary, template, stops."""
     folder.mkdir(parents=True, exist_ok=True)
-    self.backend.save(str(folder / _TOKENIZER))
+    self.backend.save(str(folder / TOKENIZER))
     config: dict[str, Any] = {'tokenizer_class': 'PreTrainedTokenizerFast', _LITERAL: self.literal}
     for name in ('pad', 'bos', 'eos'):
       number = getattr(self, f'{name}_id')
       if number is not None:
         config[f'{name}_token'] = self.backend.id_to_token(number)
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    files = {CONFIG: json.dumps(config, indent=2) + '\n'}
+    if self.template is not None:
+      files[TEMPLATE] = self.template
+    if self.stops:
+      files[GENERATION] = json.dumps({'eos_token_id': self.stop_ids}) + '\n'
+    for file, text in files.items():
+      (folder / file).write_text(text, encoding='utf-8')
 
 
 def train(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -115,49 +246,38 @@ def train(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(folder: pathlib.Path) -> Tokenizer:
-  """Reads a tokenizer folder, ours or one of Hugging Face's.
+  """Reads a tokenizer folder, ours or one of Hugging Face's, with its chat template.
 
   Raises:
-    DataError: there is no tokenizer, it cannot be read, or it has no end-of-sequence token.
+    DataError: there is no tokenizer, it cannot be read, a special token that it names is not in its
+      vocabulary, or it has no end-of-sequence token.
   """
   import tokenizers as hf
 
-  if not (folder / _TOKENIZER).is_file():
-    return _load_slow(folder)
-  try:
-    backend = hf.Tokenizer.from_file(str(folder / _TOKENIZER))
-    config_file = folder / _CONFIG
-    config = json.loads(config_file.read_text(encoding='utf-8')) if config_file.is_file() else {}
-  except Exception as error:  # the tokenizers library raises bare Exception
-    raise DataError(f'{folder}: not a tokenizer that can be read ({error}).') from error
-  literal = bool(config.get(_LITERAL, False))
-  backend.encode_special_tokens = literal
+  literal = False
+  if (folder / TOKENIZER).is_file():
+    try:
+      backend = hf.Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # the tokenizers library raises bare Exception
+      raise DataError(f'{folder}: not a tokenizer that can be read ({error}).') from error
+    literal = bool(tokenizer_folders.read_json(folder / CONFIG).get(_LITERAL, False))
+    backend.encode_special_tokens = literal
+    names = tokenizer_folders.special_tokens(folder)
+  else:
+    backend, names = tokenizer_folders.convert(folder)
   backend.no_padding()
   backend.no_truncation()
-  tokens = {name: config.get(f'{name}_token') for name in ('pad', 'bos', 'eos')}
-  # Hugging Face writes a token as a string, or as an object with its properties.
-  names = {name: x['content'] if isinstance(x, dict) else x for name, x in tokens.items()}
-  return _with_ids(folder, backend, names, literal)
-
-
-def _load_slow(folder: pathlib.Path) -> Tokenizer:
-  """Folders without `tokenizer.json`: transformers knows how to convert their vocabularies."""
-  if not folder.is_dir():
+  found = _with_ids(folder, backend, names, literal)
+  stops = tuple(i for i in tokenizer_folders.stop_tokens(folder) if i != found.eos_id)
+  missing = [number for number in stops if number >= found.vocab_size]
+  if missing:
     raise DataError(
-      f"{folder}: no such folder. --config.data.tokenizer is 'word', 'byte' or a folder."
+      f'{folder / GENERATION}: eos_token_id {missing[0]} is not in the vocabulary of '
+      f'{found.vocab_size} ids. Mend one of them.'
     )
-  import transformers
-
-  try:
-    converted = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    backend = converted.backend_tokenizer
-  except Exception as error:  # whatever transformers meets in a foreign folder
-    first = str(error).strip().partition('\n')[0]
-    raise DataError(
-      f'{folder}: no {_TOKENIZER}, and transformers cannot read a tokenizer from it ({first}).'
-    ) from error
-  names = {name: getattr(converted, f'{name}_token') for name in ('pad', 'bos', 'eos')}
-  return _with_ids(folder, backend, names, literal=False)
+  found = dataclasses.replace(found, stops=stops)
+  template = tokenizer_folders.chat_template(folder)
+  return found if template is None else found.with_template(template)
 
 
 def _with_ids(
@@ -169,7 +289,14 @@ def _with_ids(
   if ids['eos'] is None:
     raise DataError(
       f'{folder}: its end-of-sequence token is {names["eos"]!r}, which is not in the vocabulary. '
-      f'Responses must end: name eos_token in {_CONFIG}.'
+      f'Responses must end: name eos_token in {CONFIG}.'
     )
+  for name, number in ids.items():
+    if names[name] is not None and number is None:
+      raise DataError(
+        f'{folder}: its {name}_token is {names[name]!r}, which is not in the vocabulary of '
+        f'{TOKENIZER}: there is no id, and no embedding, for it. Name one that is, or null, in '
+        f'{CONFIG}.'
+      )
   pad = ids['eos'] if ids['pad'] is None else ids['pad']
   return Tokenizer(backend, pad, ids['bos'], ids['eos'], literal)

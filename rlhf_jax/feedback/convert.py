@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from rlhf_jax.feedback.dialogues import Context
 from rlhf_jax.feedback.records import Comparison, Demonstration, Ranking, Rating, StepRating
 
 # The most responses that are compared with each other; annotators of InstructGPT were shown 4 to 9
@@ -190,7 +191,7 @@ CONVERTERS = {
 
 def _groups(records: Sequence[Rating]) -> list[list[Rating]]:
   """Ratings of one prompt, prompts in the order of their first, in parts of at most GROUP."""
-  prompts: dict[str, list[Rating]] = {}
+  prompts: dict[Context, list[Rating]] = {}
   for rating in records:
     prompts.setdefault(rating.prompt, []).append(rating)
   groups = []

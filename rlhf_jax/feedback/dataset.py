@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.feedback.convert import CONVERTERS
+from rlhf_jax.feedback.dialogues import Context, Dialogue, contents
 from rlhf_jax.feedback.records import (
   Comparison,
   Demonstration,
@@ -79,27 +80,34 @@ class Split:
     """How many records there are of each kind that there is."""
     return {kind: len(getattr(self, kind)) for kind in KINDS if len(getattr(self, kind))}
 
-  def texts(self) -> Iterator[str]:
+  def texts(self, write: Callable[[Dialogue], str] = contents) -> Iterator[str]:
     """Every prompt and response, records in order, repeats included (to train a tokenizer).
 
-    Deferred records are left out: the words of a task are known without them, and so a tokenizer
-    depends on nobody's having read them.
+    Dialogues are texts as `write` writes them. Deferred records are left out: the words of a task
+    are known without them, and so a tokenizer depends on nobody's having read them.
     """
+
+    def text(context: Context) -> str:
+      return context if isinstance(context, str) else write(context)
+
     for prompt in self.prompts:
-      yield prompt.text
+      yield text(prompt.text)
     for demonstration in self.demonstrations:
-      yield from (demonstration.prompt, demonstration.response)
+      if isinstance(demonstration.response, str):
+        yield from (text(demonstration.prompt), demonstration.response)
+      elif not isinstance(demonstration.prompt, str):
+        yield write(demonstration.prompt + demonstration.response)
     for pair in self.comparisons:
-      yield from (pair.prompt, pair.chosen, pair.rejected)
+      yield from (text(pair.prompt), pair.chosen, pair.rejected)
     if not isinstance(self.ratings, Deferred):
       for rating in self.ratings:
-        yield from (rating.prompt, rating.response)
+        yield from (text(rating.prompt), rating.response)
     if not isinstance(self.rankings, Deferred):
       for ranking in self.rankings:
-        yield from (ranking.prompt, *ranking.responses)
+        yield from (text(ranking.prompt), *ranking.responses)
     if not isinstance(self.step_ratings, Deferred):
       for steps in self.step_ratings:
-        yield from (steps.prompt, steps.response)
+        yield from (text(steps.prompt), steps.response)
 
   def converted(self, name: str) -> 'Split':
     """The split with what the converter `name` gives instead of its own records of that kind."""

@@ -5,19 +5,16 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Self
 
-from rlhf_jax.common.errors import DataError
-
-# Of float32, in which batches hold numbers.
-_LARGEST = 3.4e38
-
-
-class RecordError(DataError):
-  """A record that cannot be: which field is wrong, and why."""
-
-  def __init__(self, field: str, reason: str):
-    super().__init__(f'field {field!r}: {reason}')
-    self.field = field
-    self.reason = reason
+from rlhf_jax.feedback import dialogues
+from rlhf_jax.feedback.checks import (
+  RecordError,
+  check_number,
+  check_one_each,
+  check_response,
+  check_several,
+  check_text,
+)
+from rlhf_jax.feedback.dialogues import Context, Reply
 
 
 class _Record:
@@ -29,9 +26,7 @@ class _Record:
     values = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
       if field.name in fields:
-        value = fields[field.name]
-        several = isinstance(value, list) and typing.get_origin(field.type) is tuple
-        values[field.name] = tuple(value) if several else value
+        values[field.name] = _from_json(field, fields[field.name])
       elif field.default is dataclasses.MISSING:
         raise RecordError(field.name, f'missing; the record has {sorted(fields)}')
     return cls(**values)
@@ -45,22 +40,32 @@ class _Record:
 class Prompt(_Record):
   """What a response answers; empty text asks for anything at all."""
 
-  text: str
+  text: Context
 
   def __post_init__(self) -> None:
-    _check_text('text', self.text)
+    dialogues.check_context('text', self.text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration(_Record):
-  """A response worth imitating."""
+  """A response worth imitating.
 
-  prompt: str
-  response: str
+  Attributes:
+    prompt: what it answers.
+    response: the response, or the rest of a dialogue, every turn of whose assistant is imitated.
+  """
+
+  prompt: Context
+  response: Reply
 
   def __post_init__(self) -> None:
-    _check_text('prompt', self.prompt)
-    _check_response('response', self.response)
+    dialogues.check_context('prompt', self.prompt)
+    if not isinstance(self.response, tuple):
+      check_response('response', self.response)
+      return
+    dialogues.check_turns('response', self.response)
+    if isinstance(self.prompt, str):
+      raise RecordError('prompt', 'expected messages, as the response is, got text')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Comparison(_Record):
     annotator: who said so; '' where unknown.
   """
 
-  prompt: str
+  prompt: Context
   chosen: str
   rejected: str
   preference: float = 1.0
@@ -84,21 +89,21 @@ class Comparison(_Record):
   annotator: str = ''
 
   def __post_init__(self) -> None:
-    _check_text('prompt', self.prompt)
-    _check_response('chosen', self.chosen)
-    _check_response('rejected', self.rejected)
+    dialogues.check_context('prompt', self.prompt)
+    check_response('chosen', self.chosen)
+    check_response('rejected', self.rejected)
     if self.chosen.strip() == self.rejected.strip():
       raise RecordError('rejected', 'the same text as chosen: the pair compares nothing')
-    _check_number('preference', self.preference)
+    check_number('preference', self.preference)
     if not 0.5 <= self.preference <= 1:
       raise RecordError(
         'preference',
         f'{self.preference!r} is not in [0.5, 1]; below 0.5, swap chosen and rejected',
       )
-    _check_number('margin', self.margin)
+    check_number('margin', self.margin)
     if self.margin < 0:
       raise RecordError('margin', f'{self.margin!r} is negative; swap chosen and rejected')
-    _check_text('annotator', self.annotator)
+    check_text('annotator', self.annotator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,16 +118,16 @@ class Rating(_Record):
     annotator: who said so; '' where unknown.
   """
 
-  prompt: str
+  prompt: Context
   response: str
   score: float
   annotator: str = ''
 
   def __post_init__(self) -> None:
-    _check_text('prompt', self.prompt)
-    _check_response('response', self.response)
-    _check_number('score', self.score)
-    _check_text('annotator', self.annotator)
+    dialogues.check_context('prompt', self.prompt)
+    check_response('response', self.response)
+    check_number('score', self.score)
+    check_text('annotator', self.annotator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,22 +142,22 @@ class Ranking(_Record):
     annotator: whose order it is; '' where unknown.
   """
 
-  prompt: str
+  prompt: Context
   responses: tuple[str, ...]
   ranks: tuple[int, ...]
   annotator: str = ''
 
   def __post_init__(self) -> None:
-    _check_text('prompt', self.prompt)
-    _check_several('responses', self.responses, 2)
+    dialogues.check_context('prompt', self.prompt)
+    check_several('responses', self.responses, 2)
     seen: dict[str, int] = {}
     for number, response in enumerate(self.responses):
-      _check_response(f'responses[{number}]', response)
+      check_response(f'responses[{number}]', response)
       same = seen.setdefault(response.strip(), number)
       if same != number:
         raise RecordError(f'responses[{number}]', f'the same text as responses[{same}]')
-    _check_several('ranks', self.ranks, 1)
-    _check_one_each('ranks', self.ranks, 'responses', self.responses)
+    check_several('ranks', self.ranks, 1)
+    check_one_each('ranks', self.ranks, 'responses', self.responses)
     for number, rank in enumerate(self.ranks):
       if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= len(self.ranks):
         raise RecordError(
@@ -162,7 +167,7 @@ class Ranking(_Record):
       raise RecordError('ranks', f'the smallest is {min(self.ranks)}; the best has rank 1')
     if max(self.ranks) == 1:
       raise RecordError('ranks', 'all equal: the ranking says nothing')
-    _check_text('annotator', self.annotator)
+    check_text('annotator', self.annotator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +183,7 @@ class StepRating(_Record):
     separator: what stands between two steps and belongs to neither.
   """
 
-  prompt: str
+  prompt: Context
   steps: tuple[str, ...]
   scores: tuple[float, ...]
   annotator: str = ''
@@ -190,51 +195,25 @@ class StepRating(_Record):
     return self.separator.join(self.steps)
 
   def __post_init__(self) -> None:
-    _check_text('prompt', self.prompt)
-    _check_several('steps', self.steps, 1)
+    dialogues.check_context('prompt', self.prompt)
+    check_several('steps', self.steps, 1)
     for number, step in enumerate(self.steps):
-      _check_response(f'steps[{number}]', step)
-    _check_several('scores', self.scores, 1)
-    _check_one_each('scores', self.scores, 'steps', self.steps)
+      check_response(f'steps[{number}]', step)
+    check_several('scores', self.scores, 1)
+    check_one_each('scores', self.scores, 'steps', self.steps)
     for number, score in enumerate(self.scores):
-      _check_number(f'scores[{number}]', score)
-    _check_text('annotator', self.annotator)
-    _check_text('separator', self.separator)
+      check_number(f'scores[{number}]', score)
+    check_text('annotator', self.annotator)
+    check_text('separator', self.separator)
+
+
+def _from_json(field: dataclasses.Field, value: Any) -> Any:
+  """Lists as what the field holds; what does not fit stays, for the record to refuse."""
+  if field.type == Context and dialogues.is_written(value):
+    return dialogues.read(field.name, value)
+  if isinstance(value, list) and typing.get_origin(field.type) is tuple:
+    return tuple(value)
+  return value
 
 
 Record = Prompt | Demonstration | Comparison | Rating | Ranking | StepRating
-
-
-def _check_text(field: str, value: object) -> None:
-  if not isinstance(value, str):
-    raise RecordError(field, f'expected text, got {type(value).__name__} {value!r:.60}')
-  try:
-    value.encode()
-  except UnicodeEncodeError as error:
-    raise RecordError(field, f'half a surrogate pair at character {error.start}') from None
-
-
-def _check_response(field: str, value: object) -> None:
-  _check_text(field, value)
-  if not str(value).strip():
-    raise RecordError(field, 'empty response')
-
-
-def _check_number(field: str, value: object) -> None:
-  number = not isinstance(value, bool) and isinstance(value, int | float)
-  if not (number and abs(value) <= _LARGEST):  # type: ignore[arg-type]
-    raise RecordError(field, f'expected a finite number, got {value!r:.60}')
-
-
-def _check_several(field: str, value: object, least: int) -> None:
-  if not isinstance(value, tuple):
-    raise RecordError(
-      field, f'expected a list (a tuple in Python), got {type(value).__name__} {value!r:.60}'
-    )
-  if len(value) < least:
-    raise RecordError(field, f'expected at least {least}, got {len(value)}')
-
-
-def _check_one_each(field: str, values: tuple, other: str, others: tuple) -> None:
-  if len(values) != len(others):
-    raise RecordError(field, f'{len(values)} of them for {len(others)} {other}')

@@ -18,8 +18,9 @@ class GenerationConfig:
   # Only the fewest likeliest tokens that hold this probability may be drawn (Holtzman et al. 2020);
   # 1: all.
   top_p: float = 1.0
-  # Whether the tokenizer's end of sequence ends a response; False makes responses of a fixed length
-  # (Ziegler et al. 2019) unless there are stop tokens.
+  # Whether the tokenizer's end of sequence ends a response, and so the end of turn of its chat
+  # template and what its generation config names; False makes responses of a fixed length (Ziegler
+  # et al. 2019) unless there are stop tokens.
   stop_at_eos: bool = True
   # Further token ids that end a response; they belong to it.
   stop_tokens: tuple[int, ...] = ()

@@ -22,6 +22,9 @@ class SFTConfig:
 def loss(config: SFTConfig, actors: Actors, params: Params, batch: Sequences) -> LossOutput:
   """Mean negative log-likelihood of the response tokens, over all tokens of all rows.
 
+  Of the rest of a dialogue only the assistant's tokens count (`Sequences.loss_mask`): those of
+  other turns are attended to, and the gradient of their own log-probs is exactly zero.
+
   Args:
     config: the objective's settings.
     actors: `policy` is called.
@@ -30,7 +33,7 @@ def loss(config: SFTConfig, actors: Actors, params: Params, batch: Sequences) ->
   """
   del config
   assert actors.policy is not None
-  output, mask = actors.policy(params, batch), batch.response_mask
+  output, mask = actors.policy(params, batch), batch.imitated
   check_shapes('mask:BR logprobs:BR', mask=mask, logprobs=output.logprobs)
   mean = Mean.of(-output.logprobs, mask)
   return mean, {

@@ -11,6 +11,8 @@ import numpy as np
 
 from rlhf_jax.common.types import Prompts
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.texts import encode_contexts
+from rlhf_jax.feedback.dialogues import Context, text_of
 from rlhf_jax.feedback.records import Prompt
 from rlhf_jax.generation.sample import Samples
 from rlhf_jax.recipes.finished import Finished
@@ -26,7 +28,7 @@ class Completion(NamedTuple):
   """One sampled response.
 
   Attributes:
-    prompt: the text that was to be completed.
+    prompt: the text that was to be completed; a dialogue as the chat template writes it.
     sample: the number of the response among those to this prompt, from 0.
     text: the response, special tokens left out.
     tokens: its ids, the stop token included.
@@ -49,14 +51,15 @@ class Completion(NamedTuple):
 
 
 # (prompts, key, samples a prompt) -> completions, prompt after prompt
-Completer = Callable[[Sequence[str], Array, int], list[Completion]]
+Completer = Callable[[Sequence[Context], Array, int], list[Completion]]
 
 
 def make_completer(opened: Finished) -> Completer:
   """What completes a batch of texts by an opened policy, at its config's lengths and settings.
 
-  A response is a function of the parameters, the settings, the key, the prompt's text and the
-  number of the response: not of the other prompts of the batch, nor of its place among them.
+  A prompt is a text or a dialogue, which the tokenizer's chat template writes. A response is a
+  function of the parameters, the settings, the key, the prompt and the number of the response: not
+  of the other prompts of the batch, nor of its place among them.
   (Hardware may round products of other batch sizes otherwise, some 1e-7: enough to part two tokens
   that are as good as equally likely.)
   """
@@ -65,22 +68,24 @@ def make_completer(opened: Finished) -> Completer:
   sampler = jax.jit(make_sampler(parts))
   reward_model = load_reward_model(parts)
   score = None if reward_model is None else make_score(reward_model)
-  room = parts.config.data.prompt_length - (parts.tokenizer.bos_id is not None)
 
-  def complete(texts: Sequence[str], key: Array, samples: int) -> list[Completion]:
-    rows = [(text, number) for text in texts for number in range(samples)]
-    columns = pipeline.encode_prompts(
-      [Prompt(text) for text, _ in rows], parts.tokenizer, parts.config.data
-    )
-    prompts: Any = columns.take(np.arange(len(rows)))
-    prompts = dataclasses.replace(prompts, index=np.array([_number(*row) for row in rows]))
+  def complete(contexts: Sequence[Context], key: Array, samples: int) -> list[Completion]:
+    rows = [(context, number) for context in contexts for number in range(samples)]
+    asked = [context for context, _ in rows]
+    prompts: Any = pipeline.encode_prompts(
+      [Prompt(context) for context in asked], parts.tokenizer, parts.config.data
+    ).take(np.arange(len(rows)))
+    seeds = [_number(text_of(context), number) for context, number in rows]
+    prompts = dataclasses.replace(prompts, index=np.array(seeds))
     with jax.set_mesh(parts.mesh):
       sequences, drawn = sampler(opened.params, put_batch(prompts, parts.mesh), key)
       scores = None if score is None else np.asarray(score(sequences).scores)
-    lengths = [len(row) for row in parts.tokenizer.encode_batch([text for text, _ in rows])]
-    found = _completions(
-      parts.tokenizer.decode, rows, prompts, jax.device_get(drawn), lengths, room
-    )
+    encoded = encode_contexts(asked, parts.tokenizer, parts.config.data)
+    shown = [
+      (text if isinstance(text, str) else parts.tokenizer.written(text), number, prompt.cut)
+      for (text, number), prompt in zip(rows, encoded, strict=True)
+    ]
+    found = _completions(parts.tokenizer.decode, shown, prompts, jax.device_get(drawn))
     if scores is None:
       return found
     return [one._replace(score=float(value)) for one, value in zip(found, scores, strict=True)]
@@ -103,14 +108,12 @@ def _number(text: str, sample: int) -> np.int32:
 
 def _completions(
   decode: Callable[[list[int]], str],
-  rows: list[tuple[str, int]],
+  rows: list[tuple[str, int, int]],
   prompts: Prompts,
   drawn: Samples,
-  lengths: list[int],
-  room: int,
 ) -> list[Completion]:
   found = []
-  for row, (text, number) in enumerate(rows):
+  for row, (text, number, cut) in enumerate(rows):
     mask = drawn.mask[row]
     tokens = drawn.tokens[row][mask].tolist()
     found.append(
@@ -122,7 +125,7 @@ def _completions(
         logprobs=drawn.logprobs[row][mask].tolist(),
         finished=bool(drawn.finished[row]),
         prompt_tokens=prompts.tokens[row][prompts.mask[row]].tolist(),
-        prompt_tokens_cut=max(lengths[row] - room, 0),
+        prompt_tokens_cut=cut,
         score=None,
       )
     )

@@ -12,7 +12,7 @@ import jax
 from rlhf_jax.common import prng
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.config import ExperimentConfig, field_of, path_of
-from rlhf_jax.data import tokenizers
+from rlhf_jax.data import templates, tokenizers
 from rlhf_jax.data.config import TRAINED_TOKENIZERS, DataConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.dataset import Feedback
@@ -77,8 +77,8 @@ def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: F
   """Builds the mesh, finds the tokenizer and settles the decoder.
 
   Raises:
-    ConfigError: the batch does not divide over the mesh, the parents' tokenizers differ, or the
-      decoder cannot hold the sequences or the vocabulary.
+    ConfigError: the batch does not divide over the mesh, the parents' tokenizers or chat templates
+      differ, or the decoder cannot hold the sequences or the vocabulary.
   """
   mesh = check_devices(config)
   assert isinstance(config.model, ModelConfig), 'validate() demands it of texts'
@@ -90,6 +90,9 @@ def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: F
     model = config.model.with_vocabulary(tokenizer.vocab_size)
   for role, run in parents.items():
     check_parent(role, run, tokenizer)
+  if config.data.chat_template:
+    tokenizer = tokenizer.with_template(chat_template(config.data))
+  check_templates(parents, tokenizer)
   check_length(model, config)
   check_tokens(config, model)
   config.adapter.check(model, 'adapter')
@@ -126,6 +129,20 @@ def check_parent(role: str, run: Run, tokenizer: Tokenizer) -> None:
       f"a {wanted.replace('_', ' ')} with the policy's tokenizer",
       'Train it from the same start (its policy.init), or on the same data.',
     )
+
+
+def check_templates(parents: Mapping[str, Run], tokenizer: Tokenizer) -> None:
+  """Raises ConfigError for a reward model that learnt from dialogues written otherwise."""
+  judges = [(role, run) for role, run in parents.items() if role != 'policy']
+  for role, run in judges if tokenizer.template is not None else ():
+    if run.tokenizer().template not in (None, tokenizer.template):
+      raise ConfigError(
+        path_of(role),
+        str(run.folder),
+        "a run with this stage's chat template",
+        'Its prompts were written otherwise than those it would judge here. Train it with the same '
+        '--config.data.chat_template.',
+      )
 
 
 def inherit(asked: ModelConfig, parent: ModelConfig) -> ModelConfig:
@@ -168,9 +185,18 @@ def make_tokenizer(config: DataConfig, feedback: Feedback) -> Tokenizer:
     return tokenizers.load(pathlib.Path(config.tokenizer))
   spoken = feedback.train if feedback.unconverted is None else feedback.unconverted
   words = () if feedback.task is None else feedback.task.vocabulary()
-  return tokenizers.train(
-    config.tokenizer, itertools.chain(words, spoken.texts()), config.vocab_size
-  )
+  texts = spoken.texts()
+  if config.chat_template:
+    # Who speaks must be words of the vocabulary too; the special tokens are so anyway.
+    bare = {'bos_token': '', 'eos_token': ''}
+    source = chat_template(config)
+    texts = spoken.texts(lambda dialogue: templates.render(source, bare, dialogue, ask=True))
+  return tokenizers.train(config.tokenizer, itertools.chain(words, texts), config.vocab_size)
+
+
+def chat_template(config: DataConfig) -> str:
+  """The chat template that a config names."""
+  return templates.named(config.chat_template, 'data.chat_template')
 
 
 def check_devices(config: ExperimentConfig) -> Mesh:

@@ -4,6 +4,7 @@ Parameters are by role: `{'policy': decoder}`, and with Q heads beside it a poli
 them (ILQL).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,6 +49,10 @@ def readout(parts: Parts, params: Roles) -> Callable[[Array], Array]:
 def make_sampler(parts: Parts) -> Sampler:
   """`(params by role, prompts, key) -> responses` at the generation settings; to be jitted."""
   config = parts.config
+  generation = config.generation
+  if generation.stop_at_eos:
+    stops = (*generation.stop_tokens, *parts.tokenizer.stops)
+    generation = dataclasses.replace(generation, stop_tokens=stops)
 
   def sample(params: Roles, prompts: Prompts, key: Array) -> tuple[Sequences, Samples]:
     samples = generate(
@@ -55,9 +60,9 @@ def make_sampler(parts: Parts) -> Sampler:
       params['policy'],
       prompts,
       key,
-      config=config.generation,
+      config=generation,
       max_new_tokens=config.data.response_length,
-      eos_id=parts.tokenizer.eos_id if config.generation.stop_at_eos else -1,
+      eos_id=parts.tokenizer.eos_id if generation.stop_at_eos else -1,
       pad_id=parts.tokenizer.pad_id,
       readout=readout(parts, params),
     )

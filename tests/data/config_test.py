@@ -47,6 +47,7 @@ JSONL = {'source': 'jsonl', 'path': 'x.jsonl'}
     ({'prompt_length': 1}, 'prompt_length'),
     ({'response_length': 0}, 'response_length'),
     ({'truncation': 'middle'}, 'truncation'),
+    ({'chat_template': 'plain'}, 'chat_template'),
     ({'tokenizer': ''}, 'tokenizer'),
     ({'tokenizer': 'byte'}, 'tokenizer'),
     ({**JSONL, 'tokenizer': 'byte', 'vocab_size': 259}, 'vocab_size'),

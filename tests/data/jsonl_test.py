@@ -12,6 +12,7 @@ import pytest
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.data import jsonl
 from rlhf_jax.data.rejects import Rejects
+from rlhf_jax.feedback.dialogues import Message
 from rlhf_jax.feedback.records import (
   Comparison,
   Demonstration,
@@ -27,6 +28,7 @@ TRL_TEXT = {'prompt': 'How?', 'completion': 'So.'}
 RANKING = {'prompt': 'How?', 'responses': ['a', 'b', 'c']}
 STEPS = {'prompt': 'How?', 'steps': ['So.', 'Thus.'], 'scores': [1, 0.5]}
 TRL_STEPS = {'prompt': 'How?', 'completions': ['So.', 'Thus.'], 'labels': [True, False]}
+ASKED, ANSWERED = ({'role': 'user', 'content': 'How?'}, {'role': 'assistant', 'content': 'So.'})
 # A line of every form, in the order of jsonl.FORMS, and what it says.
 LINES: list[tuple[dict[str, Any], jsonl.Record]] = [
   (PAIR, Comparison('How?', 'So.', 'Thus.')),
@@ -46,6 +48,11 @@ LINES: list[tuple[dict[str, Any], jsonl.Record]] = [
   (TRL_STEPS, StepRating('How?', ('So.', 'Thus.'), (1, -1), separator='\n')),
   (TEXT, Demonstration('How?', 'So.')),
   (TRL_TEXT, Demonstration('How?', 'So.')),
+  ({'messages': [ASKED, ANSWERED]}, Demonstration((Message('user', 'How?'),), 'So.')),
+  (
+    {'prompt': 'How?', 'messages': [ASKED, ANSWERED]},
+    Demonstration((Message('user', 'How?'),), 'So.'),
+  ),
   ({'prompt': 'How?'}, Prompt('How?')),
 ]
 EXAMPLES = list(zip(jsonl.FORMS, LINES, strict=True))
@@ -262,7 +269,8 @@ def test_the_first_bad_line_is_shown_and_the_others_are_counted(tmp_path):
     ({'response': 'So.', 'score': 1}, 'expected the fields of one of'),
     ({'chosen': 'Human: a', 'rejected': 'Human: b'}, r"no '\\n\\nAssistant:' in the start"),
     ({'chosen': 'Human: a', 'rejected': 'Human: a'}, 'the same text as chosen'),
-    ({'chosen': [1], 'rejected': [2]}, "field 'chosen': expected text, got list"),
+    ({'chosen': [1], 'rejected': 'a'}, "field 'chosen': expected text, got list"),
+    ({'chosen': [1], 'rejected': [2]}, r"field 'chosen\[0\]': expected {"),
     (
       {'chosen': '\n\nAssistant: ', 'rejected': '\n\nAssistant: b'},
       "field 'chosen': empty response",
@@ -298,7 +306,7 @@ def test_hh_transcripts_are_read_but_for_the_four_empty_responses(shared_data):
   with gzip.open(path, 'rt', encoding='utf-8') as file:
     first = json.loads(file.readline())
   pair = records[0]
-  assert isinstance(pair, Comparison)
+  assert isinstance(pair, Comparison) and isinstance(pair.prompt, str)
   assert pair.prompt + pair.chosen == first['chosen']
   assert pair.prompt + pair.rejected == first['rejected']
   assert pair.prompt.endswith('\n\nAssistant:')

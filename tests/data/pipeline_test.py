@@ -26,7 +26,7 @@ WORD = tokenizers.train('word', [WORDS], 100)
 PAD, BOS, EOS = 0, 1, 2
 
 
-def _ids(text: str) -> list[int]:
+def _ids(text: Any) -> list[int]:
   return WORD.encode_batch([text])[0]
 
 

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_jax import stages
 from rlhf_jax.data import tokenizers
+from rlhf_jax.data.config import DataConfig
+from rlhf_jax.feedback.dialogues import to_messages
+from tests import tiny
+from tests.data import folders
 from tests.experiments.programs import message, run_program
 
 pytestmark = pytest.mark.slow
@@ -90,6 +95,52 @@ def test_a_chat_keeps_its_history(parents: Path) -> None:
   # 'Human: good Assistant:' is three words, as many as fit; the second turn has three more.
   assert f'note: {3 + words} tokens of the prompt were left out' in done.stderr
   assert done.stdout.count(' tokens, ') == 2
+
+
+@pytest.fixture(scope='module')
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A run on dialogues, with a tokenizer folder that has a chat template."""
+  folder = tmp_path_factory.mktemp('chat')
+  folders.gpt2(folder / 'tokenizer')
+  talk = folders.dialogue('u:Hello', 'a:I am fine.')
+  line = json.dumps({'messages': to_messages(talk)})
+  (folder / 'data.jsonl').write_text('\n'.join([line] * 8))
+  data = DataConfig(
+    source='jsonl',
+    path=str(folder / 'data.jsonl'),
+    tokenizer=str(folder / 'tokenizer'),
+    prompt_length=48,
+    response_length=8,
+    held_out=0.0,
+  )
+  with tiny.devices(1):
+    config = tiny.make_config('sft', steps=2, data=data)
+    stages.run_stage(config, folder / 'run', root=folder)
+  return folder / 'run'
+
+
+def test_a_chat_is_written_by_the_template_of_the_run(chat: Path, tmp_path: Path) -> None:
+  """The first turn fits; with the answer and the second one, the oldest exchange is left out."""
+  flags = (f'--run={chat}', '--chat', '--system=Be brief.', '--temperature=0')
+  done = run_program('sample', *flags, '--prompt=Hello', f'--json={tmp_path / "out.json"}')
+  assert done.returncode == 0, done.stderr
+  (sample,) = json.loads((tmp_path / 'out.json').read_text())['samples']
+  tokenizer = tokenizers.load(chat / 'tokenizer')
+  asked = folders.dialogue('s:Be brief.', 'u:Hello')
+  assert sample['prompt'] == tokenizer.render(asked, ask=True)
+  (encoded,) = tokenizer.encode_rendered([sample['prompt']])
+  assert sample['prompt_tokens'] == encoded.ids and sample['prompt_tokens_cut'] == 0
+  done = run_program('sample', *flags, typed='Hello\nHello\n')
+  assert done.returncode == 0, done.stderr
+  # What is left of the second turn is the first: equal tokens, equal greedy answer.
+  first, second = (part for part in done.stdout.split(']\n\n') if part.strip())
+  assert first == second and done.stderr.count('were left out') == 1
+
+
+def test_a_system_message_needs_a_dialogue(parents: Path) -> None:
+  """Without --chat it would be ignored."""
+  said = message(run_program('sample', f'--run={parents / "sft"}', '--prompt=x', '--system=y'))
+  assert "--system='y'" in said and '--chat' in said
 
 
 def test_lines_are_completed_until_the_input_ends(parents: Path) -> None:

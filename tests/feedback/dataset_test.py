@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.feedback.dataset import KINDS, Deferred, Feedback, Split
+from rlhf_jax.feedback.dialogues import Message
 from rlhf_jax.feedback.records import (
   Comparison,
   Demonstration,
@@ -131,6 +132,14 @@ def test_texts_are_every_prompt_and_response_in_order():
     *('How?', 'So.', 'Thus.', 'Hm.'),
     *('How?', 'So.\nThus.'),
   ]
+
+
+def test_dialogues_are_texts_as_they_are_written():
+  asked, said = (Message('user', 'How?'),), (Message('assistant', 'So.'), Message('user', 'Why?'))
+  turns = (*said, Message('assistant', 'Thus.'))
+  split = Split(demonstrations=(Demonstration(asked, turns), Demonstration(asked, 'So.')))
+  assert list(split.texts()) == ['How?\nSo.\nWhy?\nThus.', 'How?', 'So.']
+  assert list(split.texts(lambda dialogue: f'{len(dialogue)}')) == ['4', '1', 'So.']
 
 
 def test_every_kind_counts_in_the_fingerprint():

@@ -1,0 +1,128 @@
+"""What the files of a tokenizer folder say beside its vocabulary."""
+
+import json
+import pathlib
+from typing import Any
+
+from rlhf_jax.common.errors import DataError
+
+TOKENIZER, CONFIG = 'tokenizer.json', 'tokenizer_config.json'
+TEMPLATE, GENERATION = 'chat_template.jinja', 'generation_config.json'
+_MAP = 'special_tokens_map.json'
+_SPECIAL = ('pad', 'bos', 'eos')
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file, empty if there is none; raises DataError if it is no object."""
+  if not file.is_file():
+    return {}
+  try:
+    values = json.loads(file.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise DataError(f'{file}: not JSON that can be read ({error}).') from error
+  if not isinstance(values, dict):
+    raise DataError(f'{file}: expected a JSON object, got {type(values).__name__}.')
+  return values
+
+
+def special_tokens(folder: pathlib.Path) -> dict[str, str | None]:
+  """The tokens of 'pad', 'bos' and 'eos', None where there is none.
+
+  They stand in `tokenizer_config.json` or, in older folders, in `special_tokens_map.json`. Folders
+  as old as GPT-2's name none at all: the class that transformers has for them knows.
+  """
+  config = {**read_json(folder / _MAP), **read_json(folder / CONFIG)}
+  names = {name: _content(config.get(f'{name}_token')) for name in _SPECIAL}
+  if names['eos'] is None:
+    converted = _known_to_transformers(folder)
+    for name in _SPECIAL:
+      if names[name] is None and f'{name}_token' not in config:
+        names[name] = getattr(converted, f'{name}_token', None)
+  return names
+
+
+def _content(token: Any) -> str | None:
+  """Hugging Face writes a token as a string, or as an object with its properties."""
+  return token['content'] if isinstance(token, dict) else token
+
+
+def _known_to_transformers(folder: pathlib.Path) -> Any:
+  """What transformers makes of a folder that says which class is its own; None for others."""
+  model = read_json(folder / 'config.json').get('model_type')
+  named = read_json(folder / CONFIG).get('tokenizer_class')
+  if model is None and named in (None, 'PreTrainedTokenizerFast'):
+    return None
+  import transformers
+
+  try:
+    return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+  except Exception:  # whatever it meets there; then the folder says too little
+    return None
+
+
+def chat_template(folder: pathlib.Path) -> str | None:
+  """The folder's chat template, the 'default' of several; None without one.
+
+  Raises:
+    DataError: there are several and none is the default.
+  """
+  if (folder / TEMPLATE).is_file():
+    return (folder / TEMPLATE).read_text(encoding='utf-8')
+  for file in (folder / 'chat_template.json', folder / CONFIG):
+    found = read_json(file).get('chat_template')
+    if isinstance(found, list):
+      found = {entry['name']: entry['template'] for entry in found}
+    if isinstance(found, dict):
+      if 'default' not in found:
+        raise DataError(
+          f"{file}: its chat templates are {sorted(found)}, none is 'default'. Write the one to "
+          'use to a file and name it: --config.data.chat_template=FILE.jinja.'
+        )
+      found = found['default']
+    if found is not None:
+      return found
+  return None
+
+
+def stop_tokens(folder: pathlib.Path) -> tuple[int, ...]:
+  """The ids that `generation_config.json` ends responses at; none without it."""
+  file = folder / GENERATION
+  given = read_json(file).get('eos_token_id')
+  ids = given if isinstance(given, list) else [] if given is None else [given]
+  if any(isinstance(number, bool) or not isinstance(number, int) or number < 0 for number in ids):
+    raise DataError(f'{file}: eos_token_id: expected an id or a list of ids, got {given!r}.')
+  return tuple(ids)
+
+
+def convert(folder: pathlib.Path) -> tuple[Any, dict[str, str | None]]:
+  """The backend and special tokens of a folder without `tokenizer.json`, by transformers.
+
+  Raises:
+    DataError: there is no folder, or it needs code of its own, or transformers knows no way.
+  """
+  if not folder.is_dir():
+    raise DataError(
+      f"{folder}: no such folder. --config.data.tokenizer is 'word', 'byte' or a folder."
+    )
+  own = read_json(folder / CONFIG).get('auto_map')
+  if own:
+    raise DataError(
+      f'{folder}: no {TOKENIZER}, and its tokenizer is code of its own ({own}), which is not run. '
+      f'Convert it where you trust that code, and save it with a {TOKENIZER}.'
+    )
+  import transformers
+
+  try:
+    converted = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+  except Exception as error:  # whatever transformers meets in a foreign folder
+    first = str(error).strip().partition('\n')[0]
+    raise DataError(
+      f'{folder}: no {TOKENIZER}, and transformers cannot read a tokenizer from it ({first}).'
+    ) from error
+  backend = getattr(converted, 'backend_tokenizer', None)
+  if backend is None:
+    raise DataError(
+      f'{folder}: no {TOKENIZER}, and transformers has its {type(converted).__name__} in Python '
+      f'alone. Save it with a {TOKENIZER}, or name another tokenizer.'
+    )
+  return backend, {name: getattr(converted, f'{name}_token') for name in _SPECIAL}
