@@ -16,7 +16,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,8 +26,10 @@ from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import KINDS, canonical_json, differences, from_dict
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.tokenizers import load as load_tokenizer
-from rlhf_jax.models import adapters
+from rlhf_jax.models import adapters, roles
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.objectives import demands_of
+from rlhf_jax.sharding.rules import placed
 from rlhf_jax.training.checkpoints import Checkpoints
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'transformers')
@@ -179,18 +180,17 @@ class Run:
     A decoder that was trained in part is put together with what it started from, which is read from
     the parent's directory.
     """
-    if self.config.adapter.method == 'none' or role not in ('policy', 'reward_model'):
+    if self.config.adapter.method == 'none' or role not in adapters.DECODERS:
       return self._restore(role, abstract, checkpoint)
-    if role == 'policy':
-      return self._merged(abstract, lambda part: self._restore(role, part, checkpoint))
-
-    others: dict[str, Any] = {}
-
-    def trained_trunk(part: Any) -> Any:
-      others.update(self._restore(role, {**abstract, 'trunk': part}, checkpoint))
-      return others.pop('trunk')
-
-    return {'trunk': self._merged(abstract['trunk'], trained_trunk), **others}
+    name = adapters.DECODERS[role]
+    whole = abstract if name is None else abstract[name]
+    mesh = jax.tree.leaves(whole)[0].sharding.mesh
+    base = self._base(role, whole)
+    part = adapters.abstract(self.config.adapter, self._model_of(role), mesh)
+    trained = self._restore(role, part if name is None else {**abstract, name: part}, checkpoint)
+    if name is None:
+      return self._merged(role, whole, base, trained)
+    return {**trained, name: self._merged(role, whole, base, trained[name])}
 
   def _restore(self, role: str, abstract: Any, checkpoint: str) -> Any:
     """What this run's own checkpoint has of a role."""
@@ -201,25 +201,43 @@ class Run:
     finally:
       checkpoints.close()
 
-  def _merged(self, abstract: Any, restore: Callable[[Any], Any]) -> Any:
-    """The whole decoder, from its parent's and from what `restore` gives of the trained part."""
-    config, model = self.config, self.model
-    parent = self.parents()['policy']
+  def _value_parent(self, role: str) -> 'Run | None':
+    """The reward model that a value trunk started from; None for other roles and starts."""
+    copied = demands_of(self.config.objective).value == 'reward_model'
+    return self.parents()['reward_model'] if role == 'value_trunk' and copied else None
+
+  def _model_of(self, role: str) -> ModelConfig:
+    parent = self._value_parent(role)
+    return self.model if parent is None else parent.model
+
+  def _base(self, role: str, abstract: Any) -> Any:
+    """What a decoder that was trained in part started from, whole."""
+    config, judge = self.config, self._value_parent(role)
+    parent = self.parents()['policy'] if judge is None else judge
     if not parent.folder.is_dir():
       raise RunError(
         f'{self.folder}: it holds only what it trained of its decoder; the rest is in '
         f'{parent.folder}, which is not there any more. Put it back.'
       )
-    base = parent.restore_role('policy', abstract, config.policy.checkpoint)
-    base = adapters.base_of(config.adapter, base)
+    if judge is None:
+      return parent.restore_role('policy', abstract, config.policy.checkpoint)
     mesh = jax.tree.leaves(abstract)[0].sharding.mesh
-    trained = restore(adapters.abstract(config.adapter, model, mesh))
+    model = judge.model
+    whole = placed(
+      roles.reward_model_axes(model), lambda key: roles.init_reward_model(model, key), mesh
+    )
+    return judge.restore_role('reward_model', whole, config.reward_model.checkpoint)['trunk']
+
+  def _merged(self, role: str, abstract: Any, base: Any, trained: Any) -> Any:
+    """A whole decoder from what it started from, which is used up, and what was trained of it."""
+    adapter, model = self.config.adapter, self._model_of(role)
+    base = adapters.base_of(adapter, base)
     merge = jax.jit(
       lambda base, trained: adapters.merge(
-        model, adapters.join(adapters.frozen_of(config.adapter, model, base), trained)
+        model, adapters.join(adapters.frozen_of(adapter, model, base), trained)
       ),
       out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
-      donate_argnums=0 if config.adapter.method == 'lora' else (),
+      donate_argnums=0 if adapter.method == 'lora' else (),
     )
     return merge(base, trained)
 

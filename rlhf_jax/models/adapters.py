@@ -25,6 +25,8 @@ from rlhf_jax.sharding.rules import placed
 Array = jax.Array
 Params = dict[str, Any]
 
+# The roles that have a decoder, and where it is in their tree; None: it is all of it.
+DECODERS: dict[str, str | None] = {'policy': None, 'value_trunk': None, 'reward_model': 'trunk'}
 METHODS = ('none', 'lora', 'last_layers')
 
 

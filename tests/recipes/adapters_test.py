@@ -122,6 +122,26 @@ def test_a_finished_part_is_put_together(
   assert identity.endswith(f' on {Run(deep / "sft").params_identity("final")}')
 
 
+@pytest.mark.parametrize('case', ['ppo separate', 'ppo reward_model'])
+def test_a_value_trunk_is_put_together(
+  case: str, deep: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  """It started from the policy or from the reward model, and that is what it is merged with."""
+  finished = tiny.run_stage(make_config(case, deep, 'lora', steps=2), tmp_path / 'part')
+  run, mesh = Run(tmp_path / 'part'), make_mesh(MeshConfig(), devices=jax.devices()[:1])
+  abstract = abstract_decoder(run.model, mesh)
+  restored = run.restore_role('value_trunk', abstract)
+  if case == 'ppo separate':
+    base = Run(deep / 'sft').restore_role('policy', abstract)
+  else:
+    judge = abstract_reward_model(run.model, mesh)
+    base = Run(deep / 'reward_model').restore_role('reward_model', judge)['trunk']
+  trained = finished.loop.state.params['value_trunk']
+  joined = adapters.join(adapters.frozen_of(LORA, run.model, base), trained)
+  expected = adapters.merge(run.model, joined)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), restored, expected)
+
+
 @pytest.mark.parametrize('case', ['dpo', 'ppo separate'])
 def test_resumes_to_the_bit(case: str, deep: pathlib.Path, tmp_path: pathlib.Path) -> None:
   """Two of four steps, and the rest in another process's place: as four at once."""
