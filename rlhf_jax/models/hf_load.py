@@ -225,7 +225,8 @@ def _repeats_embedding(checkpoint: Checkpoint, name: str) -> bool:
   with open_tensor(checkpoint, embedding) as first, open_tensor(checkpoint, name) as second:
     step = max(1, _CHECKED // shape[-1])
     for row in range(0, shape[0] if same else 0, step):
-      same = same and np.array_equal(first[row : row + step], second[row : row + step])
+      rows = slice(row, min(row + step, shape[0]))
+      same = same and np.array_equal(first[rows], second[rows])
   if not same:
     raise CheckpointError(
       f'{checkpoint.folder / CONFIG}: tie_word_embeddings=True, yet {name} is not equal to '

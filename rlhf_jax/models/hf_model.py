@@ -122,7 +122,9 @@ def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
   for name, key in family.fields.items():
     value = getattr(model, name)
     if name == 'activation':
-      value = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == value)
+      # Several names mean the same: the family's usual one, if it does.
+      names = (family.defaults[key], *ACTIVATIONS)
+      value = next(theirs for theirs in names if ACTIVATIONS[theirs] == value)
     elif name == 'kv_heads':
       value = model.num_kv_heads
     elif name == 'head_dim':

@@ -12,6 +12,7 @@ scores `[2, B]`. See `reference.py` for the set-up, `cases.py` for the settings.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def main() -> None:
       found = {'scores': reference.scores(model, tokens, mask)}
     else:
       found = reference.answers(model, tokens, mask)
-    expected = {'tokens': tokens.astype(np.int32), 'mask': mask, **found}
+    expected: dict[str, Any] = {'tokens': tokens.astype(np.int32), 'mask': mask, **found}
     for key, array in expected.items():
       if not np.all(np.isfinite(array)):
         raise ValueError(f'{name}: {key} is not finite.')
