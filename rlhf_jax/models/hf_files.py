@@ -131,7 +131,7 @@ def write_tensors(
   if len(shards) == 1:
     _write_file(folder / SINGLE, shards[0])
     return
-  weight_map = {}
+  weight_map: dict[str, str] = {}
   for number, shard in enumerate(shards, 1):
     name = f'model-{number:05}-of-{len(shards):05}.safetensors'
     _write_file(folder / name, shard)
