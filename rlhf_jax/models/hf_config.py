@@ -193,6 +193,12 @@ def _read_gemma2(settings: Settings) -> Fields:
   return _windows(settings['sliding_window'], local)
 
 
+def _write_gemma2(model: ModelConfig) -> Fields:
+  # transformers makes the mask of a window even where no layer has one.
+  window = 4096 if model.window is None else model.window
+  return _write_layer_types(model) | {'sliding_window': window}
+
+
 def _read_gemma3(settings: Settings) -> Fields:
   """Windows and rotations: windowed layers have a base of their own, and are never scaled."""
   period = settings.get('sliding_window_pattern', settings.get('_sliding_window_pattern', 6))
@@ -220,12 +226,12 @@ def _read_gemma3(settings: Settings) -> Fields:
 def _write_gemma3(model: ModelConfig) -> Fields:
   local = model.rotary_theta if model.rotary_local_theta is None else model.rotary_local_theta
   sliding = {'rope_type': 'default', 'rope_theta': local}
-  return _write_layer_types(model) | {'rope_parameters': {FULL: _rope(model), SLIDING: sliding}}
+  return _write_gemma2(model) | {'rope_parameters': {FULL: _rope(model), SLIDING: sliding}}
 
 
 MISTRAL_WINDOWS = Aspect(_read_mistral, lambda model: {'sliding_window': model.window})
 QWEN_WINDOWS = Aspect(_read_qwen, _write_qwen)
-GEMMA2_WINDOWS = Aspect(_read_gemma2, _write_layer_types)
+GEMMA2_WINDOWS = Aspect(_read_gemma2, _write_gemma2)
 GEMMA3_WINDOWS = Aspect(_read_gemma3, _write_gemma3)
 
 

@@ -164,6 +164,18 @@ def test_a_decoder_finds_its_family(name: str, model_type: str) -> None:
   assert hf_model.family_for(model, 'run').model_type == model_type
 
 
+@pytest.mark.parametrize('name', ['gemma2', 'gemma3'])
+def test_gemma_always_has_a_window(name: str) -> None:
+  """transformers asks for one although no layer is windowed."""
+  config = config_of(name)
+  config['layer_types'] = ['full_attention'] * config['num_hidden_layers']
+  model = hf_model.to_model(name, config)
+  assert model.window is None
+  family = hf_model.family_for(model, name)
+  assert family.model_type == config['model_type']
+  assert hf_model.to_config(model, family)['sliding_window'] == 4096
+
+
 def test_a_decoder_without_a_family() -> None:
   """The message says what the closest family has otherwise."""
   with pytest.raises(CheckpointError, match='run: no model family .* norm_placement='):
