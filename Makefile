@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Arguments for pytest, e.g. `make check TESTS=tests/ops` or `TESTS="-k gae"`.
 TESTS ?=
+# Arguments for `make parity`, e.g. PARITY="--draws=5 --seed=7 --write".
+PARITY ?=
 # Test processes. More than one gains next to nothing on two cores, since XLA compiles on both.
 WORKERS ?= 0
 
@@ -18,7 +20,7 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check \
 export PIP_ROOT_USER_ACTION := ignore
 
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test check format lint types clean environment dependencies
+.PHONY: help setup quickstart test check parity format lint types clean environment dependencies
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -35,6 +37,10 @@ test: lint types ## Check format, lint and types, and run the whole suite
 
 check: lint ## Quick subset for while you work: format, lint, and the tests not marked slow
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(TESTS)
+
+parity: environment ## Compare every model family with torch and transformers, on fresh random models
+	@$(MAKE) --silent $(VENV)/.parity
+	$(BIN)/python -m tests.golden.hf.parity $(PARITY)
 
 format: setup ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix-only .
@@ -76,4 +82,9 @@ $(VENV)/.base: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	@echo 'Installing the dependencies and the development tools into $(VENV): a minute or two.'
 	@$(PIP) --editable '.[dev]'
+	@touch $(VENV)/.base $@
+
+$(VENV)/.parity: pyproject.toml constraints.txt
+	@echo 'Installing the dependencies and torch into $(VENV): a minute or two.'
+	@$(PIP) --editable '.[parity]'
 	@touch $(VENV)/.base $@

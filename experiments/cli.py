@@ -16,6 +16,8 @@ from ml_collections import config_flags
 from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import load_config
 from rlhf_jax.config_values import suggestion
+from rlhf_jax.hf_folder import HfFolder
+from rlhf_jax.runs import Run
 from rlhf_jax.stages import StoppedError
 
 DONE, USER_ERROR, STOPPED = 0, 1, 75
@@ -60,6 +62,15 @@ def _restore_none(config: Any) -> None:
         _restore_none(child)
     if value == 'None':
       setattr(config, field.name, None)
+
+
+def run_or_model(run: str | None, model: str | None) -> Run:
+  """What --run or --model names; raises UserError unless it is one of the two."""
+  if model is not None and run is None:
+    return HfFolder(model)
+  if run is None or model is not None:
+    raise UserError('--run, --model: give one of them: a finished run, or a checkpoint folder.')
+  return Run(run)
 
 
 def not_none(values: dict[str, Any]) -> dict[str, Any]:

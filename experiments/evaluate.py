@@ -3,6 +3,7 @@
   python -m experiments.evaluate --run=runs/dpo --prompts=1000
   python -m experiments.evaluate --run=runs/dpo --reward_model=runs/other_rm --json=dpo.json
   python -m experiments.evaluate --run=runs/rm --data_path=harmless_base_test.jsonl.gz
+  python -m experiments.evaluate --model=folders/policy --config=configs/sft.py --prompts=1000
 
 A reward model, DPO or CPL: does it prefer what people preferred, on held-out comparisons? SFT: how
 likely are held-out demonstrations? Every policy answers held-out prompts: KL to its reference, in
@@ -13,8 +14,12 @@ Intervals are over prompts or records, of these parameters: they say nothing of 
 between seeds (experiments.compare does). With the run's own settings the numbers are those of its
 last row of evaluations.jsonl. Data must be the records that the run learnt from and held out.
 
---json writes {"schema": 1, "run", "name", "objective", "checkpoint", "step", "params_sha256" (of
-the final parameters), "reference", "reward_model" (directories or null), "data_fingerprint",
+A checkpoint folder (--model) is asked what the stage of --config would be asked: its data, held out
+in the same way, and its evaluation. What the model saw in training is not known here.
+
+--json writes {"schema": 1, "run" (a folder given as --model too), "name", "objective",
+"checkpoint", "step", "params_sha256" (of the final parameters), "reference", "reward_model"
+(directories or null), "data_fingerprint" (null for a folder),
 "evaluation": {"prompts", "records", "batch_size", "seed"}, "metrics": {...}}; a metric is {"mean",
 "low", "high", "count"}: the ends of its interval and the number of prompts or records, null where
 a number has no interval (calibration error).
@@ -37,6 +42,7 @@ from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
 from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.evaluation.intervals import Measured, measured
 from rlhf_jax.feedback.dataset import Feedback
+from rlhf_jax.hf_folder import HfFolder, open_source
 from rlhf_jax.objectives import objective_of
 from rlhf_jax.recipes.finished import Finished, open_run, own_questions
 from rlhf_jax.recipes.parts import Parts
@@ -45,15 +51,19 @@ from rlhf_jax.recipes.rewards import load_reward_model
 from rlhf_jax.runs import Run, write_json
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 
-RUN = flags.DEFINE_string('run', None, 'The directory of a finished run.', required=True)
+RUN = flags.DEFINE_string('run', None, 'The directory of a finished run.')
+MODEL = flags.DEFINE_string(
+  'model', None, "In place of --run: a checkpoint folder of Hugging Face's, or hf:owner/name."
+)
+CONFIG = cli.define_config('What a --model is asked: the stage whose data and questions they are.')
 CHECKPOINT = flags.DEFINE_enum('checkpoint', 'final', CHECKPOINTS, 'Which parameters.')
 REWARD_MODEL = flags.DEFINE_string(
-  'reward_model', None, "The run of another reward model. Default: the run's own."
+  'reward_model', None, "Another reward model, a run or a folder. Default: the run's own."
 )
 REFERENCE = flags.DEFINE_string(
   'reference',
   None,
-  'The run of another reference, for KL, win rate, and what DPO implies. Default: its own.',
+  'Another reference, a run or a folder, for KL, win rate, and what DPO implies. Default: its own.',
 )
 DATA_PATH = flags.DEFINE_string(
   'data_path', None, 'Where the data file lies now. Default: where the run found it.'
@@ -79,7 +89,7 @@ _SUBSETS = 2
 
 def main() -> int:
   path = cli.json_path(JSON.value)
-  run = Run(RUN.value)
+  run = cli.run_or_model(RUN.value, MODEL.value)
   run.require_result()
   config, parents = configure(run)
   mesh = make_mesh(MeshConfig())
@@ -129,7 +139,7 @@ def best_of_n_questions(opened: Finished) -> list[Question]:
 
 def configure(run: Run) -> tuple[ExperimentConfig, dict[str, Run]]:
   """The run's config with what flags give, and the runs it is measured against, by role."""
-  config, parents = run.config, run.parents()
+  config, parents = asked_config(run), run.parents()
   given = {
     'prompts': PROMPTS.value,
     'records': RECORDS.value,
@@ -146,11 +156,11 @@ def configure(run: Run) -> tuple[ExperimentConfig, dict[str, Run]]:
   for role, folder in (('policy', REFERENCE.value), ('reward_model', REWARD_MODEL.value)):
     if folder is None:
       continue
-    other = Run(folder)
+    other = open_source(folder)
     if objective_of(other.config.objective).trains != role:
       flag = 'reward_model' if role == 'reward_model' else 'reference'
       wanted = 'a reward model' if role == 'reward_model' else 'a policy'
-      raise RunError(f'--{flag}={folder}: expected the run of {wanted}.')
+      raise RunError(f'--{flag}={folder}: expected {wanted}.')
     if role == 'reward_model':  # it stands in the place of a whole ensemble
       parents = {name: parent for name, parent in parents.items() if name == 'policy'}
     parents[role] = other
@@ -158,10 +168,33 @@ def configure(run: Run) -> tuple[ExperimentConfig, dict[str, Run]]:
   return config.with_inits(folders), parents
 
 
+def asked_config(run: Run) -> ExperimentConfig:
+  """The config whose questions are asked: the run's own, or that of --config for a --model."""
+  if not isinstance(run, HfFolder):
+    if CONFIG.value is not None:
+      raise UserError('--config: a run is asked its own questions; give it with --model.')
+    return run.config
+  if CONFIG.value is None:
+    raise UserError('--model: name the stage whose questions it is asked with --config.')
+  config = cli.given(CONFIG)
+  if not isinstance(config, ExperimentConfig):
+    raise UserError(f'--config: expected an ExperimentConfig, got {type(config).__name__}.')
+  objective = objective_of(config.objective)
+  trained = objective_of(run.config.objective).trains
+  if objective.trains != trained:
+    raise UserError(
+      f'--config: {objective.name} trains a {objective.trains.replace("_", " ")}, and {run.folder} '
+      f'is a {trained.replace("_", " ")}.'
+    )
+  if objective.reference(config.objective) and REFERENCE.value is None:
+    raise UserError(f'--config: {objective.name} measures against a --reference; name one.')
+  return config
+
+
 def load_data(run: Run, config: ExperimentConfig) -> Feedback | ControlFeedback:
   """The records of the run; raises RunError for others."""
   feedback = stages.load_data(config.data, run.folder.parent)
-  if feedback.fingerprint != run.data_fingerprint:
+  if not isinstance(run, HfFolder) and feedback.fingerprint != run.data_fingerprint:
     raise RunError(
       f'{run.folder}: {feedback.source} holds other records than the run learnt from: what it saw '
       'in training might now be held out. Name the same file with --data_path.'
@@ -198,7 +231,7 @@ def to_json(
     'params_sha256': run.params_sha256,
     'reference': folders.get('policy'),
     'reward_model': folders.get('reward_model'),
-    'data_fingerprint': run.data_fingerprint,
+    'data_fingerprint': None if isinstance(run, HfFolder) else run.data_fingerprint,
     'evaluation': {
       'prompts': asked.prompts,
       'records': asked.records,

@@ -1,10 +1,11 @@
-r"""Completes prompts, or chats, with the policy of a finished run.
+r"""Completes prompts, or chats, with the policy of a finished run or a checkpoint folder.
 
   python -m experiments.sample --run=runs/dpo --prompt="the plot was" --temperature=0
   python -m experiments.sample --run=runs/dpo --prompt=a --prompt=b --num_samples=4 --json=ab.json
   python -m experiments.sample --run=runs/dpo --prompt="the plot was" --best_of=16
   python -m experiments.sample --run=runs/hh_dpo               # a terminal: one line, one prompt
   python -m experiments.sample --run=runs/hh_dpo --chat        # a dialogue, with its history
+  python -m experiments.sample --model=hf:owner/name           # or a checkpoint folder
 
 Only the run directory is needed, not the data. Settings that are not given are the run's own. A
 response depends on its prompt's text, its number and --seed, not on the other prompts.
@@ -13,8 +14,9 @@ With --chat prompts are what a person says, --system what the assistant is told 
 template of the run's tokenizer writes the dialogue, and where it has none it is a transcript as in
 Anthropic's HH, of a Human and an Assistant.
 
---json writes {"schema": 1, "run", "checkpoint", "step", "params_sha256" (of the final parameters),
-"settings": {"temperature", "top_k", "top_p", "max_new_tokens", "prompt_length", "seed"},
+--json writes {"schema": 1, "run" (a folder given as --model too), "checkpoint", "step",
+"params_sha256" (of the final parameters), "settings": {"temperature", "top_k", "top_p",
+"max_new_tokens", "prompt_length", "seed"},
 "samples": [...]}, a sample for each response, in the order of the prompts:
   "prompt"             the text completed          "sample"         its number, 0 to num_samples - 1
   "text"               the response                "finished"       ended by itself, not by length
@@ -40,6 +42,7 @@ from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
 from rlhf_jax.feedback.dataset import Feedback, Split
 from rlhf_jax.feedback.dialogues import ASSISTANT, USER, Context, Message
 from rlhf_jax.feedback.dialogues import SYSTEM as SYSTEM_ROLE
+from rlhf_jax.hf_folder import open_source
 from rlhf_jax.objectives import objective_of
 from rlhf_jax.recipes.completions import Completer, Completion, best_of, make_completer
 from rlhf_jax.recipes.finished import open_run
@@ -47,7 +50,10 @@ from rlhf_jax.recipes.parts import Parts
 from rlhf_jax.runs import Run, write_json
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 
-RUN = flags.DEFINE_string('run', None, 'The directory of a finished run.', required=True)
+RUN = flags.DEFINE_string('run', None, 'The directory of a finished run.')
+MODEL = flags.DEFINE_string(
+  'model', None, "In place of --run: a checkpoint folder of Hugging Face's, or hf:owner/name."
+)
 PROMPT = flags.DEFINE_multi_string(
   'prompt', [], 'A text to complete; given several times, they are one batch. None: a terminal.'
 )
@@ -80,7 +86,9 @@ BEST_OF = flags.DEFINE_integer(
   1,
 )
 REWARD_MODEL = flags.DEFINE_string(
-  'reward_model', None, "The judge of --best_of. Default: the run's own reward model."
+  'reward_model',
+  None,
+  "The judge of --best_of, a run or a checkpoint folder. Default: the run's own reward model.",
 )
 NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Responses to each prompt.', 1)
 JSON = flags.DEFINE_string('json', None, 'A file to write the responses to; needs --prompt.')
@@ -106,7 +114,7 @@ def main() -> int:
   path = cli.json_path(JSON.value)
   if path is not None and not PROMPT.value:
     raise UserError(f'--json={path}: only the responses to --prompt are written; give one.')
-  run = Run(RUN.value)
+  run = cli.run_or_model(RUN.value, MODEL.value)
   config = configure(run.config)
   if objective_of(config.objective).trains == 'reward_model':
     raise RunError(
@@ -138,9 +146,9 @@ def judges(run: Run) -> dict[str, Run]:
   if BEST_OF.value == 1:
     return {}
   if REWARD_MODEL.value is not None:
-    judge = Run(REWARD_MODEL.value)
+    judge = open_source(REWARD_MODEL.value)
     if objective_of(judge.config.objective).trains != 'reward_model':
-      raise RunError(f'--reward_model={REWARD_MODEL.value}: expected the run of a reward model.')
+      raise RunError(f'--reward_model={REWARD_MODEL.value}: expected a reward model.')
     return {'reward_model': judge}
   found = {role: parent for role, parent in run.parents().items() if role != 'policy'}
   if not found:

@@ -28,8 +28,9 @@ CHECKPOINTS = ('final', 'best')
 class InitConfig:
   """Which finished stage a model comes from."""
 
-  # A run directory, or a config file (`configs/sft.py`), whose stage is then run first unless its
-  # result is at hand; None: nothing (a policy then starts from random parameters).
+  # A run directory; a checkpoint folder of Hugging Face's, or hf:owner/name (docs/models.md); or a
+  # config file (`configs/sft.py`), whose stage is then run first unless its result is at hand.
+  # None: nothing (a policy then starts from random parameters).
   init: str | None = None
   # The stage's 'final' parameters, or those of its 'best' evaluation (needs checkpoint.best_metric
   # there).

@@ -6,6 +6,7 @@ tokenizer/      the tokenizer the run's token ids mean
 checkpoints/    one folder a step
 metrics.jsonl   training metrics; evaluations.jsonl and evaluations/ hold answers
 result.json     written last: final metrics and the SHA-256 of the final parameters
+hf/             what the checkpoint folder it started from says of itself, for its export
 """
 
 import hashlib
@@ -31,6 +32,9 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of
 from rlhf_jax.sharding.rules import placed
 from rlhf_jax.training.checkpoints import Checkpoints
+
+# Of a run that goes back to a checkpoint folder: its config.json, tokenizer files and so on.
+ASSETS = 'hf'
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'transformers')
 
@@ -142,7 +146,9 @@ class Run:
 
   def parents(self) -> dict[str, 'Run']:
     """The runs it started from, by role."""
-    return {role: Run(folder) for role, folder in self._origin()['parents'].items()}
+    from rlhf_jax.hf_folder import open_source  # which has checkpoint folders stand for runs
+
+    return {role: open_source(folder) for role, folder in self._origin()['parents'].items()}
 
   @property
   def model(self) -> Any:
@@ -153,6 +159,11 @@ class Run:
   def tokenizer(self) -> Tokenizer:
     """The tokenizer of the run."""
     return load_tokenizer(self.folder / 'tokenizer')
+
+  def save_assets(self, target: pathlib.Path) -> None:
+    """Hands on what it keeps of a checkpoint folder to a run that starts from it."""
+    if (self.folder / ASSETS).is_dir():
+      shutil.copytree(self.folder / ASSETS, target / ASSETS, dirs_exist_ok=True)
 
   def require_result(self) -> dict[str, Any]:
     """The content of result.json; raises RunError while the run is not finished."""

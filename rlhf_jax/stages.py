@@ -21,6 +21,7 @@ from rlhf_jax.data.segments import make as make_segments
 from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
+from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.recipes import build
 from rlhf_jax.recipes.parts import chat_template, check_devices
@@ -181,10 +182,10 @@ def _parent(
   root: str | pathlib.Path,
   chain: tuple[str, ...],
 ) -> Run:
-  """The finished run behind an `init`: a directory, or the stage of a config file."""
+  """What is behind an `init`: a finished run, a checkpoint folder, the stage of a config file."""
   field = path_of(role)
-  if pathlib.Path(init).is_dir():
-    run = Run(init)
+  if is_source(init):
+    run = open_source(init)
     if run.result is None:
       raise ConfigError(
         field,
@@ -195,7 +196,10 @@ def _parent(
     return run
   if not pathlib.Path(init.partition(':')[0]).is_file():
     raise ConfigError(
-      field, init, 'a run directory or a config file', 'There is neither at that path.'
+      field,
+      init,
+      'a run directory, a checkpoint folder (hf:owner/name of the hub) or a config file',
+      'There is none at that path.',
     )
   if init in chain:
     raise ConfigError(
@@ -250,6 +254,8 @@ def _execute(stage: Stage, run: Run) -> StageOutcome:
   write_json(run.folder / 'record.json', record)
   if built.tokenizer is not None:
     built.tokenizer.save(run.folder / 'tokenizer')
+  if 'policy' in stage.parents:
+    stage.parents['policy'].save_assets(run.folder)
   checkpoints = Checkpoints(run.folder / 'checkpoints', config.checkpoint)
   loop = LoopConfig(
     steps=config.steps,

@@ -29,5 +29,9 @@ class RunError(UserError):
   """A run directory that is missing, unfinished, damaged, or belongs to another config."""
 
 
+class CheckpointError(UserError):
+  """A checkpoint of the Hugging Face world that is malformed, or that no decoder of ours equals."""
+
+
 class NonFiniteError(UserError):
   """The loss or the gradients are not finite any more; what is needed to study it was saved."""

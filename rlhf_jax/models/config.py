@@ -58,7 +58,8 @@ class ModelConfig:
 
   # 'rotary' (Su et al. 2021) or 'learned' (GPT-2).
   positions: str = 'rotary'
-  # Rows of the table of learned positions: the longest sequence. Rotary positions have no limit.
+  # Rows of the table of learned positions: the longest sequence. Rotary positions have no limit;
+  # exported checkpoints then say that this is the length they are for.
   max_length: int = 1024
   # Leading part of each head that is rotated (0.25 for Pythia).
   rotary_fraction: float = 1.0

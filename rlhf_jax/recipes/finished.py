@@ -11,6 +11,7 @@ from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.models import q_heads
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
+from rlhf_jax.models.hf_model import differences
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.recipes.control import ControlParts, control_questions, make_trees
 from rlhf_jax.recipes.offline import offline_questions
@@ -75,7 +76,7 @@ def open_run(
         f'{parent.folder}: it has another tokenizer than {run.folder}: the same token ids mean '
         f'other texts. A {role.replace("_", " ")} must stem from the same start.'
       )
-  if 'policy' in parents and parents['policy'].model != model:
+  if 'policy' in parents and differences(parents['policy'].model, model):
     raise RunError(
       f'{parents["policy"].folder}: it has another decoder than {run.folder}. A reference must '
       'have the same.'

@@ -1,0 +1,133 @@
+r"""Writes a finished run, or a checkpoint folder, as a folder that transformers loads.
+
+  python -m experiments.convert --source=runs/dpo --target=folders/dpo --dtype=bfloat16
+  python -m experiments.convert --source=runs/rm --target=folders/rm
+  python -m experiments.convert --source=runs/ppo --role=value --target=folders/ppo_value
+  python -m experiments.convert --source=hf:owner/name --target=folders/name --shard_gb=2
+
+A run's policy becomes an AutoModelForCausalLM; a reward model, or the value function of a policy,
+an AutoModelForSequenceClassification with one label (docs/models.md says what becomes of its bias).
+A checkpoint folder, or one of the hub, is written again in another type or other shards; tensors
+keep their bits where the type is kept. The target must be empty or absent, and appears when all is
+written.
+
+Exit codes: 0 done, 1 something given is wrong (one message says what), 130 ended by Ctrl-C: what
+was written is deleted.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import cli
+from rlhf_jax.common.errors import RunError, UserError
+from rlhf_jax.config import CHECKPOINTS
+from rlhf_jax.hf_folder import HfFolder, open_source
+from rlhf_jax.models import hf_export
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.hf_files import DTYPES, SHARD_BYTES
+from rlhf_jax.objectives import demands_of, objective_of
+from rlhf_jax.recipes.parts import abstract_decoder, abstract_head, abstract_reward_model
+from rlhf_jax.runs import ASSETS, Run
+from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
+
+SOURCE = flags.DEFINE_string(
+  'source',
+  None,
+  'The directory of a finished run, a checkpoint folder, or hf:owner/name[@revision].',
+  required=True,
+)
+TARGET = flags.DEFINE_string('target', None, 'The folder to write.', required=True)
+ROLE = flags.DEFINE_enum(
+  'role',
+  None,
+  ('policy', 'reward_model', 'value'),
+  "Which model of a run; 'value' is a policy's value function. Default: what the run trained.",
+)
+CHECKPOINT = flags.DEFINE_enum('checkpoint', 'final', CHECKPOINTS, 'Which parameters of a run.')
+DTYPE = flags.DEFINE_enum(
+  'dtype',
+  None,
+  tuple(DTYPES.values()),
+  "In which numbers are stored. Default: a run's in float32, a folder's as they are.",
+)
+SHARD_GB = flags.DEFINE_float(
+  'shard_gb', SHARD_BYTES / 10**9, 'The largest file, in units of 10^9 bytes.', 1e-6
+)
+
+
+def main() -> int:
+  source, target = open_source(SOURCE.value), pathlib.Path(TARGET.value)
+  shard_bytes = int(SHARD_GB.value * 10**9)
+  if isinstance(source, HfFolder):
+    for flag in (ROLE, CHECKPOINT):
+      if flag.value != flag.default:
+        raise UserError(
+          f'--{flag.name}={flag.value}: {source.folder} is a checkpoint folder, which has one '
+          'model. Leave it out.'
+        )
+    hf_export.convert(source.opened, target, dtype=DTYPE.value, shard_bytes=shard_bytes)
+  else:
+    export(source, target, shard_bytes)
+  print(f'{source.folder} -> {target}')
+  return cli.DONE
+
+
+def export(run: Run, target: pathlib.Path, shard_bytes: int) -> None:
+  """Writes one model of a finished run."""
+  run.require_result()
+  model = run.model
+  if not isinstance(model, ModelConfig):
+    raise RunError(f'{run.folder}: a policy for control, which transformers has no place for.')
+  objective, demands = objective_of(run.config.objective), demands_of(run.config.objective)
+  role = objective.trains if ROLE.value is None else ROLE.value
+  if (role == 'reward_model') != (objective.trains == 'reward_model'):
+    raise UserError(f'--role={role}: {run.folder} trained a {objective.trains.replace("_", " ")}.')
+  if demands.q is not None:
+    raise RunError(
+      f'{run.folder}: what it learnt is the tilt of its Q heads, which transformers has no place '
+      'for.'
+    )
+  if objective.by_token:
+    raise RunError(
+      f'{run.folder}: a process reward model scores every token; the classifiers of transformers '
+      'score whole texts.'
+    )
+  settings: dict[str, Any] = dict(dtype=DTYPE.value or 'float32', shard_bytes=shard_bytes)
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  if role == 'policy':
+    params = run.restore_role('policy', abstract_decoder(model, mesh), CHECKPOINT.value)
+    hf_export.export_policy(target, model, params, assets_of(run), **settings)
+  elif role == 'reward_model':
+    abstract = abstract_reward_model(model, mesh)
+    params = run.restore_role('reward_model', abstract, CHECKPOINT.value)
+    hf_export.export_scorer(target, model, params, assets_of(run), **settings)
+  else:
+    if demands.value is None:
+      raise UserError(f'--role=value: {run.folder} ({objective.name}) has no value function.')
+    origin = run.parents()['reward_model'] if demands.value == 'reward_model' else run
+    params = value_function(run, origin.model, demands.value, mesh)
+    hf_export.export_scorer(target, origin.model, params, assets_of(origin), **settings)
+
+
+def value_function(run: Run, model: ModelConfig, kind: str, mesh: jax.sharding.Mesh) -> Any:
+  """A value function in the shape of a reward model that needs no normalising."""
+  trunk_role = 'policy' if kind == 'shared' else 'value_trunk'
+  trunk = run.restore_role(trunk_role, abstract_decoder(model, mesh), CHECKPOINT.value)
+  head = run.restore_role('value_head', abstract_head(model, mesh), CHECKPOINT.value)
+  return {'trunk': trunk, 'head': head, 'normalizer': {'gain': 1.0, 'bias': 0.0}}
+
+
+def assets_of(run: Run) -> hf_export.Assets:
+  """The config and the tokenizer of the folder a run goes back to, or its own tokenizer alone."""
+  if isinstance(run, HfFolder):
+    return hf_export.read_assets(run.folder)
+  if (run.folder / ASSETS).is_dir():
+    return hf_export.read_assets(run.folder / ASSETS)
+  return hf_export.Assets(run.folder / 'tokenizer')
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,139 @@
+"""Checkpoint folders of the Hugging Face world in the place of finished runs."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import shutil
+from typing import Any
+
+from rlhf_jax.common.errors import CheckpointError, RunError
+from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.data.tokenizers import load as load_tokenizer
+from rlhf_jax.models import hf_export
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.hf_files import CONFIG, HUB
+from rlhf_jax.models.hf_load import (
+  is_checkpoint,
+  load_decoder,
+  load_scorer,
+  open_checkpoint,
+)
+from rlhf_jax.objectives.reward_model import RewardModelConfig
+from rlhf_jax.objectives.sft import SFTConfig
+from rlhf_jax.runs import ASSETS, Run
+
+# Embedding tables get a multiple of so many rows, so that the mesh's tensor axis divides them
+# (Megatron-LM: make-vocab-size-divisible-by).
+_VOCAB_MULTIPLE = 128
+
+
+class HfFolder(Run):
+  """What a stage asks of a finished run, answered by a checkpoint folder or a name of the hub.
+
+  It has the one role that its architecture says: 'policy', or 'reward_model' for a sequence
+  classifier with one label.
+  """
+
+  def __init__(self, source: str | pathlib.Path):
+    """Reads config.json, after a download if need be; raises CheckpointError."""
+    self.opened = open_checkpoint(source)
+    super().__init__(self.opened.folder)
+
+  @property
+  def result(self) -> dict[str, Any]:
+    """Something: what lies there is finished."""
+    return {'step': 0, 'best_step': None}
+
+  @property
+  def config(self) -> ExperimentConfig:
+    """A config as of a stage that trained it on likelihood, or on comparisons."""
+    objective = RewardModelConfig() if self.opened.scores else SFTConfig()
+    return ExperimentConfig(name=self.folder.name, objective=objective, model=self.model)
+
+  @property
+  def params_sha256(self) -> str:
+    """Of its files: the weights, what they mean as a decoder, and the tokenizer."""
+    names = (CONFIG, *hf_export.TOKENIZER_FILES)
+    weights = sorted({header.file for header in self.opened.headers.values()})
+    files = [path for name in names if (path := self.folder / name).is_file()]
+    digest = hashlib.sha256()
+    for path in (*files, *weights):
+      status = path.stat()
+      part = _sha256(path, status.st_size, status.st_mtime_ns)
+      digest.update(f'{path.name}:{part}\n'.encode())
+    return digest.hexdigest()
+
+  def params_identity(self, checkpoint: str) -> str:
+    """What tells its parameters from all others; raises RunError for another than 'final'."""
+    self.step(checkpoint)
+    return f'sha256:{self.params_sha256}'
+
+  def parents(self) -> dict[str, Run]:
+    """None are known."""
+    return {}
+
+  @property
+  def model(self) -> ModelConfig:
+    """The decoder; embedding tables have some rows more, which nothing reads.
+
+    Reward models compute in bfloat16 if they are stored in it; policies as the stage asks.
+    """
+    stored = self.opened.config.get('dtype', self.opened.config.get('torch_dtype'))
+    narrow = self.opened.scores and stored == 'bfloat16'
+    return dataclasses.replace(
+      self.opened.model,
+      vocab_multiple=_VOCAB_MULTIPLE,
+      dtype='bfloat16' if narrow else 'float32',
+    )
+
+  def tokenizer(self) -> Tokenizer:
+    """Its tokenizer; raises CheckpointError if that has more ids than there are embeddings."""
+    tokenizer = load_tokenizer(self.folder)
+    if tokenizer.vocab_size > self.model.vocab_size:
+      raise CheckpointError(
+        f'{self.folder}: its tokenizer has {tokenizer.vocab_size} ids, and its model embeddings '
+        f'for {self.model.vocab_size}. Use the tokenizer it was trained with.'
+      )
+    return tokenizer
+
+  def step(self, checkpoint: str) -> int:
+    """0, of the only parameters there are."""
+    if checkpoint != 'final':
+      raise RunError(f"{self.folder}: a checkpoint folder has 'final' parameters only.")
+    return 0
+
+  def restore_role(self, role: str, abstract: Any, checkpoint: str = 'final') -> Any:
+    """The parameters of its role, in the shardings of `abstract`."""
+    self.step(checkpoint)
+    loads = {'policy': load_decoder, 'reward_model': load_scorer}
+    if role not in loads:
+      raise RunError(f'{self.folder}: a checkpoint folder has no {role.replace("_", " ")}.')
+    return loads[role](self.opened, abstract)
+
+  def save_assets(self, target: pathlib.Path) -> None:
+    """Keeps config.json and the like in a run that starts here, for its export."""
+    (target / ASSETS).mkdir(exist_ok=True)
+    for name in (CONFIG, hf_export.GENERATION):
+      if (self.folder / name).is_file():
+        shutil.copyfile(self.folder / name, target / ASSETS / name)
+    hf_export.copy_tokenizer(self.folder, target / ASSETS)
+
+
+def open_source(source: str | pathlib.Path) -> Run:
+  """The run, finished or not, in a directory; or the checkpoint folder, of the hub too."""
+  return HfFolder(source) if is_checkpoint(source) else Run(source)
+
+
+def is_source(source: str) -> bool:
+  """Whether a name is that of a directory or of something on the hub, not of a config file."""
+  return source.startswith(HUB) or pathlib.Path(source).is_dir()
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(path: pathlib.Path, size: int, changed: int) -> str:
+  """Of a file; its size and time of change only make the cache forget."""
+  del size, changed
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()

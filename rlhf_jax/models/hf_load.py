@@ -1,0 +1,326 @@
+"""Loads checkpoint folders of the Hugging Face world straight into sharded arrays.
+
+A folder holds config.json and the tensors, in model.safetensors or in shards with an index. They
+are read a tensor at a time, each device's part of it, so that the host never holds more than one
+tensor beside what it has mapped of one file.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.common import trees
+from rlhf_jax.common.errors import CheckpointError
+from rlhf_jax.models import hf_layout, hf_model
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.hf_families import Family, Tensor
+from rlhf_jax.models.hf_files import CONFIG, DTYPES, HUB, Header, download, files_of, headers_of
+from rlhf_jax.models.hf_model import Piece
+
+Params = dict[str, Any]
+
+OWN = 'rlhf_jax'  # the key of config.json under which we keep what transformers has no place for
+SCORE = Tensor('score.weight', '1 d -> d 1')
+
+# Constants that older versions of transformers saved among the weights.
+_IGNORED = re.compile(r'(\.attn|\.attention)\.(masked_)?bias$|rotary_emb\.inv_freq$')
+_CHECKED = 2**20  # numbers that are compared at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A checkpoint folder whose config and headers have been read.
+
+  Attributes:
+    folder: where it lies.
+    config: the content of config.json.
+    family: its row of the table.
+    model: the decoder. That of a reward model has no read-out of its own to tokens: its embeddings
+      count as tied.
+    scores: whether it is a reward model or value function (a sequence classifier with one label),
+      not a policy.
+  """
+
+  folder: pathlib.Path
+  config: Mapping[str, Any]
+  family: Family
+  model: ModelConfig
+  scores: bool
+
+  @functools.cached_property
+  def headers(self) -> dict[str, Header]:
+    """All tensors in its files, by name. Raises CheckpointError for files that cannot be read."""
+    return {name: header for file in files_of(self.folder) for name, header in headers_of(file)}
+
+  @property
+  def score_bias(self) -> float:
+    """What is added to the score of a reward model; see `hf_export.export_scorer`."""
+    return float(self.config.get(OWN, {}).get('score_bias', 0.0))
+
+  def find(self, name: str) -> str | None:
+    """The name a tensor has in the files, None if it is not in them."""
+    alias = self.family.aliases.get(name)
+    names = [name, name.removeprefix(self.family.prefix), *([] if alias is None else [alias])]
+    return next((found for found in names if found in self.headers), None)
+
+
+def ignored(name: str) -> bool:
+  """Whether a tensor is no weight."""
+  return _IGNORED.search(name) is not None
+
+
+def is_checkpoint(source: str | pathlib.Path) -> bool:
+  """Whether a path is a checkpoint folder, or names one of the hub."""
+  if str(source).startswith(HUB):
+    return True
+  try:
+    config = json.loads((pathlib.Path(source) / CONFIG).read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return False
+  return isinstance(config, dict) and 'model_type' in config
+
+
+def open_checkpoint(source: str | pathlib.Path) -> Checkpoint:
+  """Reads the config of a folder, or of `hf:owner/name` once it is downloaded.
+
+  Raises:
+    CheckpointError: there is no such checkpoint, or no decoder of ours equals it.
+  """
+  folder = download(str(source)) if str(source).startswith(HUB) else pathlib.Path(source)
+  path = folder / CONFIG
+  if not path.is_file():
+    raise CheckpointError(
+      f'{folder}: not a checkpoint folder (it has no {CONFIG}). The name of one on the hub is '
+      f'written {HUB}owner/name.'
+    )
+  try:
+    config = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise CheckpointError(f'{path}: damaged ({error}).') from error
+  if not isinstance(config, dict):
+    raise CheckpointError(f'{path}: expected an object, found {type(config).__name__}.')
+  where = str(path)
+  family = hf_model.family_of(where, config)
+  model = hf_model.to_model(where, config, family)
+  kinds = config.get('architectures') or [family.causal_lm]
+  scores = family.classifier in kinds
+  if scores:
+    labels = len(config.get('id2label', {0: '', 1: ''}))
+    if labels != 1:
+      raise CheckpointError(
+        f'{path}: a classifier with {labels} labels: expected 1 (num_labels=1), the score.'
+      )
+    model = dataclasses.replace(model, tied_embeddings=True)
+  return Checkpoint(folder, config, family, model, scores)
+
+
+def load_decoder(checkpoint: Checkpoint, abstract: Params) -> Params:
+  """A policy's parameters, float32, in the shapes and shardings of `abstract`.
+
+  Args:
+    checkpoint: from `open_checkpoint`.
+    abstract: the tree of `decoder.init` of the same architecture, of `ShapeDtypeStruct`s with
+      shardings (without, arrays lie on the default device).
+
+  Raises:
+    CheckpointError: tensors are missing, unexpected, or have other shapes; the message names them.
+  """
+  if checkpoint.scores:
+    raise CheckpointError(
+      f'{checkpoint.folder}: a {checkpoint.family.classifier}, which scores texts and cannot write '
+      'any. Name the checkpoint of a language model.'
+    )
+  leaves = trees.flatten(abstract)
+  sources = _plan(checkpoint, leaves)
+  _verify(checkpoint, sources)
+  return trees.unflatten(abstract, _load(checkpoint, sources, leaves))
+
+
+def load_scorer(checkpoint: Checkpoint, abstract: Params) -> Params:
+  """A reward model's parameters, float32: the tree of `roles.init_reward_model`.
+
+  Arguments and errors are those of `load_decoder`. The normaliser is the identity; a bias of the
+  score that an export folded away is the head's.
+  """
+  if not checkpoint.scores:
+    raise CheckpointError(
+      f'{checkpoint.folder}: architectures={checkpoint.config.get("architectures")!r}: expected '
+      f'{checkpoint.family.classifier!r} for a reward model, with one label.'
+    )
+  leaves = trees.flatten({'trunk': abstract['trunk']})
+  leaves = {name.removeprefix('trunk.'): leaf for name, leaf in leaves.items()}
+  sources = _plan(checkpoint, leaves)
+  sources[SCORE.name] = [Piece('head.kernel', None, SCORE)]
+  _verify(checkpoint, sources)
+  loaded = _load(checkpoint, sources, leaves | {'head.kernel': abstract['head']['kernel']})
+  constants = {
+    'head.bias': np.full(1, checkpoint.score_bias, np.float32),
+    'normalizer.gain': np.ones((), np.float32),
+    'normalizer.bias': np.zeros((), np.float32),
+  }
+  named = trees.flatten(abstract)
+  placed = {name: _constant(value, named[name]) for name, value in constants.items()}
+  placed['head.kernel'] = loaded.pop('head.kernel')
+  return trees.unflatten(
+    abstract, placed | {f'trunk.{name}': leaf for name, leaf in loaded.items()}
+  )
+
+
+def _plan(checkpoint: Checkpoint, leaves: Mapping[str, Any]) -> dict[str, list[Piece]]:
+  where, family = str(checkpoint.folder), checkpoint.family
+  return hf_model.plan(family, checkpoint.model.layers, leaves, where)
+
+
+def _verify(checkpoint: Checkpoint, sources: Mapping[str, list[Piece]]) -> None:
+  """Raises CheckpointError unless the files hold just what is needed, in its shapes."""
+  where, sizes = checkpoint.folder, hf_layout.axis_sizes(checkpoint.model)
+  found = {name: checkpoint.find(name) for name in sources}
+  problems = [f'{name} is missing' for name, own in found.items() if own is None]
+  for name, own in found.items():
+    if own is None:
+      continue
+    header = checkpoint.headers[own]
+    expected = hf_layout.parse(sources[name][0].tensor.layout).their_shape(sizes)
+    if header.shape != expected:
+      problems.append(f'{own} is {list(header.shape)}, expected {list(expected)}')
+    if header.dtype not in DTYPES:
+      problems.append(f'{own} is of type {header.dtype}, expected one of {", ".join(DTYPES)}')
+  spare = checkpoint.headers.keys() - set(found.values())
+  problems += [
+    f'{name} is unexpected'
+    for name in sorted(spare)
+    if not ignored(name) and not _repeats_embedding(checkpoint, name)
+  ]
+  if problems:
+    rest = f'; and {len(problems) - 8} more' if len(problems) > 8 else ''
+    raise CheckpointError(
+      f'{where}: its tensors are not those of its {CONFIG}: {"; ".join(problems[:8])}{rest}.'
+    )
+
+
+def _repeats_embedding(checkpoint: Checkpoint, name: str) -> bool:
+  """Whether a tensor is the read-out of a model that reads out with its embeddings.
+
+  Raises CheckpointError if it differs from them: transformers would not tie them then.
+  """
+  head = checkpoint.family.tensors['unembedding'].name
+  embedding = checkpoint.find(checkpoint.family.tensors['embedding'].name)
+  if not checkpoint.model.tied_embeddings or embedding is None:
+    return False
+  if name not in (head, checkpoint.family.aliases.get(head)):
+    return False
+  if checkpoint.scores:
+    return True
+  shape = checkpoint.headers[embedding].shape
+  same = checkpoint.headers[name].shape == shape
+  with open_tensor(checkpoint, embedding) as first, open_tensor(checkpoint, name) as second:
+    step = max(1, _CHECKED // shape[-1])
+    for row in range(0, shape[0] if same else 0, step):
+      rows = slice(row, min(row + step, shape[0]))
+      same = same and np.array_equal(first[rows], second[rows])
+  if not same:
+    raise CheckpointError(
+      f'{checkpoint.folder / CONFIG}: tie_word_embeddings=True, yet {name} is not equal to '
+      f'{embedding}. Set it to false to use both.'
+    )
+  return True
+
+
+@contextlib.contextmanager
+def open_tensor(checkpoint: Checkpoint, name: str) -> Iterator[Any]:
+  """A tensor of the files, to be sliced; `name` is the files' own."""
+  import safetensors
+
+  with safetensors.safe_open(checkpoint.headers[name].file, framework='numpy') as file:
+    yield file.get_slice(name)
+
+
+def _load(
+  checkpoint: Checkpoint, sources: Mapping[str, list[Piece]], leaves: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The parameters, by name, read file by file."""
+  import safetensors
+
+  sizes = hf_layout.axis_sizes(checkpoint.model)
+  by_file: dict[pathlib.Path, list[tuple[str, list[Piece]]]] = {}
+  for name, pieces in sources.items():
+    own = checkpoint.find(name)
+    assert own is not None, 'verified'
+    by_file.setdefault(checkpoint.headers[own].file, []).append((own, pieces))
+  loaded: dict[str, Any] = {}
+  for path in sorted(by_file):
+    with safetensors.safe_open(path, framework='numpy') as file:
+      for name, pieces in by_file[path]:
+        tensor = file.get_slice(name)
+        for piece in pieces:
+          _place(piece, tensor, leaves[piece.param], sizes, loaded)
+  return loaded
+
+
+def _place(
+  piece: Piece, tensor: Any, leaf: Any, sizes: hf_layout.Sizes, loaded: dict[str, Any]
+) -> None:
+  """Reads a piece onto the devices; a layer goes into the stack of all of them."""
+  layout = hf_layout.parse(piece.tensor.layout)
+  shape, sharding = leaf.shape, _sharding(leaf)
+  if piece.layer is not None:
+    shape, sharding = shape[1:], _without_layers(sharding)
+
+  def get(index: hf_layout.Slices) -> np.ndarray:
+    return tensor[index]
+
+  def part(index: Any) -> np.ndarray:
+    bounds = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
+    slices = tuple(slice(start, stop) for start, stop in bounds)
+    return hf_layout.read(layout, sizes, piece.tensor.part, slices, get)
+
+  array = jax.make_array_from_callback(shape, sharding, part)
+  if piece.layer is None:
+    loaded[piece.param] = array
+    return
+  if piece.param not in loaded:
+    loaded[piece.param] = _zeros(leaf.shape, _sharding(leaf))
+  stack = _insert(_sharding(leaf))(loaded.pop(piece.param), array, piece.layer)
+  # One at a time: what waits to be moved is held by the host.
+  loaded[piece.param] = stack.block_until_ready()
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding:
+  own = getattr(leaf, 'sharding', None)
+  return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if own is None else own
+
+
+def _without_layers(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+  """The sharding of one layer of a stack; layers are not divided over devices."""
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return sharding
+  return jax.sharding.NamedSharding(
+    sharding.mesh, jax.sharding.PartitionSpec(*tuple(sharding.spec)[1:])
+  )
+
+
+def _zeros(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
+  return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)()
+
+
+@functools.lru_cache(maxsize=256)
+def _insert(sharding: jax.sharding.Sharding) -> Any:
+  """Writes a layer into its stack, in place."""
+
+  def insert(stack: jax.Array, layer: jax.Array, number: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, number, 0)
+
+  return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
+
+
+def _constant(value: np.ndarray, leaf: Any) -> jax.Array:
+  return jax.make_array_from_callback(value.shape, _sharding(leaf), lambda index: value[index])

@@ -1,0 +1,139 @@
+"""Checkpoint folders stand where finished runs do, and runs that start from them go back."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax import stages
+from rlhf_jax.common import trees
+from rlhf_jax.common.errors import CheckpointError, ConfigError, RunError
+from rlhf_jax.config import InitConfig, RewardModelInitConfig
+from rlhf_jax.hf_folder import HfFolder, open_source
+from rlhf_jax.models import hf_export, hf_load
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.hf_files import SINGLE
+from rlhf_jax.recipes.parts import abstract_decoder, abstract_reward_model
+from rlhf_jax.runs import ASSETS, Run
+from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
+from tests import tiny
+
+MESH = MeshConfig(data=1)
+
+
+@pytest.fixture(scope='module')
+def folders(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """The tiny policy and reward model as checkpoint folders `policy` and `scorer`."""
+  out, mesh = tmp_path_factory.mktemp('folders'), make_mesh(MESH, jax.devices()[:1])
+  run = Run(parents / 'sft')
+  assets = hf_export.Assets(run.folder / 'tokenizer')
+  params = run.restore_role('policy', abstract_decoder(run.model, mesh))
+  hf_export.export_policy(out / 'policy', run.model, params, assets)
+  (out / 'policy' / 'chat_template.jinja').write_text('{{ messages }}')
+  run = Run(parents / 'reward_model')
+  params = run.restore_role('reward_model', abstract_reward_model(run.model, mesh))
+  hf_export.export_scorer(out / 'scorer', run.model, params, assets)
+  return out
+
+
+def config_of(case: str, folders: Path) -> Any:
+  """A tiny stage of one step that starts from the folders."""
+  config = tiny.make_config(case, folders, steps=1, model=ModelConfig())
+  config.policy = InitConfig(init=str(folders / 'policy'))
+  if config.reward_model.init is not None:
+    config.reward_model = RewardModelInitConfig(init=str(folders / 'scorer'))
+  return config
+
+
+def test_a_folder_has_what_the_run_had(folders: Path, parents: Path) -> None:
+  """Decoder, parameters and tokenizer; the parameters of a reward model give the same scores."""
+  mesh = make_mesh(MESH, jax.devices()[:1])
+  source, run = open_source(folders / 'policy'), Run(parents / 'sft')
+  assert isinstance(source, HfFolder) and type(open_source(parents / 'sft')) is Run
+  assert source.tokenizer().fingerprint == run.tokenizer().fingerprint
+  found = trees.flatten(source.restore_role('policy', abstract_decoder(source.model, mesh)))
+  size = run.model.vocab_size
+  for name, leaf in trees.flatten(
+    run.restore_role('policy', abstract_decoder(run.model, mesh))
+  ).items():
+    own = found[name]
+    if name == 'embedding':
+      leaf, own = leaf[:size], own[:size]
+    if name == 'unembedding':
+      leaf, own = leaf[:, :size], own[:, :size]
+    np.testing.assert_array_equal(own, leaf, err_msg=name)
+  with pytest.raises(RunError, match='has no value head'):
+    source.restore_role('value_head', None)
+  with pytest.raises(RunError, match="'final' parameters only"):
+    source.step('best')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', ['dpo', 'rloo'])
+def test_stages_start_from_folders(case: str, folders: Path, tmp_path: Path) -> None:
+  """Pairs and rollouts; on a mesh whose tensor axis does not divide the vocabulary; and resumed."""
+  config = config_of(case, folders)
+  run = tiny.run_stage(config, tmp_path / case).outcome.run
+  assert run.result is not None
+  origin = run.parents()['policy']
+  assert isinstance(origin, HfFolder) and origin.folder == folders / 'policy'
+  assert (run.folder / ASSETS / 'chat_template.jinja').read_text() == '{{ messages }}'
+  stage = stages.resolve(config, tmp_path)
+  assert run.finished(stage.identity)
+
+
+@pytest.mark.slow
+def test_the_assets_go_on_to_the_next_stage(folders: Path, tmp_path: Path) -> None:
+  """SFT from a folder, a reward model from that run: exported, both say what the folder said."""
+  first = tiny.run_stage(config_of('sft', folders), tmp_path / 'sft').outcome.run
+  config = config_of('reward_model', folders)
+  config.policy = InitConfig(init=str(first.folder))
+  second = tiny.run_stage(config, tmp_path / 'rm').outcome.run
+  for run in (first, second):
+    kept = json.loads((run.folder / ASSETS / 'config.json').read_text())
+    assert kept == json.loads((folders / 'policy' / 'config.json').read_text())
+
+
+def test_a_folder_that_changes_is_another(folders: Path, tmp_path: Path) -> None:
+  """One bit of the weights, the config or the tokenizer makes another parent."""
+  copy = tmp_path / 'policy'
+  shutil.copytree(folders / 'policy', copy)
+  before = HfFolder(copy).params_identity('final')
+  assert before == HfFolder(folders / 'policy').params_identity('final')
+  content = bytearray((copy / SINGLE).read_bytes())
+  content[-1] ^= 1
+  (copy / SINGLE).write_bytes(content)
+  changed = HfFolder(copy).params_identity('final')
+  tokenizer = (copy / 'tokenizer_config.json').read_text()
+  (copy / 'tokenizer_config.json').write_text(tokenizer + ' ')
+  assert len({before, changed, HfFolder(copy).params_identity('final')}) == 3
+
+
+def test_wrong_folders(folders: Path, tmp_path: Path) -> None:
+  """A policy is no reward model; embeddings must hold all ids; nothing is nothing."""
+  config = config_of('rloo', folders)
+  config.reward_model = RewardModelInitConfig(init=str(folders / 'policy'))
+  with pytest.raises(ConfigError, match=r'reward_model.init=.*expected the run of a reward model'):
+    tiny.run_stage(config, tmp_path / 'out')
+  config = config_of('sft', folders)
+  config.policy = InitConfig(init=str(tmp_path / 'nothing'))
+  with pytest.raises(ConfigError, match='a checkpoint folder .* or a config file'):
+    stages.resolve(config, tmp_path)
+  opened = HfFolder(folders / 'policy')
+  small = dataclasses.replace(opened.opened.model, vocab_size=5)
+  opened.opened = dataclasses.replace(opened.opened, model=small)
+  with pytest.raises(CheckpointError, match='ids, and its model embeddings for 5'):
+    opened.tokenizer()
+
+
+def test_half_precision_judges_compute_in_it(folders: Path, tmp_path: Path) -> None:
+  """A reward model stored in bfloat16; a policy computes as its stage asks."""
+  for name, dtype in (('scorer', 'bfloat16'), ('policy', 'float32')):
+    opened = hf_load.open_checkpoint(folders / name)
+    hf_export.convert(opened, tmp_path / name, dtype='bfloat16')
+    assert HfFolder(tmp_path / name).model.dtype == dtype

@@ -1,0 +1,253 @@
+"""Checkpoint folders: shards, types, shardings, memory, and what is wrong with them."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+from rlhf_jax.common import trees
+from rlhf_jax.common.errors import CheckpointError
+from rlhf_jax.models import decoder, hf_load
+from rlhf_jax.models.hf_files import INDEX, SINGLE
+from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
+from rlhf_jax.sharding.rules import param_shardings
+from tests.models import hf_golden
+
+LLAMA = hf_golden.FOLDER / 'llama2'
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+  """A copy of a checkpoint, to be spoilt."""
+  shutil.copytree(LLAMA, tmp_path / 'llama')
+  return tmp_path / 'llama'
+
+
+def load(folder: Path) -> Any:
+  """The policy in a folder."""
+  checkpoint = hf_load.open_checkpoint(folder)
+  return hf_load.load_decoder(checkpoint, hf_golden.abstract_decoder(checkpoint.model))
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+  """All tensors of a folder with one file."""
+  return safetensors.load_file(folder / SINGLE)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+  """Sets keys of config.json."""
+  path = folder / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_parameters_lie_where_they_should() -> None:
+  """On a mesh of eight devices, each holds its part, and the parts are those of one device."""
+  golden = hf_golden.load('llama3')
+  model = dataclasses.replace(golden.model, vocab_multiple=4)
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  abstract = hf_golden.abstract_decoder(model)
+  shardings = param_shardings(decoder.logical_axes(model), abstract, mesh)
+  placed = jax.tree.map(
+    lambda leaf, by: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by), abstract, shardings
+  )
+  found = trees.flatten(hf_load.load_decoder(golden.checkpoint, placed))
+  where = trees.flatten(shardings)
+  for name, leaf in trees.flatten(golden.params).items():
+    assert found[name].sharding.is_equivalent_to(where[name], leaf.ndim), name
+    assert found[name].dtype == np.float32
+    own = np.asarray(found[name])
+    if name == 'embedding':
+      assert own.shape == (40, 16) and not own[37:].any()
+      own = own[:37]
+    np.testing.assert_array_equal(own, leaf, err_msg=name)
+
+
+def test_shards_and_half_precision(folder: Path) -> None:
+  """Shards that an index names; numbers of 16 bits become float32 without a change."""
+  import ml_dtypes
+
+  whole = tensors(folder)
+  types = (ml_dtypes.bfloat16, np.float16, np.float32)
+  kept = {name: t.astype(types[i % 3]) for i, (name, t) in enumerate(sorted(whole.items()))}
+  names = sorted(kept)
+  files = {'a.safetensors': names[::2], 'b.safetensors': names[1::2]}
+  for file, inside in files.items():
+    safetensors.save_file({name: kept[name] for name in inside}, folder / file)
+  weight_map = {name: file for file, inside in files.items() for name in inside}
+  (folder / INDEX).write_text(json.dumps({'weight_map': weight_map}))
+  (folder / SINGLE).unlink()
+  found = load(folder)
+  np.testing.assert_array_equal(found['unembedding'], kept['lm_head.weight'].astype(np.float32).T)
+  up = [kept[f'model.layers.{i}.mlp.up_proj.weight'].astype(np.float32).T for i in range(2)]
+  np.testing.assert_array_equal(found['layers']['mlp']['up']['kernel'], np.stack(up))
+  (folder / 'b.safetensors').unlink()
+  with pytest.raises(CheckpointError, match='names b.safetensors, which .* does not hold'):
+    load(folder)
+
+
+def test_names_of_the_trunk_alone_and_constants(tmp_path: Path) -> None:
+  """GPT-2's own files leave the prefix out, and hold masks of the attention."""
+  shutil.copytree(hf_golden.FOLDER / 'gpt2', tmp_path / 'gpt2')
+  plain = {name.removeprefix('transformer.'): t for name, t in tensors(tmp_path / 'gpt2').items()}
+  plain['h.0.attn.bias'] = np.ones((1, 1, 12, 12), np.float32)
+  plain['lm_head.weight'] = plain['wte.weight']
+  safetensors.save_file(plain, tmp_path / 'gpt2' / SINGLE)
+  expected = trees.flatten(hf_golden.load('gpt2').params)
+  for name, leaf in trees.flatten(load(tmp_path / 'gpt2')).items():
+    np.testing.assert_array_equal(leaf, expected[name])
+  plain['lm_head.weight'] = plain['wte.weight'] + 1
+  safetensors.save_file(plain, tmp_path / 'gpt2' / SINGLE)
+  with pytest.raises(CheckpointError, match='lm_head.weight is not equal to wte.weight'):
+    load(tmp_path / 'gpt2')
+
+
+def test_wrong_tensors_are_named(folder: Path) -> None:
+  """All that is missing, unexpected or wrongly shaped stands in one message."""
+  spoilt = tensors(folder)
+  del spoilt['model.norm.weight']
+  spoilt['model.layers.1.self_attn.q_proj.bias'] = np.zeros(16, np.float32)
+  spoilt['lm_head.weight'] = np.zeros((38, 16), np.float32)
+  spoilt['model.embed_tokens.weight'] = np.zeros((37, 16), np.int32)
+  safetensors.save_file(spoilt, folder / SINGLE)
+  with pytest.raises(CheckpointError) as caught:
+    load(folder)
+  for text in (
+    'model.norm.weight is missing',
+    'model.layers.1.self_attn.q_proj.bias is unexpected',
+    'lm_head.weight is [38, 16], expected [37, 16]',
+    'model.embed_tokens.weight is of type I32, expected one of F32, BF16, F16',
+  ):
+    assert text in str(caught.value)
+
+
+def test_files_that_cannot_be_read(folder: Path) -> None:
+  """No folder, pickled tensors, a file that ends early, an index that is damaged."""
+  with pytest.raises(CheckpointError, match='written hf:owner/name'):
+    hf_load.open_checkpoint(folder / 'nothing')
+  content = (folder / SINGLE).read_bytes()
+  (folder / SINGLE).write_bytes(content[:-7])
+  with pytest.raises(CheckpointError, match='not a whole file of safetensors'):
+    load(folder)
+  (folder / SINGLE).rename(folder / 'pytorch_model.bin')
+  with pytest.raises(CheckpointError, match=r'pytorch_model.bin .*save_pretrained'):
+    load(folder)
+  (folder / 'pytorch_model.bin').unlink()
+  with pytest.raises(CheckpointError, match='neither model.safetensors nor'):
+    load(folder)
+  (folder / INDEX).write_text('{}')
+  with pytest.raises(CheckpointError, match='damaged'):
+    load(folder)
+  (folder / 'config.json').write_text('[')
+  with pytest.raises(CheckpointError, match='config.json: damaged'):
+    load(folder)
+
+
+def test_a_policy_is_no_reward_model(folder: Path) -> None:
+  """Nor the other way round; nor is a classifier of several kinds."""
+  scorer = hf_load.open_checkpoint(hf_golden.FOLDER / 'llama_scorer')
+  with pytest.raises(CheckpointError, match='scores texts and cannot write'):
+    hf_load.load_decoder(scorer, hf_golden.abstract_decoder(scorer.model))
+  policy = hf_load.open_checkpoint(folder)
+  with pytest.raises(CheckpointError, match="expected 'LlamaForSequenceClassification'"):
+    hf_load.load_scorer(policy, hf_golden.abstract_scorer(policy.model))
+  three = {str(number): str(number) for number in range(3)}
+  change_config(folder, architectures=['LlamaForSequenceClassification'], id2label=three)
+  with pytest.raises(CheckpointError, match='3 labels'):
+    hf_load.open_checkpoint(folder)
+
+
+def test_names_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """They are downloaded, revision and all; without a network the message says what to do."""
+  import huggingface_hub
+
+  asked: dict[str, Any] = {}
+
+  def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    asked.update(name=name, revision=revision, patterns=allow_patterns)
+    return str(folder)
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+  assert hf_load.is_checkpoint('hf:owner/name')
+  assert hf_load.open_checkpoint('hf:owner/name@v1').folder == folder
+  assert (asked['name'], asked['revision']) == ('owner/name', 'v1')
+  assert '*.safetensors' in asked['patterns'] and not any('bin' in p for p in asked['patterns'])
+
+  def fail(*_: object, **__: object) -> str:
+    raise OSError('no route to host\nand more')
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', fail)
+  with pytest.raises(CheckpointError, match='no route to host.*download it elsewhere'):
+    hf_load.open_checkpoint('hf:owner/name')
+
+
+MEASURE = """
+import gc, pathlib, sys
+import jax
+from rlhf_jax.models import decoder, hf_load
+
+def load():
+  checkpoint = hf_load.open_checkpoint(sys.argv[1])
+  abstract = jax.eval_shape(lambda: decoder.init(checkpoint.model, jax.random.key(0)))
+  return jax.block_until_ready(hf_load.load_decoder(checkpoint, abstract))
+
+def status(key):
+  text = pathlib.Path('/proc/self/status').read_text()
+  return int(text.split(key + ':')[1].split()[0]) * 1024
+
+load()  # compiles
+gc.collect()
+pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak begins anew
+before = status('VmRSS')
+params = load()
+size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print(status('VmHWM') - before - size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_the_host_holds_one_file_and_one_layer(tmp_path: Path) -> None:
+  """Beside the parameters themselves: at most 1.3 times a file of tensors, and one layer."""
+  config = json.loads((LLAMA / 'config.json').read_text())
+  width, layers = 512, 12
+  config |= dict(
+    hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, head_dim=width // 4
+  )
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  shapes = {
+    **{f'self_attn.{name}_proj.weight': (width, width) for name in 'qkvo'},
+    **{f'mlp.{name}_proj.weight': (4 * width, width) for name in ('gate', 'up')},
+    'mlp.down_proj.weight': (width, 4 * width),
+    **{f'{name}_layernorm.weight': (width,) for name in ('input', 'post_attention')},
+  }
+  rng = np.random.default_rng(0)
+  weight_map: dict[str, str] = {}
+  for layer in range(layers):
+    one = {
+      f'model.layers.{layer}.{name}': rng.random(shape, np.float32)
+      for name, shape in shapes.items()
+    }
+    if layer == 0:
+      one |= {
+        name: rng.random((37, width), np.float32)
+        for name in ('model.embed_tokens.weight', 'lm_head.weight')
+      }
+      one['model.norm.weight'] = rng.random(width, np.float32)
+    safetensors.save_file(one, tmp_path / f'{layer}.safetensors')
+    weight_map |= dict.fromkeys(one, f'{layer}.safetensors')
+  (tmp_path / INDEX).write_text(json.dumps({'weight_map': weight_map}))
+  file = max(path.stat().st_size for path in tmp_path.glob('*.safetensors'))
+  done = subprocess.run(
+    [sys.executable, '-c', MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
+  )
+  extra = int(done.stdout)
+  print(f'{extra / 1e6:.0f} MB beside the parameters; a file, and a layer, is {file / 1e6:.0f} MB')
+  assert extra < 2.3 * file
