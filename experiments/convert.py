@@ -4,9 +4,13 @@ r"""Writes a finished run, or a checkpoint folder, as a folder that transformers
   python -m experiments.convert --source=runs/rm --target=folders/rm
   python -m experiments.convert --source=runs/ppo --role=value --target=folders/ppo_value
   python -m experiments.convert --source=hf:owner/name --target=folders/name --shard_gb=2
+  python -m experiments.convert --source=runs/dpo_lora --target=folders/adapter --adapter
 
 A run's policy becomes an AutoModelForCausalLM; a reward model, or the value function of a policy,
 an AutoModelForSequenceClassification with one label (docs/models.md says what becomes of its bias).
+A run that trained low-rank matrices becomes a whole model, or with --adapter a folder of PEFT for
+the checkpoint folder it started from; --base names another place of that, or the folder that its
+parent was written to. A folder of PEFT as --source is merged into its model.
 A checkpoint folder, or one of the hub, is written again in another type or other shards; tensors
 keep their bits where the type is kept. The target must be empty or absent, and appears when all is
 written.
@@ -24,8 +28,8 @@ from absl import flags
 from experiments import cli
 from rlhf_jax.common.errors import RunError, UserError
 from rlhf_jax.config import CHECKPOINTS
-from rlhf_jax.hf_folder import HfFolder, open_source
-from rlhf_jax.models import hf_export
+from rlhf_jax.hf_folder import HfFolder, PeftFolder, open_source
+from rlhf_jax.models import hf_export, hf_peft
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import DTYPES, SHARD_BYTES
 from rlhf_jax.objectives import demands_of, objective_of
@@ -53,6 +57,13 @@ DTYPE = flags.DEFINE_enum(
   tuple(DTYPES.values()),
   "In which numbers are stored. Default: a run's in float32, a folder's as they are.",
 )
+ADAPTER = flags.DEFINE_bool('adapter', False, 'Write the low-rank matrices of a run, for PEFT.')
+BASE = flags.DEFINE_string(
+  'base',
+  None,
+  'With --adapter: the checkpoint folder, or name of the hub, that PEFT is to put them on. '
+  'Default: the one the run started from.',
+)
 SHARD_GB = flags.DEFINE_float(
   'shard_gb', SHARD_BYTES / 10**9, 'The largest file, in units of 10^9 bytes.', 1e-6
 )
@@ -61,14 +72,21 @@ SHARD_GB = flags.DEFINE_float(
 def main() -> int:
   source, target = open_source(SOURCE.value), pathlib.Path(TARGET.value)
   shard_bytes = int(SHARD_GB.value * 10**9)
+  if BASE.value is not None and not ADAPTER.value:
+    raise UserError('--base: it is read with --adapter only.')
   if isinstance(source, HfFolder):
-    for flag in (ROLE, CHECKPOINT):
+    for flag in (ROLE, CHECKPOINT, ADAPTER):
       if flag.value != flag.default:
         raise UserError(
           f'--{flag.name}={flag.value}: {source.folder} is a checkpoint folder, which has one '
           'model. Leave it out.'
         )
-    hf_export.convert(source.opened, target, dtype=DTYPE.value, shard_bytes=shard_bytes)
+    if isinstance(source, PeftFolder):
+      merge(source, target, shard_bytes)
+    else:
+      hf_export.convert(source.opened, target, dtype=DTYPE.value, shard_bytes=shard_bytes)
+  elif ADAPTER.value:
+    export_adapter(source, target)
   else:
     export(source, target, shard_bytes)
   print(f'{source.folder} -> {target}')
@@ -110,6 +128,38 @@ def export(run: Run, target: pathlib.Path, shard_bytes: int) -> None:
     origin = run.parents()['reward_model'] if demands.value == 'reward_model' else run
     params = value_function(run, origin.model, demands.value, mesh)
     hf_export.export_scorer(target, origin.model, params, assets_of(origin), **settings)
+
+
+def merge(source: PeftFolder, target: pathlib.Path, shard_bytes: int) -> None:
+  """Writes an adapter and its base as one model."""
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  params = source.restore_role('policy', abstract_decoder(source.model, mesh))
+  settings: dict[str, Any] = dict(dtype=DTYPE.value or 'float32', shard_bytes=shard_bytes)
+  hf_export.export_policy(target, source.model, params, assets_of(source), **settings)
+
+
+def export_adapter(run: Run, target: pathlib.Path) -> None:
+  """Writes what a run trained of its policy."""
+  run.require_result()
+  config = run.config
+  if config.adapter.method != 'lora' or objective_of(config.objective).trains != 'policy':
+    raise UserError(
+      f'--adapter: {run.folder} trained no low-rank matrices of a policy (adapter.method='
+      f'{config.adapter.method!r}). Leave it out.'
+    )
+  parent = run.parents()['policy']
+  base = BASE.value
+  if base is None:
+    if not isinstance(parent, HfFolder):
+      raise UserError(
+        f'--adapter: {run.folder} started from {parent.folder}, which PEFT cannot read. Write that '
+        'as a folder first (--source), and name it with --base.'
+      )
+    base = str(parent.folder)
+  family = hf_export.family_of(target, run.model, assets_of(run))
+  trained = run.restore_adapter(make_mesh(MeshConfig(data=1), jax.devices()[:1]), CHECKPOINT.value)
+  with hf_export.new_folder(target) as folder:
+    hf_peft.export_adapter(folder, family, run.model, config.adapter, trained, base=base)
 
 
 def value_function(run: Run, model: ModelConfig, kind: str, mesh: jax.sharding.Mesh) -> Any:

@@ -20,6 +20,7 @@ from rlhf_jax.models.hf_load import (
   load_scorer,
   open_checkpoint,
 )
+from rlhf_jax.models.hf_peft import ADAPTER, ADAPTER_CONFIG, add_adapter, is_adapter, open_adapter
 from rlhf_jax.objectives.reward_model import RewardModelConfig
 from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.runs import ASSETS, Run
@@ -121,8 +122,37 @@ class HfFolder(Run):
     hf_export.copy_tokenizer(self.folder, target / ASSETS)
 
 
+class PeftFolder(HfFolder):
+  """A LoRA adapter of PEFT and the checkpoint that it names, merged into one policy."""
+
+  def __init__(self, source: str | pathlib.Path):
+    """Reads both configs; raises CheckpointError."""
+    self.adapter = open_adapter(pathlib.Path(source))
+    base = self.adapter.base
+    super().__init__(base if pathlib.Path(base).is_dir() or base.startswith(HUB) else HUB + base)
+
+  @property
+  def params_sha256(self) -> str:
+    """Of the base and of the adapter's files."""
+    digest = hashlib.sha256(super().params_sha256.encode())
+    for name in (ADAPTER_CONFIG, ADAPTER):
+      path = self.adapter.folder / name
+      status = path.stat()
+      digest.update(_sha256(path, status.st_size, status.st_mtime_ns).encode())
+    return digest.hexdigest()
+
+  def restore_role(self, role: str, abstract: Any, checkpoint: str = 'final') -> Any:
+    """The policy's parameters, in the shardings of `abstract`."""
+    base = super().restore_role(role, abstract, checkpoint)
+    if role != 'policy':
+      raise RunError(f'{self.adapter.folder}: adapters of policies only can be read.')
+    return add_adapter(self.adapter, self.opened, base)
+
+
 def open_source(source: str | pathlib.Path) -> Run:
   """The run, finished or not, in a directory; or the checkpoint folder, of the hub too."""
+  if is_adapter(source):
+    return PeftFolder(source)
   return HfFolder(source) if is_checkpoint(source) else Run(source)
 
 

@@ -203,6 +203,11 @@ class Run:
       return self._merged(role, whole, base, trained)
     return {**trained, name: self._merged(role, whole, base, trained[name])}
 
+  def restore_adapter(self, mesh: jax.sharding.Mesh, checkpoint: str = 'final') -> Any:
+    """The tree of `adapters.init` of a policy that was trained in part."""
+    part = adapters.abstract(self.config.adapter, self.model, mesh)
+    return self._restore('policy', part, checkpoint)
+
   def _restore(self, role: str, abstract: Any, checkpoint: str) -> Any:
     """What this run's own checkpoint has of a role."""
     step = self.step(checkpoint)

@@ -85,10 +85,10 @@ def export_policy(
     CheckpointError: the folder holds something, no family has this decoder, or a number is too
       large for the type.
   """
-  family = _family(target, model, assets)
+  family = family_of(target, model, assets)
   entries = decoder_entries(family, model, params, dtype, str(target))
   config = _config(family, model, assets) | {'architectures': [family.causal_lm], 'dtype': dtype}
-  with _new_folder(target) as folder:
+  with new_folder(target) as folder:
     write_tensors(folder, entries, shard_bytes)
     write_json(folder / CONFIG, config)
     write_json(folder / GENERATION, _generation(assets))
@@ -122,7 +122,7 @@ def export_scorer(
   Raises:
     CheckpointError: as in `export_policy`.
   """
-  family = _family(target, model, assets, scores=True)
+  family = family_of(target, model, assets, scores=True)
   trunk = {name: leaf for name, leaf in params['trunk'].items() if name != 'unembedding'}
   gain, bias = (float(params['normalizer'][name]) for name in ('gain', 'bias'))
   weight = np.asarray(params['head']['kernel'], np.float32).T * np.float32(gain)
@@ -140,7 +140,7 @@ def export_scorer(
   if config.get('pad_token_id') == config.get('eos_token_id'):
     # transformers reads the score at the last token that is not padding: it would miss the end.
     config['pad_token_id'] = None
-  with _new_folder(target) as folder:
+  with new_folder(target) as folder:
     write_tensors(folder, entries, shard_bytes)
     write_json(folder / CONFIG, config)
     copy_tokenizer(assets.tokenizer, folder)
@@ -173,7 +173,7 @@ def convert(
   if dtype is not None:
     config.pop('torch_dtype', None)
     config['dtype'] = dtype
-  with _new_folder(target) as folder:
+  with new_folder(target) as folder:
     write_tensors(folder, entries, shard_bytes)
     write_json(folder / CONFIG, config)
     copy_tokenizer(checkpoint.folder, folder)
@@ -236,7 +236,7 @@ def read_assets(folder: pathlib.Path) -> Assets:
   return Assets(folder, **values)
 
 
-def _family(
+def family_of(
   target: pathlib.Path, model: ModelConfig, assets: Assets, *, scores: bool = False
 ) -> Family:
   """The family of the config that the decoder came from, or the first that has it."""
@@ -273,7 +273,7 @@ def _generation(assets: Assets) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder that gets its name when it is whole."""
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise CheckpointError(f'{target}: it is there already. Name another folder, or delete it.')

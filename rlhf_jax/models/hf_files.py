@@ -129,12 +129,12 @@ def write_tensors(
       shards.append([])
     shards[-1].append(entry)
   if len(shards) == 1:
-    _write_file(folder / SINGLE, shards[0])
+    write_file(folder / SINGLE, shards[0])
     return
   weight_map: dict[str, str] = {}
   for number, shard in enumerate(shards, 1):
     name = f'model-{number:05}-of-{len(shards):05}.safetensors'
-    _write_file(folder / name, shard)
+    write_file(folder / name, shard)
     weight_map |= {entry.name: name for entry in shard}
   total = sum(entry.size for entry in entries)
   write_json(folder / INDEX, {'metadata': {'total_size': total}, 'weight_map': weight_map})
@@ -145,7 +145,7 @@ def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
   path.write_text(json.dumps(values, indent=2, sort_keys=True) + '\n', encoding='utf-8')
 
 
-def _write_file(path: pathlib.Path, entries: Sequence[Entry]) -> None:
+def write_file(path: pathlib.Path, entries: Sequence[Entry]) -> None:
   """One file of safetensors: the length of a JSON header, the header, the bytes of the tensors."""
   codes = {name: code for code, name in DTYPES.items()}
   # transformers reads only files that say for which library they are.

@@ -6,7 +6,8 @@ For each family some settings and weights are drawn (see `cases.py`). transforme
 the library loads the folder: logits of rows padded left and right, cached decoding, a loss and all
 its gradients are compared, in float32. The library exports it again, transformers loads that: its
 logits are compared too ('exported'), and 6 tokens that it generates greedily must be the library's.
-A reward model goes the same way ('scores'). The table holds the largest errors of all draws;
+PEFT puts low-rank matrices that the library wrote onto that model ('adapter'). A reward model goes
+the same way ('scores'). The table holds the largest errors of all draws;
 --write puts it into docs/models.md.
 
 Exit codes: 0 all errors are below 1e-4, 1 not, or something given is wrong.
@@ -25,7 +26,8 @@ from absl import flags
 from experiments import cli
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.data import tokenizers
-from rlhf_jax.models import decoder, hf_export, hf_load, roles
+from rlhf_jax.models import adapters, decoder, hf_export, hf_load, hf_peft, roles
+from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.hf_families import FAMILIES, Family
 from tests.golden.hf import cases, reference
 from tests.models import hf_golden, hf_parity
@@ -38,7 +40,9 @@ PAGE = pathlib.Path(__file__).resolve().parents[3] / 'docs' / 'models.md'
 PART = re.compile(r'(<!-- parity -->\n).*?(<!-- end -->)', re.DOTALL)
 LIMIT = 1e-4
 GREEDY = 6
-COLUMNS = ('logits, left', 'logits, right', 'cached', 'loss', 'gradients', 'exported', 'scores')
+COLUMNS = (
+  'logits, left', 'logits, right', 'cached', 'loss', 'gradients', 'exported', 'adapter', 'scores'
+)  # fmt: skip
 
 Errors = dict[str, float]
 
@@ -117,6 +121,7 @@ def compare_policies(
   ).eval()
   back = reference.logits(again, tokens[0], mask[0]).detach().numpy()
   errors['exported'] = float(np.abs(back - expected['logits'][0])[mask[0]].max())
+  errors['adapter'] = compare_adapters(checkpoint, params, again, folder, tokens[0], mask[0])
   length = cases.COLUMNS - GREEDY
   prompt, real = tokens[0, :, -length:], mask[0, :, -length:]
   again.generation_config.eos_token_id = None  # all rows go on to the end
@@ -131,6 +136,41 @@ def compare_policies(
   if not np.array_equal(ours, theirs):
     raise AssertionError(f'{family.model_type}, {settings}: greedy {ours} and {theirs}')
   return errors
+
+
+def compare_adapters(
+  checkpoint: hf_load.Checkpoint,
+  params: Any,
+  theirs: Any,
+  folder: pathlib.Path,
+  tokens: np.ndarray,
+  mask: np.ndarray,
+) -> float:
+  """Random low-rank matrices of ours, merged by us, and put onto transformers' model by PEFT."""
+  import peft
+
+  model = checkpoint.model
+  config = AdapterConfig(
+    method='lora', rank=2, alpha=3.0, targets=('query', 'value', 'out', 'down')
+  )
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(lambda p: adapters.init(config, model, p, jax.random.key(0)), params)
+  trained = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
+  (folder / 'adapter').mkdir()
+  hf_peft.export_adapter(
+    folder / 'adapter', checkpoint.family, model, config, trained, base=str(folder / 'ours')
+  )
+  joined = adapters.join(adapters.frozen_of(config, model, params), trained)
+
+  @jax.jit
+  def logits(params: Any) -> jax.Array:
+    hidden, _ = decoder.hidden_states(model, params, jnp.asarray(tokens, jnp.int32), mask)
+    return decoder.logits(model, params, hidden)
+
+  adapted = peft.PeftModel.from_pretrained(theirs, folder / 'adapter').eval()
+  expected = reference.logits(adapted, tokens, mask).detach().numpy()
+  adapted.unload()
+  return float(np.abs(np.asarray(logits(joined)) - expected)[mask].max())
 
 
 def greedy(model: Any, params: Any, prompt: np.ndarray, real: np.ndarray) -> np.ndarray:
