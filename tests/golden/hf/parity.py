@@ -164,7 +164,9 @@ def compare_adapters(
 
   @jax.jit
   def logits(params: Any) -> jax.Array:
-    hidden, _ = decoder.hidden_states(model, params, jnp.asarray(tokens, jnp.int32), mask)
+    hidden, _ = decoder.hidden_states(
+      model, params, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
+    )
     return decoder.logits(model, params, hidden)
 
   adapted = peft.PeftModel.from_pretrained(theirs, folder / 'adapter').eval()
