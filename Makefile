@@ -41,6 +41,7 @@ check: lint ## Quick subset for while you work: format, lint, and the tests not 
 parity: environment ## Compare every model family with torch and transformers, on fresh random models
 	@$(MAKE) --silent $(VENV)/.parity
 	$(BIN)/python -m tests.golden.hf.parity $(PARITY)
+	$(BIN)/python -m tests.golden.hf.parity_trial
 
 format: setup ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix-only .
