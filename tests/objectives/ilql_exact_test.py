@@ -54,7 +54,7 @@ def expectile(values: np.ndarray, weights: np.ndarray, tau: float) -> float:
 
 
 def solve(batch: Ratings, config: ILQLConfig) -> tuple[np.ndarray, np.ndarray]:
-  """V `[states]` and Q `[states, VOCAB]` backwards from the ends, by the batch's own frequencies."""
+  """V `[states]` and Q `[states, VOCAB]` backwards from the ends, by the batch's frequencies."""
   counts = np.zeros((len(PREFIXES), VOCAB))
   for row, mask in zip(batch.sequences.response, batch.sequences.response_mask, strict=True):
     for t in range(mask.sum()):
