@@ -232,6 +232,24 @@ class ExperimentConfig:
       raise ConfigError(
         'batch_size', 1, 'at least 2', 'What is estimated from other rows of the batch needs some.'
       )
+    if demands.group != 1:
+      self._validate_groups(demands.group)
+
+  def _validate_groups(self, group: int) -> None:
+    if group == 0 and self.accumulation > 1:
+      raise ConfigError(
+        'accumulation',
+        self.accumulation,
+        '1 with objective.group_size=0',
+        'Pairs of the whole batch need it in one piece; group_size forms them within parts of it.',
+      )
+    if self.batch_size % ((group or self.batch_size) * self.accumulation):
+      raise ConfigError(
+        'batch_size',
+        self.batch_size,
+        f'a multiple of objective.group_size {group} x accumulation {self.accumulation}',
+        'Every microbatch needs whole groups.',
+      )
 
   def _validate_model(self) -> None:
     control = self.data.source == CONTROL

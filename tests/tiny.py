@@ -26,6 +26,7 @@ from rlhf_jax.objectives.alol import ALoLConfig
 from rlhf_jax.objectives.best_of_n import BestOfNConfig
 from rlhf_jax.objectives.cpl import CPLConfig
 from rlhf_jax.objectives.cpl_dense import DenseCPLConfig
+from rlhf_jax.objectives.cpl_scored import ScoredCPLConfig
 from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.objectives.grpo import GRPOConfig
 from rlhf_jax.objectives.ilql import ILQLConfig
@@ -62,6 +63,7 @@ OBJECTIVES: dict[str, Callable[[], ObjectiveConfig]] = {
   'cpl': functools.partial(CPLConfig, gamma=0.9, bc_coefficient=0.1),
   'cpl_kl': functools.partial(CPLConfig, alpha=0.5, lam=0.75, use_reference=True),
   'cpl_dense': functools.partial(DenseCPLConfig, use_reference=True),
+  'cpl_scored': functools.partial(ScoredCPLConfig, group_size=2),
   'simpo': SimPOConfig,
   'orpo': ORPOConfig,
   'unlikelihood': UnlikelihoodConfig,

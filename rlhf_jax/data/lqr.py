@@ -24,15 +24,21 @@ LABELS = ('regret', 'return')
 class LQRConfig:
   """The control problem, and the comparisons made of it; 'embedded:lqr' only."""
 
-  # Comparisons to learn from; the held-out ones (data.held_out) come on top.
+  # Comparisons, scored segments and rankings to learn from; the held-out ones (data.held_out) come
+  # on top.
   pairs: int = 20_000
+  ratings: int = 20_000
+  rankings: int = 8_000
+  # Segments in a ranking.
+  ranking_size: int = 4
   # Steps of a segment.
   horizon: int = 16
   # What is compared: 'regret', the sum of optimal advantages (the model that CPL assumes; within a
   # segment undiscounted, as in its released code), or 'return', the sum of rewards.
   labels: str = 'regret'
   # Nats of difference that make odds of e : 1; 0 is a choice without noise. CPL is exact with
-  # alpha = 1 / temperature.
+  # alpha = 1 / temperature. Scores have that noise in them: the order of any two of them is a
+  # choice by the same odds.
   temperature: float = 1.0
   # Who acts in a segment: a gain of its own, whose mean is the optimal gain times this factor.
   behaviour_gain: float = 0.0
@@ -60,9 +66,11 @@ class LQRConfig:
 
   def validate(self, path: str) -> None:
     """Raises ConfigError for values that cannot work."""
-    for name in ('pairs', 'horizon'):
+    for name in ('pairs', 'ratings', 'rankings', 'horizon'):
       if getattr(self, name) < 1:
         raise ConfigError(f'{path}.{name}', getattr(self, name), 'an integer >= 1')
+    if self.ranking_size < 2:
+      raise ConfigError(f'{path}.ranking_size', self.ranking_size, 'an integer >= 2')
     if self.seed < 0:
       raise ConfigError(f'{path}.seed', self.seed, 'an integer >= 0')
     if self.labels not in LABELS:

@@ -1,8 +1,9 @@
-"""Comparisons of segments of behaviour on the LQR task, labelled by regret or by return."""
+"""Segments of behaviour on the LQR task, compared, scored and ranked by regret or by return."""
 
 import dataclasses
 import functools
 import hashlib
+import math
 from typing import Any
 
 import jax
@@ -10,11 +11,12 @@ import numpy as np
 from flax import struct
 
 from rlhf_jax.common.errors import DataError
-from rlhf_jax.common.types import Pairs, StepRatings
+from rlhf_jax.common.types import Pairs, Rankings, Ratings, StepRatings
 from rlhf_jax.data.lqr import LQR, LQRConfig
-from rlhf_jax.feedback.labelling import bayes_accuracy, label
+from rlhf_jax.feedback.labelling import bayes_accuracy, label, rank
 
 Array = Any
+Judged = Pairs | Ratings | Rankings
 
 
 @struct.dataclass
@@ -37,49 +39,64 @@ class Segments:
     return self.response_mask
 
 
-@dataclasses.dataclass(frozen=True)
-class ControlFeedback:
-  """Comparisons to learn from and held out, and what is known about them.
+@struct.dataclass
+class ControlSplit:
+  """What is learnt from, or what is held out.
 
   Attributes:
-    train: `[N, 2, T]` segments, the preferred one first.
-    held_out: fresh draws of the same kind.
+    comparisons: `[N, 2, T]` segments, the preferred one first.
+    ratings: `[N, T]` segments with scores.
+    rankings: `[N, K, T]` segments with ranks.
+  """
+
+  comparisons: Pairs
+  ratings: Ratings
+  rankings: Rankings
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlFeedback:
+  """Judged segments to learn from and held out, and what is known about them.
+
+  Attributes:
+    train: what is learnt from.
+    held_out: fresh draws of the same kinds.
     task: the problem with its solution.
-    bayes_accuracy: the best accuracy any judge can have on `held_out`; None if that is empty.
+    bayes_accuracy: the best accuracy any judge can have on held-out comparisons; None without any.
     source: its name, for messages.
     quarantined: records set aside; there are none.
   """
 
-  train: Pairs
-  held_out: Pairs
+  train: ControlSplit
+  held_out: ControlSplit
   task: LQR
   bayes_accuracy: float | None
   source: str = 'embedded:lqr'
   quarantined: int = 0
 
-  def require(self, split: str, kind: str) -> Pairs:
-    """`train` or `held_out` comparisons, whose segments are demonstrations and have rated steps.
+  def require(self, split: str, kind: str) -> Judged:
+    """What a split has of a kind; demonstrations and step ratings are the comparisons' segments.
 
     Raises DataError for another kind, and where there are none.
     """
-    if kind not in ('comparisons', 'demonstrations', 'step_ratings'):
+    field = {'demonstrations': 'comparisons', 'step_ratings': 'comparisons'}.get(kind, kind)
+    if field not in ('comparisons', 'ratings', 'rankings'):
       raise DataError(
-        f'{self.source}: it has comparisons, the segments they consist of, and rewards of their '
-        f'steps, no {kind}. Choose an objective that learns from those, such as CPL, SFT or IQL.'
+        f'{self.source}: it has comparisons, ratings and rankings of segments, the segments, and '
+        f'rewards of their steps, no {kind}. Choose an objective that learns from those, such as '
+        'CPL, SFT or IQL.'
       )
-    pairs: Pairs = getattr(self, split)
-    if not len(pairs.preference):
+    rows: Judged = getattr(getattr(self, split), field)
+    if not len(jax.tree.leaves(rows)[0]):
       raise DataError(f'{self.source}: no {split} {kind}. Raise --config.data.held_out.')
-    return pairs
+    return rows
 
   @functools.cached_property
   def fingerprint(self) -> str:
     """SHA-256 over all arrays in order."""
     digest = hashlib.sha256()
-    for pairs in (self.train, self.held_out):
-      segments: Any = pairs.sequences
-      for array in (segments.states, segments.actions, pairs.preference):
-        digest.update(f'{array.shape}'.encode() + np.ascontiguousarray(array).tobytes())
+    for array in jax.tree.leaves((self.train, self.held_out)):
+      digest.update(f'{array.shape}'.encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
@@ -87,7 +104,7 @@ class ControlFeedback:
 class SegmentColumns:
   """Rows of segments in memory, as `data.columns.Columns` holds rows of text."""
 
-  rows: Pairs | Segments | StepRatings
+  rows: Judged | Segments | StepRatings
 
   def __len__(self) -> int:
     return len(jax.tree.leaves(self.rows)[0])
@@ -106,38 +123,47 @@ class SegmentColumns:
     """The same rows with further fields of their batches."""
     return SegmentColumns(dataclasses.replace(self.rows, **extras))
 
-  def take(self, rows: Any) -> Pairs | Segments | StepRatings:
+  def take(self, rows: Any) -> Judged | Segments | StepRatings:
     """`[B]` row numbers -> the batch with these rows."""
     return jax.tree.map(lambda x: x[rows], self.rows)
 
 
-def columns_of(pairs: Pairs, kind: str, responses: str, count: int | None = None) -> SegmentColumns:
-  """The first `count` pairs as comparisons, or their segments as demonstrations.
+def columns_of(rows: Judged, kind: str, responses: str, count: int | None = None) -> SegmentColumns:
+  """The first `count` rows as they are judged, or comparisons' segments as demonstrations.
 
   Of demonstrations 'all' are both segments of each pair; otherwise the preferred ones.
   """
-  pairs = jax.tree.map(lambda x: x[:count], pairs)
-  if kind == 'comparisons':
-    return SegmentColumns(pairs)
-  segments: Any = pairs.sequences
+  rows = jax.tree.map(lambda x: x[:count], rows)
+  if kind != 'demonstrations':
+    return SegmentColumns(rows)
+  segments: Any = rows.sequences
   if responses == 'all':
     return SegmentColumns(jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), segments))
   return SegmentColumns(jax.tree.map(lambda x: x[:, 0], segments))
 
 
 def make(config: LQRConfig, held_out: float) -> ControlFeedback:
-  """Makes the comparisons; a function of the arguments alone.
+  """Makes all that is judged; a function of the arguments alone.
 
   Args:
-    config: how many, who acts in them, and how they are labelled.
-    held_out: as in `DataConfig`; these are made on top of those to learn from, from random numbers
-      of their own.
+    config: how much, who acts in it, and how it is labelled.
+    held_out: as in `DataConfig`; these are made on top of those to learn from. Every kind and side
+      has random numbers of its own.
   """
   task = LQR(config)
-  extra = int(held_out) if held_out >= 1 else round(held_out * config.pairs)
-  train, _ = _compare(task, config, config.pairs, side=1)
-  kept, probability = _compare(task, config, extra, side=2)
-  return ControlFeedback(train, kept, task, bayes_accuracy(probability) if extra else None)
+
+  def split(side: int) -> tuple[ControlSplit, np.ndarray]:
+    sizes = [config.pairs, config.ratings, config.rankings]
+    if side == 2:
+      sizes = [int(held_out) if held_out >= 1 else round(held_out * size) for size in sizes]
+    comparisons, probability = _compare(task, config, sizes[0], side)
+    ratings, rankings = _rate(task, config, sizes[1], side), _rank(task, config, sizes[2], side)
+    return ControlSplit(comparisons, ratings, rankings), probability
+
+  train, _ = split(1)
+  kept, probability = split(2)
+  accuracy = bayes_accuracy(probability) if probability.size else None
+  return ControlFeedback(train, kept, task, accuracy)
 
 
 def roll_out(
@@ -156,20 +182,48 @@ def roll_out(
   return np.stack(states, 1), np.stack(actions, 1)
 
 
+def _behave(
+  task: LQR, config: LQRConfig, shape: tuple[int, ...], rng: np.random.Generator
+) -> tuple[Segments, np.ndarray]:
+  """Segments `[*shape, T]`, and what is compared of each, `shape` float64."""
+  states, actions = (
+    x.reshape(*shape, *x.shape[1:]) for x in roll_out(task, config, math.prod(shape), rng)
+  )
+  compared = task.advantage if config.labels == 'regret' else task.reward
+  mask = np.ones(states.shape[:-1], bool)
+  segments = Segments(states.astype(np.float32), actions.astype(np.float32), mask)
+  return segments, compared(states, actions).sum(-1)
+
+
 def _compare(task: LQR, config: LQRConfig, count: int, side: int) -> tuple[Pairs, np.ndarray]:
   """Comparisons, and the probability of each label."""
   behaviour, choices = (np.random.default_rng([config.seed, side, kind]) for kind in range(2))
-  states, actions = (
-    x.reshape(count, 2, *x.shape[1:]) for x in roll_out(task, config, 2 * count, behaviour)
-  )
-  compared = task.advantage if config.labels == 'regret' else task.reward
-  scores = compared(states, actions).sum(-1)
+  segments: Any
+  segments, scores = _behave(task, config, (count, 2), behaviour)
   labels = label(scores, np.array([config.temperature]), flip_rate=0.0, rng=choices)
   rows, order = np.arange(count)[:, None], np.where(labels.first[:, None], [0, 1], [1, 0])
-  segments: Any = Segments(
-    states=states[rows, order].astype(np.float32),
-    actions=actions[rows, order].astype(np.float32),
-    response_mask=np.ones(states.shape[:-1], bool),
-  )
+  segments = jax.tree.map(lambda x: x[rows, order], segments)
   ones = np.ones(count, np.float32)
   return Pairs(sequences=segments, preference=ones, margin=0 * ones), labels.probability
+
+
+def _rate(task: LQR, config: LQRConfig, count: int, side: int) -> Ratings:
+  """Scored segments.
+
+  With the noise of a standard Gumbel variable times the temperature on each, any two are ordered as
+  `label` would (Yellott 1977).
+  """
+  rng = np.random.default_rng([config.seed, side, 2])
+  segments: Any
+  segments, scores = _behave(task, config, (count,), rng)
+  noisy = scores + config.temperature * rng.gumbel(size=count)
+  return Ratings(sequences=segments, score=noisy.astype(np.float32))
+
+
+def _rank(task: LQR, config: LQRConfig, count: int, side: int) -> Rankings:
+  """Ranked segments, each with a first state of its own."""
+  rng = np.random.default_rng([config.seed, side, 3])
+  segments: Any
+  segments, scores = _behave(task, config, (count, config.ranking_size), rng)
+  orders = rank(scores, np.array([config.temperature]), flip_rate=0.0, rng=rng)
+  return Rankings(segments, orders.rank.astype(np.int32), np.ones(scores.shape, bool))

@@ -110,6 +110,9 @@ class Demands(NamedTuple):
     q: Q and V heads beside the policy; None: there are none.
     cached_reference: whether the reference scores the whole dataset before the first step.
     compares_rows: whether a row is estimated from the other rows of its batch.
+    group: how many rows of a batch the loss compares with each other: 1, each row stands alone; 0,
+      all of them. Row b is in group b mod (the number of groups), so that microbatches hold whole
+      groups (`common.rows.split_rows`).
     fixed_length: whether responses must all be as long as their block.
     normalization: of a reward model.
     unpayable: why a policy cannot be paid what the trained reward model says; '': it can.
@@ -124,6 +127,7 @@ class Demands(NamedTuple):
   q: QLearning | None = None
   cached_reference: bool = False
   compares_rows: bool = False
+  group: int = 1
   fixed_length: bool = False
   normalization: Normalization = Normalization()
   unpayable: str = ''

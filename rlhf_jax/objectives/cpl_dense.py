@@ -47,7 +47,7 @@ def dense_cpl(scores: Array, rank: Array, mask: Array, *, lam: float) -> tuple[A
 
   Args:
     scores: `[B, K]` float, S of each segment.
-    rank: `[B, K]` int, 1 the best; pairs of equal rank are left out.
+    rank: `[B, K]`, the lower the better; pairs of equal rank are left out.
     mask: `[B, K]` bool, which segments there are.
     lam: in (0, 1].
 
@@ -66,8 +66,12 @@ def loss(config: DenseCPLConfig, actors: Actors, params: Params, batch: Rankings
 
   That term is the mean over a ranking's segments of their mean token negative log-likelihood.
   """
+  return loss_of(config, response_logprobs(actors, params, batch.sequences), batch)
+
+
+def loss_of(config: DenseCPLConfig, logprobs: Array, batch: Rankings) -> LossOutput:
+  """That loss, given the segments' log-probs `[B, K, R]`."""
   response_mask = batch.sequences.response_mask
-  logprobs = response_logprobs(actors, params, batch.sequences)
   terms = logprobs
   if config.use_reference:
     assert batch.reference_logprobs is not None, 'the recipe scores batches with the reference'
@@ -85,5 +89,10 @@ def loss(config: DenseCPLConfig, actors: Actors, params: Params, batch: Rankings
 
 
 OBJECTIVE = Objective(
-  'cpl_dense', DenseCPLConfig, 'rankings', loss, lambda config: config.use_reference
+  'cpl_dense',
+  DenseCPLConfig,
+  'rankings',
+  loss,
+  lambda config: config.use_reference,
+  domains=('text', 'control'),
 )

@@ -149,10 +149,10 @@ def step_rewards(parts: ControlParts, segments: Any) -> np.ndarray:
 def encode(parts: ControlParts, split: str, count: int | None = None) -> Any:
   """The (first `count`) rows of the kind the objective eats, their steps rated if it wants that."""
   kind, responses = objective_of(parts.config.objective).data, parts.config.data.responses
-  pairs = parts.feedback.require(split, kind)
+  rows = parts.feedback.require(split, kind)
   if kind != 'step_ratings':
-    return columns_of(pairs, kind, responses, count)
-  columns = columns_of(pairs, 'demonstrations', 'all', count)
+    return columns_of(rows, kind, responses, count)
+  columns = columns_of(rows, 'demonstrations', 'all', count)
   segments: Any = columns.rows
   followed = segments.response_mask & (
     np.arange(segments.response_mask.shape[-1])
@@ -187,7 +187,7 @@ def _questions(parts: ControlParts, actors: Actors, preparation: Preparation) ->
   config = parts.config
   objective = objective_of(config.objective)
   questions: list[Question] = [cost_question(parts)] if objective.trains == 'policy' else []
-  if config.evaluation.records:
+  if config.evaluation.records and demands_of(config.objective).group == 1:
     columns = encode(parts, 'held_out', config.evaluation.records)
     ask_about = loss_question if objective.difference is None else preference_question
     questions.append(ask_about(parts, actors, columns, preparation.__call__))

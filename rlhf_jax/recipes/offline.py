@@ -270,8 +270,10 @@ def questions_of(parts: Parts, actors: Actors, preparation: Preparation) -> list
   config = parts.config
   objective = objective_of(config.objective)
   questions: list[Question] = []
-  # What is curated from the training set as a whole has no counterpart on held-out records.
-  if config.evaluation.records and objective.curate is None:
+  # What is curated from the training set as a whole has no counterpart on held-out records, and
+  # what compares rows with each other none on single ones.
+  alone = objective.curate is None and demands_of(config.objective).group == 1
+  if config.evaluation.records and alone:
     held_out = encode(parts, 'held_out', config.evaluation.records)
     if objective.prepare is not None:
       # Neighbours are compared with each other, and records of one prompt often stand together.

@@ -8,15 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.common.types import Pairs
 from rlhf_jax.data.lqr import LQR, LQRConfig
-from rlhf_jax.data.segments import make, roll_out
+from rlhf_jax.data.segments import ControlSplit, make, roll_out
 
-SMALL = LQRConfig(pairs=50, horizon=5)
+SMALL = LQRConfig(pairs=50, ratings=30, rankings=20, ranking_size=3, horizon=5)
 
 
-def scores(task: LQR, pairs: Pairs, kind: str) -> np.ndarray:
-  """`[N, 2]` float64: sums of advantages or of rewards, step by step."""
+def scores(task: LQR, pairs: Any, kind: str) -> np.ndarray:
+  """`[N, K]` float64: sums of advantages or of rewards, step by step."""
   function = {'regret': task.advantage, 'return': task.reward}[kind]
   segments: Any = pairs.sequences
   totals = np.zeros(segments.states.shape[:2])
@@ -29,7 +28,8 @@ def scores(task: LQR, pairs: Pairs, kind: str) -> np.ndarray:
 def test_segments_obey_the_dynamics() -> None:
   """Each state follows from the one before; every step is real; the shapes are those promised."""
   feedback = make(SMALL, held_out=7)
-  for pairs, count in ((feedback.train, 50), (feedback.held_out, 7)):
+  for side, count in ((feedback.train, 50), (feedback.held_out, 7)):
+    pairs = side.comparisons
     segments: Any = pairs.sequences
     assert segments.states.shape == (count, 2, 5, 2) and segments.states.dtype == np.float32
     assert segments.actions.shape == (count, 2, 5, 1) and segments.actions.dtype == np.float32
@@ -68,8 +68,8 @@ def test_without_noise_the_better_segment_is_first(labels: str) -> None:
   """Temperature 0: the larger sum, of what the config names, is always preferred."""
   feedback = make(dataclasses.replace(SMALL, labels=labels, temperature=0.0), held_out=0.5)
   assert feedback.bayes_accuracy == 1
-  for pairs in (feedback.train, feedback.held_out):
-    better, worse = scores(feedback.task, pairs, labels).T
+  for side in (feedback.train, feedback.held_out):
+    better, worse = scores(feedback.task, side.comparisons, labels).T
     assert (better > worse).all()
 
 
@@ -80,7 +80,7 @@ def test_labels_have_bradley_terry_frequencies(labels: str, temperature: float) 
   """In bins of the predicted probability, the better segment wins as often as it should."""
   config = LQRConfig(labels=labels, temperature=temperature, behaviour_gain=0.7)
   feedback = make(config, held_out=1000)
-  first, second = scores(feedback.task, feedback.train, labels).T
+  first, second = scores(feedback.task, feedback.train.comparisons, labels).T
   chance = 1 / (1 + np.exp(-np.abs(first - second) / temperature))
   won = first > second
   for low, high in ((0.5, 0.7), (0.7, 0.9), (0.9, 1.0)):
@@ -88,9 +88,41 @@ def test_labels_have_bradley_terry_frequencies(labels: str, temperature: float) 
     error = math.sqrt((chance * (1 - chance))[within].sum())
     assert within.sum() > 200
     assert abs((won[within] - chance[within]).sum()) < 4 * error
-  first, second = scores(feedback.task, feedback.held_out, labels).T
+  first, second = scores(feedback.task, feedback.held_out.comparisons, labels).T
   expected = (1 / (1 + np.exp(-np.abs(first - second) / temperature))).mean()
   assert feedback.bayes_accuracy == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize('labels', ['regret', 'return'])
+def test_scores_and_ranks_without_noise(labels: str) -> None:
+  """Temperature 0: sums of what the config names, step by step, and their order."""
+  config = dataclasses.replace(SMALL, labels=labels, temperature=0.0)
+  feedback = make(config, held_out=7)
+  for side, rated, ranked in ((feedback.train, 30, 20), (feedback.held_out, 7, 7)):
+    segments: Any = side.ratings.sequences
+    assert segments.states.shape == (rated, 5, 2) and segments.response_mask.all()
+    paired = jax.tree.map(lambda x: x[:, None], side.ratings)
+    np.testing.assert_allclose(
+      side.ratings.score, scores(feedback.task, paired, labels)[:, 0], rtol=1e-5
+    )
+    assert side.rankings.rank.shape == (ranked, 3) and side.rankings.mask.all()
+    totals = scores(feedback.task, side.rankings, labels)
+    best_first = np.take_along_axis(totals, np.argsort(side.rankings.rank, axis=1), axis=1)
+    assert (np.diff(best_first) < 0).all()
+
+
+def test_scores_and_ranks_have_the_noise_of_comparisons() -> None:
+  """Two scored segments, and two of a ranking, are ordered by the odds of a comparison."""
+  feedback = make(LQRConfig(temperature=20.0, pairs=1, horizon=8), held_out=0)
+  ratings = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), feedback.train.ratings)
+  rankings = jax.tree.map(lambda x: x[:, :2], feedback.train.rankings)
+  for rows, better in ((ratings, ratings.score), (rankings, -rankings.rank)):
+    first, second = scores(feedback.task, rows, 'regret').T
+    chance = 1 / (1 + np.exp(-(first - second) / 20.0))
+    won = better[:, 0] > better[:, 1]
+    for sure in (chance > 0.5, chance < 0.5):
+      error = math.sqrt((chance * (1 - chance))[sure].sum())
+      assert abs((won[sure] - chance[sure]).sum()) < 4 * error
 
 
 def test_regret_and_return_disagree_about_the_same_segments() -> None:
@@ -98,7 +130,9 @@ def test_regret_and_return_disagree_about_the_same_segments() -> None:
   regret: Any
   reward: Any
   regret, reward = (
-    make(dataclasses.replace(SMALL, pairs=500, labels=labels, temperature=0.0), 0).train.sequences
+    make(
+      dataclasses.replace(SMALL, pairs=500, labels=labels, temperature=0.0), 0
+    ).train.comparisons.sequences
     for labels in ('regret', 'return')
   )
   same = (regret.states == reward.states).all((1, 2, 3))
@@ -118,14 +152,17 @@ def test_feedback_is_a_function_of_the_config() -> None:
     np.testing.assert_array_equal(a, b)
   assert one.bayes_accuracy == again.bayes_accuracy
 
-  def first_states(pairs: Pairs) -> set[float]:
-    segments: Any = pairs.sequences
-    return set(segments.states[:, :, 0, 0].ravel().tolist())
+  def first_states(side: ControlSplit) -> set[float]:
+    kinds: Any = (side.comparisons, side.ratings, side.rankings)
+    found = [rows.sequences.states[..., 0, 0].ravel() for rows in kinds]
+    return set(np.concatenate(found).tolist())
+
+  assert len(first_states(one.train)) == 2 * SMALL.pairs + SMALL.ratings + 3 * SMALL.rankings
 
   other = make(dataclasses.replace(SMALL, seed=1), 0)
   assert not first_states(one.train) & first_states(one.held_out)
   assert not first_states(one.train) & first_states(other.train)
   fewer = make(SMALL, 0)
-  assert fewer.bayes_accuracy is None and not fewer.held_out.preference.size
+  assert fewer.bayes_accuracy is None and not fewer.held_out.comparisons.preference.size
   for a, b in zip(jax.tree.leaves(fewer.train), jax.tree.leaves(one.train), strict=True):
     np.testing.assert_array_equal(a, b)

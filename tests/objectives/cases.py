@@ -6,6 +6,7 @@ from rlhf_jax.objectives.alol import ALoLConfig
 from rlhf_jax.objectives.best_of_n import BestOfNConfig
 from rlhf_jax.objectives.cpl import CPLConfig
 from rlhf_jax.objectives.cpl_dense import DenseCPLConfig
+from rlhf_jax.objectives.cpl_scored import ScoredCPLConfig
 from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.objectives.grpo import GRPOConfig
 from rlhf_jax.objectives.ilql import ILQLConfig
@@ -60,6 +61,8 @@ CASES: dict[str, Any] = {
   'cpl_dense kl, discounted, imitating': DenseCPLConfig(
     use_reference=True, gamma=0.9, lam=0.75, bc_coefficient=0.3
   ),
+  'cpl_scored in groups': ScoredCPLConfig(group_size=2, bc_coefficient=0.3),
+  'cpl_scored kl, in groups': ScoredCPLConfig(group_size=2, use_reference=True),
   'kto': KTOConfig(desirable_weight=1.3),
   'alol': ALoLConfig(),
   'alol token': ALoLConfig(variant='token', clip=0.2),

@@ -28,7 +28,7 @@ ROWS, RATE = 256, 0.1
 @functools.cache
 def comparisons(labels: str = 'regret', temperature: float = 1.0) -> Pairs:
   """The task's 20,000 pairs of 16 steps."""
-  return make(LQRConfig(labels=labels, temperature=temperature), held_out=0).train
+  return make(LQRConfig(labels=labels, temperature=temperature), held_out=0).train.comparisons
 
 
 def train(

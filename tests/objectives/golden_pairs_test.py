@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.common.types import Rankings
+from rlhf_jax.common.types import Rankings, Ratings
 from rlhf_jax.objectives.cpl import CPLConfig
 from rlhf_jax.objectives.cpl_dense import DenseCPLConfig
+from rlhf_jax.objectives.cpl_scored import ScoredCPLConfig
 from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.objectives.online_dpo import OnlineDPOConfig
 from rlhf_jax.objectives.orpo import ORPOConfig, orpo
@@ -137,7 +138,7 @@ def test_cpl_imitating_chosen() -> None:
 
 @pytest.mark.parametrize('case', ['dense', 'dense_bias_0.75', 'dense_bias_1', 'dense_kl'])
 def test_dense_cpl(case: str) -> None:
-  """All pairs of the authors' scored batch are those of one ranking."""
+  """All pairs of the authors' scored batch are those of one ranking, and of a batch of ratings."""
   found = golden.load('cpl')
   inputs, fixture = found['inputs'], found['cases'][case]
   settings = fixture['hyperparameters']
@@ -155,6 +156,14 @@ def test_dense_cpl(case: str) -> None:
   loss, slopes = tabular.direct_loss(config, outputs, batch)
   assert_close(loss, fixture['outputs']['loss'])
   assert_close(slopes['logprobs'][0], fixture['gradients']['dense_policy_logprobs'])
+  scored = ScoredCPLConfig(**vars(config))
+  rows = Ratings(
+    sequences(inputs['dense_mask']), inputs['dense_scores'], inputs['dense_ref_logprobs']
+  )
+  outputs = {'logprobs': inputs['dense_policy_logprobs']}
+  loss, slopes = tabular.direct_loss(scored, outputs, rows)
+  assert_close(loss, fixture['outputs']['loss'])
+  assert_close(slopes['logprobs'], fixture['gradients']['dense_policy_logprobs'])
 
 
 # The authors' margin is in units of beta, TRL's is not.

@@ -1,6 +1,7 @@
 """Stages on the embedded control task: CPL recovers the optimum, P-IQL learns what it needs."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax import stages
+from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common.errors import ConfigError, DataError, RunError
 from rlhf_jax.config import RewardModelInitConfig, load_config
 from rlhf_jax.models import gaussian
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.objectives.cpl import CPLConfig
+from rlhf_jax.objectives.cpl_scored import ScoredCPLConfig
 from rlhf_jax.objectives.iql import IQLConfig
 from rlhf_jax.objectives.kto import KTOConfig
 from rlhf_jax.objectives.orpo import ORPOConfig
@@ -24,13 +27,16 @@ from rlhf_jax.recipes import control
 from rlhf_jax.recipes.finished import open_run, own_questions
 from rlhf_jax.recipes.probes import ask
 from rlhf_jax.sharding.mesh import MeshConfig
+from rlhf_jax.training.optimizer import OptimizerConfig
 from tests import tiny
 
 
 def small(name: str, **changes: Any) -> Any:
   """A config of control with few pairs and steps, without a start."""
-  config = load_config(f'configs/{name}.py')
-  config.data.lqr.pairs, config.data.held_out = 64, 16.0
+  file, _, argument = name.partition(':')
+  config = load_config(f'configs/{file}.py:{argument}' if argument else f'configs/{file}.py')
+  lqr = config.data.lqr
+  lqr.pairs, lqr.ratings, lqr.rankings, config.data.held_out = 64, 64, 32, 16.0
   config.log.tensorboard = False
   config.evaluation = dataclasses.replace(config.evaluation, records=16, batch_size=8, every=0)
   config.policy.init = config.reward_model.init = None
@@ -89,7 +95,24 @@ def test_a_stage_on_behalf_of_another_has_its_data(tmp_path: pathlib.Path) -> No
   ]
 
 
-@pytest.mark.parametrize('name', ['lqr_cpl', 'lqr_piql', 'lqr_reward_model', 'lqr_sft'])
+@pytest.mark.slow
+@pytest.mark.parametrize('pairs', ['', ':rankings'], ids=['batch', 'rankings'])
+def test_all_pairs_of_scores_find_it_too(
+  pairs: str, cloned: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  """Dense CPL, on pairs of whole batches and of rankings."""
+  config = load_config(f'configs/lqr_cpl_dense.py{pairs}')
+  config.policy.init = str(cloned)
+  config.log.tensorboard = False
+  result = run(config, tmp_path / 'run')
+  assert result['gain_error'] < 0.05
+  assert result['cost'] == pytest.approx(result['optimal_cost'], rel=0.01)
+
+
+NAMES = ['lqr_cpl', 'lqr_cpl_dense', 'lqr_piql', 'lqr_reward_model', 'lqr_sft']
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_resuming_gives_the_same_bits(name: str, tmp_path: pathlib.Path) -> None:
   """Two steps, a checkpoint, two more: as four in one go, V, Q and their slow copies included."""
   whole = run(small(name), tmp_path / 'whole')
@@ -186,7 +209,7 @@ def test_a_policy_with_hidden_layers_is_simulated(tmp_path: pathlib.Path) -> Non
   [
     ({'model': tiny.MODEL}, 'GaussianPolicyConfig'),
     ({'objective': ORPOConfig()}, 'densities'),
-    ({'objective': KTOConfig()}, 'cpl, iql'),
+    ({'objective': KTOConfig()}, 'cpl_scored, iql'),
     ({'objective': PPOConfig()}, 'PPOConfig'),
     ({'objective': ProcessRewardConfig()}, 'ProcessRewardConfig'),
     ({'objective': RewardModelConfig()}, 'normalization'),
@@ -212,8 +235,8 @@ def test_impossible_combinations_are_refused(changes: Any, said: str) -> None:
 def test_there_are_only_segments(tmp_path: pathlib.Path) -> None:
   """What else is asked for is refused with what there is."""
   feedback = stages.load_data(small('lqr_cpl').data, tmp_path)
-  with pytest.raises(DataError, match='no ratings.*CPL'):
-    feedback.require('train', 'ratings')
+  with pytest.raises(DataError, match='no prompts.*CPL'):
+    feedback.require('train', 'prompts')
 
 
 def test_a_policy_is_no_reward_model(tmp_path: pathlib.Path) -> None:
@@ -224,6 +247,83 @@ def test_a_policy_is_no_reward_model(tmp_path: pathlib.Path) -> None:
   with pytest.raises(ConfigError, match=r'reward_model\.init.*the run of a reward model'):
     with tiny.devices(1):
       stages.run_stage(config, tmp_path / 'run', root=tmp_path)
+
+
+# Stages of every kind of batch; the groups of pairs of 4 stay whole in 4 microbatches of 16 rows.
+SPLIT: dict[str, Any] = {
+  'lqr_sft': {},
+  'lqr_cpl': {'objective': CPLConfig(alpha=1.0, lam=0.5, bc_coefficient=0.1)},
+  'lqr_cpl_dense': {'objective': ScoredCPLConfig(alpha=1.0, group_size=4, bc_coefficient=0.1)},
+  'lqr_cpl_dense:rankings': {},
+  'lqr_reward_model': {},
+  'lqr_piql': {},
+}
+
+
+def one_update(name: str, accumulation: int = 1, count: int = 1) -> tuple[Any, dict[str, float]]:
+  """Gradients of one step of `params - gradient`, on moved parameters, and its metrics."""
+  config = small(
+    name,
+    accumulation=accumulation,
+    optimizer=OptimizerConfig(name='sgd', learning_rate=1.0, clip_norm=0.0),
+    mesh=MeshConfig(),
+    model=GaussianPolicyConfig(value_hidden=(8,)),
+    **SPLIT[name],
+  )
+  config.validate()
+  feedback = stages.load_data(config.data, pathlib.Path())
+  with tiny.devices(count):
+    built = stages.build(config, {}, feedback)
+  recipe = built.recipe
+  rng = np.random.default_rng(0)
+
+  def move(leaf: jax.Array) -> jax.Array:
+    noise = 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
+    return jax.device_put(np.asarray(leaf) + noise, leaf.sharding)
+
+  with jax.set_mesh(built.mesh):
+    state = recipe.init()
+    state = dataclasses.replace(
+      state, params=jax.tree.map(move, state.params), targets=jax.tree.map(move, state.targets)
+    )
+    before = jax.device_get(state.params)
+    prepared = recipe.prepare(state, recipe.batch(0))
+    after, metrics = recipe.update(state, prepared.batch)
+    after = jax.device_get(after.params)
+  return jax.tree.map(np.subtract, before, after), metrics_lib.values(jax.device_get(metrics))
+
+
+@pytest.mark.parametrize('name', SPLIT)
+@pytest.mark.parametrize(('accumulation', 'count'), [(4, 1), (2, 8)])
+@pytest.mark.usefixtures('quick_compilation')
+def test_a_split_changes_nothing(name: str, accumulation: int, count: int, whole: Any) -> None:
+  """Loss, metrics and gradients over microbatches and devices are those of one piece."""
+  gradients, metrics = one_update(name, accumulation, count)
+  expected, expected_metrics = whole(name)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, np.abs(b).max())),
+    gradients,
+    expected,
+  )
+  assert metrics == pytest.approx(expected_metrics, rel=1e-4, abs=1e-5)
+  assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected)) > 1e-3
+
+
+@pytest.fixture(scope='module')
+def whole() -> Any:
+  """`whole(name)`: the step on one device in one piece."""
+  return functools.cache(one_update)
+
+
+def test_pairs_of_a_whole_batch_are_not_split_over_microbatches() -> None:
+  """Each microbatch would have other pairs; devices see the whole batch."""
+  with pytest.raises(ConfigError, match='accumulation=2.*group_size'):
+    small('lqr_cpl_dense', accumulation=2).validate()
+  config = small('lqr_cpl_dense', accumulation=2, objective=ScoredCPLConfig(group_size=16))
+  with pytest.raises(ConfigError, match='whole groups'):
+    config.validate()
+  with pytest.raises(ConfigError, match='batch_size=1'):
+    small('lqr_cpl_dense', batch_size=1).validate()
 
 
 def test_rows_may_be_split_over_devices(tmp_path: pathlib.Path) -> None:
