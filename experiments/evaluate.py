@@ -7,8 +7,9 @@
 
 A reward model, DPO or CPL: does it prefer what people preferred, on held-out comparisons? SFT: how
 likely are held-out demonstrations? Every policy answers held-out prompts: KL to its reference, in
-nats a response; the reward model's score (proxy); the gold reward where the task has one; the win
-rate against the reference's own answers, judged by gold reward, else by the proxy.
+nats a response; the reward model's score (proxy); what its objective pays, where that is something
+else (reward); the gold reward where the task has one; the win rate against the reference's own
+answers, judged by gold reward, else by the proxy, else by what the objective pays.
 
 Intervals are over prompts or records, of these parameters: they say nothing of how training varies
 between seeds (experiments.compare does). With the run's own settings the numbers are those of its
@@ -38,7 +39,7 @@ from absl import flags
 from experiments import cli
 from rlhf_jax import stages
 from rlhf_jax.common.errors import RunError, UserError
-from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
+from rlhf_jax.config import CHECKPOINTS, ExperimentConfig, is_term
 from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.evaluation.intervals import Measured, measured
 from rlhf_jax.feedback.dataset import Feedback
@@ -47,7 +48,7 @@ from rlhf_jax.objectives import objective_of
 from rlhf_jax.recipes.finished import Finished, open_run, own_questions
 from rlhf_jax.recipes.parts import Parts
 from rlhf_jax.recipes.probes import Question, ask, best_of_n_question
-from rlhf_jax.recipes.rewards import load_reward_model
+from rlhf_jax.recipes.rewards import load_reward_model, reward_fingerprints
 from rlhf_jax.runs import Run, write_json
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 
@@ -162,8 +163,10 @@ def configure(run: Run) -> tuple[ExperimentConfig, dict[str, Run]]:
       wanted = 'a reward model' if role == 'reward_model' else 'a policy'
       raise RunError(f'--{flag}={folder}: expected {wanted}.')
     if role == 'reward_model':  # it stands in the place of a whole ensemble
-      parents = {name: parent for name, parent in parents.items() if name == 'policy'}
+      kept = [name for name in parents if name == 'policy' or is_term(name)]
+      parents = {name: parents[name] for name in kept}
     parents[role] = other
+  check_rewards(run, config)
   folders = {role: str(run.folder) for role, run in parents.items()}
   return config.with_inits(folders), parents
 
@@ -189,6 +192,20 @@ def asked_config(run: Run) -> ExperimentConfig:
   if objective.reference(config.objective) and REFERENCE.value is None:
     raise UserError(f'--config: {objective.name} measures against a --reference; name one.')
   return config
+
+
+def check_rewards(run: Run, config: ExperimentConfig) -> None:
+  """Raises UserError where functions that paid the run are gone, RunError where they changed."""
+  online = objective_of(config.objective).data == 'prompts'
+  if isinstance(run, HfFolder) or not (config.evaluation.prompts and online):
+    return
+  was = run.reward_fingerprints
+  changed = [name for name, sha in reward_fingerprints(config.rollout).items() if was[name] != sha]
+  if changed:
+    raise RunError(
+      f'{run.folder}: {changed[0]} is not as it was when it paid the run: what it pays now is '
+      'another reward. Restore the file, or ask for no answers with --prompts=0.'
+    )
 
 
 def load_data(run: Run, config: ExperimentConfig) -> Feedback | ControlFeedback:

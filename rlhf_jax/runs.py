@@ -129,6 +129,11 @@ class Run:
     return self._origin()['identity']['data']
 
   @property
+  def reward_fingerprints(self) -> dict[str, str]:
+    """SHA-256 of the files of the functions that paid it, by name."""
+    return self._origin()['identity']['rewards']
+
+  @property
   def revision(self) -> str | None:
     """The revision of the code that made it, where that was known."""
     path = self.folder / 'record.json'

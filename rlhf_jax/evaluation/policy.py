@@ -28,6 +28,7 @@ class PolicyProbes(NamedTuple):
       an unbiased estimate of the sequence KL with less variance than that of log-ratios (Amini et
       al. 2025).
     proxy: `(sequences) -> [B]`, the reward model's scores.
+    reward: `(answers) -> [B]`, what the objective pays for them, where that is not the proxy.
     gold: `(prompts, responses)` as texts `-> [B]`, the task's gold reward.
     decode: token ids to text.
   """
@@ -35,6 +36,7 @@ class PolicyProbes(NamedTuple):
   generate: Callable[[Any, Prompts, Array], Answers]
   kl: Callable[[Any, Sequences], Array] | None
   proxy: Callable[[Sequences], Array] | None
+  reward: Callable[[Answers], Array] | None
   gold: Callable[[list[str], list[str]], np.ndarray] | None
   decode: Callable[[list[int]], str]
 
@@ -52,7 +54,7 @@ def answer_prompts(
 
   Returns:
     arrays with an entry a prompt: 'prompt' and 'response' (texts), 'length' in tokens, 'finished',
-    and, where their probes exist, 'kl', 'proxy_reward', 'gold_reward'.
+    and, where their probes exist, 'kl', 'proxy_reward', 'reward', 'gold_reward'.
   """
   columns: dict[str, list[np.ndarray]] = {}
   for prompts, real in batches:
@@ -66,6 +68,8 @@ def answer_prompts(
       measured['kl'] = probes.kl(params, sequences)
     if probes.proxy is not None:
       measured['proxy_reward'] = probes.proxy(sequences)
+    if probes.reward is not None:
+      measured['reward'] = probes.reward(answers)
     host = jax.device_get((sequences, measured))
     texts = decode_sequences(host[0], probes.decode)
     rows = {name: np.asarray(values) for name, values in host[1].items()}
@@ -99,9 +103,10 @@ def decode_sequences(
 def wins(arrays: dict[str, np.ndarray], baseline: dict[str, np.ndarray]) -> np.ndarray | None:
   """1 where the policy's answer beats the baseline's, 0.5 at ties, 0 elsewhere.
 
-  The judge is the gold reward where the task has one, else the proxy; None where there is neither.
+  The judge is the gold reward where the task has one, else the proxy, else what the objective pays;
+  None where there is none of these.
   """
-  for judge in ('gold_reward', 'proxy_reward'):
+  for judge in ('gold_reward', 'proxy_reward', 'reward'):
     if judge in arrays and judge in baseline:
       return 0.5 * (1 + np.sign(arrays[judge] - baseline[judge]))
   return None

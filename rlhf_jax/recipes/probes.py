@@ -24,7 +24,9 @@ from rlhf_jax.evaluation.preferences import log_losses, preference_scores, verdi
 from rlhf_jax.objectives import Actors, objective_of
 from rlhf_jax.recipes.parts import Parts, StageParts
 from rlhf_jax.recipes.policies import Roles, make_kl, make_sampler
-from rlhf_jax.recipes.rewards import FrozenRewardModel, make_score
+from rlhf_jax.recipes.rewards import FrozenRewardModel, make_reward, make_score
+from rlhf_jax.rollout.config import RewardConfig
+from rlhf_jax.rollout.shaping import handle_missing_stop, truncate_for_scoring
 from rlhf_jax.sharding.mesh import put_batch
 from rlhf_jax.training.recipe import Evaluation
 
@@ -65,6 +67,24 @@ def device_batches(
     yield put_batch(batch, parts.mesh), real
 
 
+def pays_proxy(parts: Parts) -> bool:
+  """Whether what a response is paid is the reward model's score as it is."""
+  rollout = parts.config.rollout
+  uncut = rollout.missing_stop == 'none' and rollout.score_truncation_token < 0
+  return uncut and rollout.rewards == (RewardConfig(),)
+
+
+def make_paid(parts: Parts, reward_model: FrozenRewardModel | None) -> Callable[[Answers], Array]:
+  """What the objective pays for answers, as rollouts score them; without penalties for KL."""
+  reward, rollout = make_reward(parts, reward_model), parts.config.rollout
+
+  def paid(answers: Answers) -> Array:
+    scored = truncate_for_scoring(answers.sequences, answers.finished, rollout)
+    return handle_missing_stop(reward(scored.sequences).scores, scored.stopped, rollout)
+
+  return paid
+
+
 def policy_probes(
   parts: Parts, reference: Roles | None, reward_model: FrozenRewardModel | None
 ) -> PolicyProbes:
@@ -82,10 +102,12 @@ def policy_probes(
 
   task = parts.feedback.task
   score = None if reward_model is None else make_score(reward_model)
+  paid = objective_of(parts.config.objective).data == 'prompts' and not pays_proxy(parts)
   return PolicyProbes(
     generate=answer,
     kl=None if reference is None else kl,
     proxy=None if score is None else lambda rows: score(rows).scores,
+    reward=make_paid(parts, reward_model) if paid else None,
     gold=None if task is None else task.gold_reward,
     decode=parts.tokenizer.decode,
   )

@@ -55,6 +55,7 @@ PROBES = PolicyProbes(
   generate=generate,
   kl=lambda params, sequences: 0.5 * sequences.response_mask.sum(-1),
   proxy=lambda sequences: sequences.response[:, 0] * 1.0,
+  reward=lambda answers: answers.sequences.response[:, 0] + 10.0 * answers.finished,
   gold=gold,
   decode=decode,
 )
@@ -70,6 +71,7 @@ def test_every_prompt_is_answered_and_measured_once() -> None:
   assert answers['finished'].tolist() == [True, True, True]
   assert answers['kl'].tolist() == [0.5, 1.0, 1.5]
   assert answers['proxy_reward'].tolist() == [9.0, 3.0, 2.0]
+  assert answers['reward'].tolist() == [19.0, 13.0, 12.0]
   assert answers['gold_reward'].tolist() == [2.0, 3.0, 0.0]
 
 
@@ -81,10 +83,10 @@ def test_a_response_without_stop_is_not_finished() -> None:
   assert answers['length'].tolist() == [2, 3, 3]
 
 
-@pytest.mark.parametrize('missing', ['kl', 'proxy', 'gold'])
+@pytest.mark.parametrize('missing', ['kl', 'proxy', 'reward', 'gold'])
 def test_what_has_no_probe_has_no_column(missing: str) -> None:
   """And all other columns are there."""
-  columns = {'kl': 'kl', 'proxy': 'proxy_reward', 'gold': 'gold_reward'}
+  columns = {'kl': 'kl', 'proxy': 'proxy_reward', 'reward': 'reward', 'gold': 'gold_reward'}
   changes: dict[str, Any] = {missing: None}
   answers = answer_prompts(PROBES._replace(**changes), 0, KEY, make_batches())
   everything = {'prompt', 'response', 'length', 'finished', *columns.values()}
@@ -124,4 +126,6 @@ def test_wins_count_ties_half_and_prefer_the_gold_reward() -> None:
   assert mirrored is not None and (verdicts + mirrored == 1).all()
   by_proxy = wins({'proxy_reward': mine['proxy_reward']}, theirs)
   assert by_proxy is not None and by_proxy.tolist() == [1.0, 0.5, 1.0]
+  by_reward = wins({'reward': mine['proxy_reward']}, {'reward': theirs['proxy_reward']})
+  assert by_reward is not None and by_reward.tolist() == [1.0, 0.5, 1.0]
   assert wins({'length': np.ones(3)}, theirs) is None

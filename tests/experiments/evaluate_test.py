@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import EvaluationConfig, RewardModelInitConfig
+from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
 from tests.experiments.programs import message, run_program
@@ -102,6 +103,22 @@ def test_best_of_n(runs: Path, parents: Path) -> None:
   assert '--best_of_n=4' in said and '--reward_model' in said
   said = message(run_program('evaluate', f'--run={runs / "dpo"}', '--best_of_n=four'))
   assert 'expected numbers' in said
+
+
+def test_a_function_that_paid_the_run_is_asked_again(parents: Path, tmp_path: Path) -> None:
+  """Its numbers are those of training; another file under its name would pay something else."""
+  file = tmp_path / 'length.py'
+  file.write_text('def score(prompts, responses):\n  return [len(text) for text in responses]\n')
+  rollout = RolloutConfig(rewards=(RewardConfig(source=f'{file}:score'),))
+  config = tiny.make_config('rloo', parents, steps=1, rollout=rollout, evaluation=ASKED)
+  config.reward_model.init = None
+  tiny.run_stage(config, tmp_path / 'run')
+  last = read_rows(tmp_path / 'run' / 'evaluations.jsonl')[-1]
+  metrics = evaluate(tmp_path / 'run')[1]['metrics']
+  assert metrics['reward']['mean'] == pytest.approx(last['reward'])
+  file.write_text(file.read_text() + '\n')
+  said = message(run_program('evaluate', f'--run={tmp_path / "run"}'))
+  assert 'length.py' in said and 'not as it was' in said
 
 
 def test_a_run_of_another_kind_is_refused(runs: Path) -> None:

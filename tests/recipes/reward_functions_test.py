@@ -1,5 +1,6 @@
 """Rewards that are Python functions: used, part of a run's identity, and refused when broken."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from rlhf_jax import stages
 from rlhf_jax.common.errors import UserError
-from rlhf_jax.config import InitConfig
+from rlhf_jax.config import EvaluationConfig, InitConfig
 from rlhf_jax.evaluation.policy import decode_sequences
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
 from rlhf_jax.objectives.ppo import PPOConfig
@@ -82,6 +83,40 @@ def test_rloo_is_paid_by_a_function(lexicon: pathlib.Path, parents: pathlib.Path
     batch.advantages, np.where(mask, expected.reshape(-1, 1), 0), rtol=1e-4, atol=1e-4
   )
   assert len(set(scores)) > 4
+
+
+def test_evaluations_measure_what_is_paid(lexicon: pathlib.Path, parents: pathlib.Path) -> None:
+  """The function of each answer, and what never having stopped costs; no proxy without a model."""
+  evaluation = EvaluationConfig(prompts=12, batch_size=tiny.ROWS)
+  config = make_config('rloo', f'{lexicon}:score', parents, evaluation=evaluation)
+  config.rollout = dataclasses.replace(
+    config.rollout, missing_stop='replace', missing_stop_value=-7.0
+  )
+  built = tiny.build_recipe(config)
+  with jax.set_mesh(built.mesh):
+    found = built.recipe.evaluate(built.recipe.init().params, 0)
+  answers = zip(found.arrays['prompt'], found.arrays['response'], strict=True)
+  scores = [len(text.split()) - 0.1 * len(prompt) for prompt, text in answers]
+  finished = found.arrays['finished']
+  assert 0 < finished.sum() < 12
+  np.testing.assert_allclose(found.arrays['reward'], np.where(finished, scores, -7.0), rtol=1e-6)
+  assert found.scalars['reward'] == pytest.approx(found.arrays['reward'].mean())
+  assert 'proxy_reward' not in found.arrays
+
+
+@pytest.mark.parametrize('weight', [1.0, 2.0])
+def test_the_reward_model_alone_is_the_proxy(weight: float, parents: pathlib.Path) -> None:
+  """It is not measured twice; with a weight what is paid is another number."""
+  rollout = RolloutConfig(rewards=(RewardConfig(weight=weight),))
+  evaluation = EvaluationConfig(prompts=tiny.ROWS, batch_size=tiny.ROWS)
+  built = tiny.build_recipe(
+    tiny.make_config('rloo', parents, rollout=rollout, evaluation=evaluation)
+  )
+  with jax.set_mesh(built.mesh):
+    arrays = built.recipe.evaluate(built.recipe.init().params, 0).arrays
+  assert ('reward' in arrays) == (weight != 1.0)
+  if weight != 1.0:
+    np.testing.assert_allclose(arrays['reward'], weight * arrays['proxy_reward'], rtol=1e-5)
 
 
 def test_another_function_is_another_run(
