@@ -3,7 +3,7 @@
 import html
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.reporting import svg, text
 from experiments.reporting.evaluations import START
@@ -11,7 +11,12 @@ from rlhf_jax.evaluation import frontier as frontier_lib
 from rlhf_jax.evaluation.frontier import FrontierPoint
 
 Row = Mapping[str, Any]
-COLOURS = 6  # how many series the style sheet colours; further ones go round again
+# How many colours and dashes of lines the style sheet has. Of 24 series those of one colour differ
+# in dash and in mark; further ones go round again.
+COLOURS, DASHES = 6, 4
+# Names stand beside so many curves at most; of more they would cover the marks, and the legend has
+# them.
+_LABELLED = 8
 
 GOLD = 'Gold reward (nats of log-odds)'
 KL = 'KL to the start (nats per sequence)'
@@ -21,6 +26,22 @@ _PANELS = (
   ('kl', 'KL to the start', 'nats per sequence'),
   ('length', 'Response length', 'tokens'),
 )
+
+
+class Look(NamedTuple):
+  """How a series looks: the classes of its colour and of its pooled line, and its mark's shape."""
+
+  colour: str
+  line: str
+  shape: str
+
+  @classmethod
+  def of(cls, index: int) -> 'Look':
+    """That of the series of this number."""
+    turn, colour = divmod(index, COLOURS)
+    turn %= DASHES
+    line = f'series-{colour} line' + (f' dash-{turn}' if turn else '')
+    return cls(f'series-{colour}', line, svg.MARKERS[(colour + turn) % len(svg.MARKERS)])
 
 
 def compared(summary: Mapping[str, Any]) -> list[str]:
@@ -62,20 +83,20 @@ def legend(summary: Mapping[str, Any], *, frontier: bool) -> str:
   """HTML: the mark and the name of each series; start and optimum for the frontier chart only."""
   items = []
   for index, objective in enumerate(compared(summary)):
-    series = f'series-{index % COLOURS}'
-    swatch = svg.element('path', d='M1 8H27', class_=f'{series} line') + svg.marker(
-      svg.MARKERS[index % len(svg.MARKERS)], 14.0, 8.0, 4.5, f'{series} mark'
+    look = Look.of(index)
+    swatch = svg.element('path', d='M1 8H47', class_=look.line) + svg.marker(
+      look.shape, 24.0, 8.0, 4.5, f'{look.colour} mark'
     )
     items.append((swatch, objective))
   if frontier and start_row(summary):
-    items.append((svg.marker('circle', 14.0, 8.0, 5.0, 'start'), f'{START} (the start)'))
+    items.append((svg.marker('circle', 24.0, 8.0, 5.0, 'start'), f'{START} (the start)'))
   if frontier and summary['optimum']:
-    swatch = svg.element('rect', x=1, y=2, width=26, height=12, class_='optimum-band')
-    swatch += svg.element('path', d='M1 8H27', class_='optimum-line')
+    swatch = svg.element('rect', x=1, y=2, width=46, height=12, class_='optimum-band')
+    swatch += svg.element('path', d='M1 8H47', class_='optimum-line')
     items.append((swatch, 'optimum, 95% band'))
   keys = ''.join(
     svg.element(
-      'span', svg.element('svg', swatch, viewBox='0 0 28 16', class_='key'), html.escape(name)
+      'span', svg.element('svg', swatch, viewBox='0 0 48 16', class_='key'), html.escape(name)
     )
     for swatch, name in items
   )
@@ -102,9 +123,9 @@ def frontier_chart(summary: Mapping[str, Any], width: float, height: float, clas
   labels = []
   for index, (name, rows) in enumerate(curves.items()):
     parts.append(_path_with_intervals(plot, summary, name, rows, index))
-    if rows:
+    if rows and len(curves) <= _LABELLED:
       x, y = plot.x(rows[-1]['kl']['mean']), plot.y(rows[-1]['gold_reward']['mean'])
-      labels.append((x + 7, y - 7, name, f'series-{index % COLOURS} label'))
+      labels.append((x + 7, y - 7, name, f'{Look.of(index).colour} label'))
   if start:
     x, y = plot.x(start['kl']['mean']), plot.y(start['gold_reward']['mean'])
     parts.append(plot.cross(_ends(start['kl']), _ends(start['gold_reward']), 'start-interval'))
@@ -163,24 +184,22 @@ def _curve_with_band(
   metric: str,
   index: int,
 ) -> str:
-  series = f'series-{index % COLOURS}'
+  look = Look.of(index)
   xs = [row['tokens'] for row in rows]
   parts = []
   if rows:
     lows, highs = ([row[metric][end] for row in rows] for end in ('low', 'high'))
-    parts.append(plot.band(xs, lows, highs, f'{series} band'))
-    parts.append(
-      plot.line(list(zip(xs, (row[metric]['mean'] for row in rows), strict=True)), f'{series} line')
-    )
+    parts.append(plot.band(xs, lows, highs, f'{look.colour} band'))
+    means = [(x, row[metric]['mean']) for x, row in zip(xs, rows, strict=True)]
+    parts.append(plot.line(means, look.line))
   for seed in seeds_of(summary, name):
     points = [(row['tokens'], row[metric]['mean']) for row in curve(summary, name, seed)]
-    parts.append(plot.line(points, f'{series} faint') if points else '')
+    parts.append(plot.line(points, f'{look.colour} faint') if points else '')
   for row in rows:
     if row['objective'] != START:
-      shape = svg.MARKERS[index % len(svg.MARKERS)]
       where = plot.x(row['tokens']), plot.y(row[metric]['mean'])
       tip = f'{text.who(row)}: {text.interval(row[metric])}'
-      parts.append(svg.marker(shape, *where, 3.2, f'{series} mark', tip))
+      parts.append(svg.marker(look.shape, *where, 3.2, f'{look.colour} mark', tip))
   return ''.join(parts)
 
 
@@ -188,19 +207,18 @@ def _path_with_intervals(
   plot: svg.Plot, summary: Mapping[str, Any], name: str, rows: Sequence[Row], index: int
 ) -> str:
   """One objective on the frontier chart: faint seeds, and its pooled points with both intervals."""
-  series = f'series-{index % COLOURS}'
+  look = Look.of(index)
   parts = []
   for seed in [*seeds_of(summary, name), None]:
     points = [(row['kl']['mean'], row['gold_reward']['mean']) for row in curve(summary, name, seed)]
-    kind = 'line' if seed is None else 'faint'
-    parts.append(plot.line(points, f'{series} {kind}') if points else '')
+    kind = look.line if seed is None else f'{look.colour} faint'
+    parts.append(plot.line(points, kind) if points else '')
   for row in rows:
     if row['objective'] != START:
       where = plot.x(row['kl']['mean']), plot.y(row['gold_reward']['mean'])
-      shape = svg.MARKERS[index % len(svg.MARKERS)]
       ends = _ends(row['kl']), _ends(row['gold_reward'])
-      parts.append(plot.cross(*ends, f'{series} interval'))
-      parts.append(svg.marker(shape, *where, 4.2, f'{series} mark', _tooltip(row)))
+      parts.append(plot.cross(*ends, f'{look.colour} interval'))
+      parts.append(svg.marker(look.shape, *where, 4.2, f'{look.colour} mark', _tooltip(row)))
   return ''.join(parts)
 
 

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from experiments.reporting import charts
+from experiments.reporting import charts, page
 
 
 def nodes(drawing, class_):
@@ -59,6 +59,35 @@ def test_learning_curves_show_four_metrics_from_the_start_on(summary):
       assert line.attrib['d'].startswith('M52.0 ')  # at no tokens: the left end of the plot
       assert line.attrib['d'].count('L') == 2  # the start and two evaluations
   assert len(nodes(panels[2], 'budget')) == 1
+
+
+def test_twenty_four_series_are_told_apart(summary):
+  """No two look alike; of the same colour neither dash nor mark is the same; all is in the legend.
+
+  With so many, names are in the legend alone.
+  """
+  looks = [charts.Look.of(index) for index in range(24)]
+  assert len(set(looks)) == 24
+  for colour in {look.colour for look in looks}:
+    same = [look for look in looks if look.colour == colour]
+    assert len(same) == len({look.line for look in same}) == len({look.shape for look in same}) == 4
+  many = copy.deepcopy(summary)
+  rows = [row for row in summary['rows'] if row['objective'] == 'ppo']
+  many['rows'] += [{**row, 'objective': f'x{number}'} for number in range(22) for row in rows]
+  for drawing in (
+    charts.legend(many, frontier=False),
+    charts.frontier_chart(many, 860, 500, 'wide'),
+    *charts.learning_curves(many, 430, 270),
+  ):
+    for look in looks:
+      assert len(nodes(drawing, look.line)) == 1
+  style = page._STYLE.read_text()
+  for look in looks:
+    for class_ in look.line.split():
+      assert f'.{class_} {{' in style
+  drawing = charts.frontier_chart(many, 860, 500, 'wide')
+  assert not nodes(drawing, 'series-0 label')
+  assert nodes(charts.frontier_chart(summary, 860, 500, 'wide'), 'series-0 label')
 
 
 def test_labels_that_would_touch_are_moved_apart():
