@@ -44,6 +44,7 @@ from rlhf_jax.objectives.reward_rating import RatingRewardConfig
 from rlhf_jax.objectives.rloo import RLOOConfig
 from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.objectives.simpo import SimPOConfig
+from rlhf_jax.objectives.tilted_bc import TiltedBCConfig
 from rlhf_jax.objectives.unlikelihood import UnlikelihoodConfig
 from rlhf_jax.objectives.weighted_bc import WeightedBCConfig
 from rlhf_jax.recipes import Built, build, parts
@@ -80,6 +81,7 @@ OBJECTIVES: dict[str, Callable[[], ObjectiveConfig]] = {
   'grpo': functools.partial(GRPOConfig, samples=4, epochs=2),
   'online_dpo': functools.partial(OnlineDPOConfig, minibatches=2),
   'best_of_n': functools.partial(BestOfNConfig, samples=4, keep=2),
+  'tilted_bc': functools.partial(TiltedBCConfig, samples=4, minibatches=2),
   'ppo': lambda: PPOConfig(epochs=2, minibatches=2, kl=KLPenaltyConfig(target=0.05, horizon=100)),
 }
 # A tensor axis of 2 divides the heads, and the vocabulary once it is rounded up.

@@ -23,6 +23,7 @@ from rlhf_jax.objectives import (
   rloo,
   sft,
   simpo,
+  tilted_bc,
   unlikelihood,
   weighted_bc,
 )
@@ -55,6 +56,7 @@ OBJECTIVES: dict[str, Objective] = {
     grpo,
     online_dpo,
     best_of_n,
+    tilted_bc,
   )
 }
 

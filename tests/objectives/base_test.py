@@ -42,7 +42,8 @@ def test_which_objectives_need_the_reference() -> None:
   needs = {name for name, row in OBJECTIVES.items() if row.reference(row.config())}
   samplers = {name for name, row in OBJECTIVES.items() if row.data == 'prompts'}
   assert samplers == {
-    'ppo', 'rloo', 'reinforce', 'reinforce_pp', 'grpo', 'online_dpo', 'best_of_n'
+    'ppo', 'rloo', 'reinforce', 'reinforce_pp', 'grpo', 'online_dpo', 'best_of_n',
+    'tilted_bc',
   }  # fmt: skip
   assert needs == {'dpo', 'kto', 'alol', *samplers}
 

@@ -20,6 +20,7 @@ OF_OBJECTIVE = {
   'ppo': 'valued_rollouts',
   'online_dpo': 'online_pairs',
   'best_of_n': 'demonstrations',
+  'tilted_bc': 'ratings',
 }
 
 

@@ -24,6 +24,7 @@ from rlhf_jax.objectives.reward_rating import RatingRewardConfig
 from rlhf_jax.objectives.rloo import RLOOConfig
 from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.objectives.simpo import SimPOConfig
+from rlhf_jax.objectives.tilted_bc import TiltedBCConfig
 from rlhf_jax.objectives.unlikelihood import UnlikelihoodConfig
 from rlhf_jax.objectives.weighted_bc import WeightedBCConfig
 
@@ -86,4 +87,5 @@ CASES: dict[str, Any] = {
   'online_dpo ipo': OnlineDPOConfig(variant='ipo'),
   'online_dpo hinge': OnlineDPOConfig(variant='hinge', beta=0.7),
   'best_of_n': BestOfNConfig(),
+  'tilted_bc': TiltedBCConfig(),
 }

@@ -17,6 +17,7 @@ from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.objectives.reinforce import ReinforceConfig
 from rlhf_jax.objectives.reinforce_pp import ReinforcePPConfig
 from rlhf_jax.objectives.rloo import RLOOConfig
+from rlhf_jax.objectives.tilted_bc import TiltedBCConfig
 from tests.objectives import batches
 from tests.objectives.samples import collect, make_experience
 
@@ -39,6 +40,7 @@ CASES: dict[str, Any] = {
   'grpo none': GRPOConfig(samples=2, scale='none'),
   'online_dpo': OnlineDPOConfig(),
   'best_of_n': BestOfNConfig(samples=2),
+  'tilted_bc': TiltedBCConfig(samples=2),
 }
 # What is made of a prompt's responses by comparing them with each other.
 # (The deviation of a whole batch of scores is one between prompts too.)

@@ -61,7 +61,7 @@ def test_the_loss_is_the_mean_over_ordered_pairs(config: ScoredCPLConfig) -> Non
 
 def test_microbatches_hold_whole_groups() -> None:
   """Groups of a microbatch are some of the batch's, whatever its size and the number of parts."""
-  rows = np.arange(24)
+  rows: Any = np.arange(24)
   for size, parts in itertools.product((2, 3, 4, 6), (1, 2)):
     whole = {tuple(group) for group in in_groups(rows, size).tolist()}
     found = [in_groups(part, size).tolist() for part in split_rows(rows, parts)]

@@ -26,7 +26,15 @@ def cases_of(*kinds: str) -> Any:
 
 
 every_comparison = cases_of('comparisons')
-with_reference_field = cases_of('comparisons', 'rankings', 'ratings', 'referenced_ratings')
+with_reference_field = pytest.mark.parametrize(
+  'case',
+  [
+    name
+    for name, config in CASES.items()
+    if kind_of(config) in ('comparisons', 'rankings', 'ratings', 'referenced_ratings')
+    and objective_of(config).data != 'prompts'
+  ],
+)
 
 
 def evaluator(case: str, actors: Actors) -> Evaluate:

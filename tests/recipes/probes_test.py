@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common.metrics import Mean
-from rlhf_jax.objectives import objective_of
+from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.recipes.offline import encode, make_actors, make_preparation
 from rlhf_jax.recipes.parts import load_parts
 from rlhf_jax.runs import Run
@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
 def asks_for_a_loss(case: str) -> bool:
   objective = objective_of(tiny.OBJECTIVES[case]())
   given = objective.data != 'prompts' and objective.curate is None
-  return given and objective.difference is None and objective.group(tiny.OBJECTIVES[case]()) == 1
+  alone = demands_of(tiny.OBJECTIVES[case]()).group == 1
+  return given and alone and objective.difference is None
 
 
 CASES = [case for case in tiny.OBJECTIVES if asks_for_a_loss(case)]
