@@ -50,8 +50,8 @@ def distilled() -> dict[str, Any]:
 def converged() -> dict[str, Any]:
   """Long, and at coefficients whose optimum is that of BETA.
 
-  DPO's is that of beta times the temperature of its labels, which is the unit of its rewards. Online
-  DPO's labels have no noise, and so no such optimum: it keeps its beta.
+  DPO's is that of beta times the temperature of its labels, the unit of its rewards. Online DPO's
+  labels have no noise, and so no such optimum: it keeps its beta.
   """
   of_labels = BETA / DATA.reviews.labels.temperature
 
@@ -60,7 +60,7 @@ def converged() -> dict[str, Any]:
 
   penalty = {'kl': KLPenaltyConfig(coefficient=BETA)}
   stages = short()
-  coefficients = {
+  coefficients: dict[str, dict[str, Any]] = {
     'dpo': {'beta': of_labels},
     'online_dpo': {},
     'ppo': penalty,

@@ -10,11 +10,11 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 
 def get_config(arg: str | None = None) -> ExperimentConfig:
   """Pairs of whole batches of 96 scored segments (released code); 'rankings' pairs within fours."""
-  rankings = arg == 'rankings'
-  exact = {'alpha': 1.0, 'lam': 1.0}
+  objective = DenseCPLConfig() if arg == 'rankings' else ScoredCPLConfig()
+  objective.alpha = objective.lam = 1.0
   return ExperimentConfig(
     name='lqr_cpl_dense',
-    objective=DenseCPLConfig(**exact) if rankings else ScoredCPLConfig(**exact),
+    objective=objective,
     data=DataConfig(source=CONTROL, responses='all'),
     model=GaussianPolicyConfig(),
     policy=InitConfig(init='configs/lqr_sft.py'),

@@ -117,8 +117,10 @@ class Reads(ast.NodeVisitor):
     for argument in (*node.args.args, *node.args.kwonlyargs):
       if argument.annotation is not None:
         named = {x.id for x in ast.walk(argument.annotation) if isinstance(x, ast.Name)}
-        if named & CLASSES.keys():
-          scope[argument.arg] = named & CLASSES.keys()
+        # What takes a config takes those that are made from its class too.
+        fit = tuple(CLASSES[name] for name in named & CLASSES.keys())
+        if fit:
+          scope[argument.arg] = {name for name, kind in CLASSES.items() if issubclass(kind, fit)}
     for inner in ast.walk(node):
       match inner:
         case (
