@@ -20,6 +20,7 @@ OBJECTIVES = (
   'alol',
   'ilql',
   'best_of_n',
+  'tilted_bc',
   'expert_iteration',
   'online_dpo',
   'reinforce',
