@@ -1,6 +1,5 @@
 """ILQL on a problem small enough for exact dynamic programming: every prefix is a state."""
 
-import functools
 import itertools
 from typing import Any
 
@@ -127,7 +126,11 @@ def learn(config: ILQLConfig, batch: Ratings, steps: int) -> Any:
 
   rate = optax.linear_schedule(0.05, 0.0, steps)
   optimizer = optax.adam(rate)
-  loss = functools.partial(ilql.loss, config, Actors(q=table_q))
+
+  def loss(params: Any, batch: Any, key: jax.Array) -> Any:
+    del key
+    return ilql.loss(config, Actors(q=table_q), params, batch)
+
   update = make_update(loss, optimizer, rate, Schedule(), move)
 
   @quick.jit
