@@ -67,11 +67,19 @@ def device_batches(
     yield put_batch(batch, parts.mesh), real
 
 
-def pays_proxy(parts: Parts) -> bool:
-  """Whether what a response is paid is the reward model's score as it is."""
+def pays_something_else(parts: Parts, reward_model: FrozenRewardModel | None) -> bool:
+  """Whether responses are paid, not the reward model's score as it is, and all judges are there.
+
+  (A checkpoint folder is asked the questions of a config without the stages that this starts from.)
+  """
   rollout = parts.config.rollout
   uncut = rollout.missing_stop == 'none' and rollout.score_truncation_token < 0
-  return uncut and rollout.rewards == (RewardConfig(),)
+  if objective_of(parts.config.objective).data != 'prompts':
+    return False
+  if uncut and rollout.rewards == (RewardConfig(),):
+    return False
+  shared = sum(term.source == 'reward_model' and term.init is None for term in rollout.rewards)
+  return shared <= (reward_model is not None)
 
 
 def make_paid(parts: Parts, reward_model: FrozenRewardModel | None) -> Callable[[Answers], Array]:
@@ -102,7 +110,7 @@ def policy_probes(
 
   task = parts.feedback.task
   score = None if reward_model is None else make_score(reward_model)
-  paid = objective_of(parts.config.objective).data == 'prompts' and not pays_proxy(parts)
+  paid = pays_something_else(parts, reward_model)
   return PolicyProbes(
     generate=answer,
     kl=None if reference is None else kl,

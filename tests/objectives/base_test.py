@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,9 +81,9 @@ def test_flattened_rows_keep_their_order(kind: str) -> None:
   sequences = tabular.make_batch(kind).sequences
   flat = flatten_rows(sequences)
   responses = sequences.response.shape[1]
-  for name, values in vars(flat).items():
+  for values, given in zip(jax.tree.leaves(flat), jax.tree.leaves(sequences), strict=True):
     for b, k in np.ndindex(B, responses):
-      np.testing.assert_array_equal(values[responses * b + k], getattr(sequences, name)[b, k])
+      np.testing.assert_array_equal(values[responses * b + k], given[b, k])
 
 
 def test_single_responses_are_flat_already() -> None:
@@ -104,7 +105,7 @@ def test_pair_logprobs_equal_those_of_single_responses() -> None:
 
 def row_of(sequences: Sequences, b: int) -> Sequences:
   """Pair b alone, `[2, ...]`."""
-  return Sequences(**{name: values[b] for name, values in vars(sequences).items()})
+  return jax.tree.map(lambda values: values[b], sequences)
 
 
 def test_of_preferred_takes_the_preferred_and_halves_ties() -> None:
