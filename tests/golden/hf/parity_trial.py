@@ -51,7 +51,7 @@ def texts(folder: pathlib.Path, rows: list[list[int]]) -> list[str]:
   import transformers
 
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-  return [tokenizer.decode(row) for row in rows]
+  return [str(tokenizer.decode(row)) for row in rows]
 
 
 if __name__ == '__main__':
