@@ -1,0 +1,131 @@
+"""The program that writes runs and folders as checkpoint folders, and those that take them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from safetensors import numpy as safetensors
+
+from experiments import cli, convert
+from rlhf_jax.common.errors import UserError
+from rlhf_jax.hf_folder import HfFolder
+from rlhf_jax.models.hf_files import INDEX, SINGLE
+from tests import tiny
+from tests.experiments.programs import message, run_program
+
+pytestmark = pytest.mark.slow
+
+
+def run(source: Path, target: Path, **given: Any) -> None:
+  """`python -m experiments.convert` with flags, in this process."""
+  with flagsaver.flagsaver(source=str(source), target=str(target), **given):
+    assert convert.main() == cli.DONE
+
+
+@pytest.fixture(scope='module')
+def folders(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """The SFT policy and the reward model, as `policy` and `scorer`."""
+  out = tmp_path_factory.mktemp('folders')
+  run(parents / 'sft', out / 'policy')
+  run(parents / 'reward_model', out / 'scorer')
+  return out
+
+
+def samples(path: Path, *given: str) -> list[dict]:
+  """The best of three samples of each prompt, as the sampling program writes them to a file."""
+  prompts = ('--prompt=the soup was', '--prompt=we', '--prompt_length=4', '--max_new_tokens=5')
+  settings = ('--best_of=3', '--temperature=0.7', f'--json={path}')
+  done = run_program('sample', *prompts, *settings, *given)
+  assert done.returncode == 0, done.stderr
+  return json.loads(path.read_text())['samples']
+
+
+def test_the_same_samples(parents: Path, folders: Path, tmp_path: Path) -> None:
+  """Policy and judge sample and score the same from their runs and from their folders."""
+  judge = f'--reward_model={parents / "reward_model"}'
+  best = samples(tmp_path / 'run.json', f'--run={parents / "sft"}', judge)
+  judge = f'--reward_model={folders / "scorer"}'
+  again = samples(tmp_path / 'folder.json', f'--model={folders / "policy"}', judge)
+  assert [row['tokens'] for row in best] == [row['tokens'] for row in again]
+  scores = [[row['score'] for row in rows] for rows in (best, again)]
+  np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_is_asked_the_questions_of_a_config(folders: Path, tmp_path: Path) -> None:
+  """Its data and evaluation; the folder's judge gives the proxy reward."""
+  config = tmp_path / 'stage.py'
+  config.write_text(
+    'from tests import tiny\n\n\ndef get_config(arg=None):\n  return tiny.make_config("sft")\n'
+  )
+  given = ('evaluate', f'--model={folders / "policy"}', f'--config={config}')
+  done = run_program(
+    *given,
+    '--prompts=8',
+    '--records=4',
+    f'--reference={folders / "policy"}',
+    f'--reward_model={folders / "scorer"}',
+    f'--json={tmp_path / "out.json"}',
+  )
+  assert done.returncode == 0, done.stderr
+  written = json.loads((tmp_path / 'out.json').read_text())
+  assert written['run'] == str(folders / 'policy') and written['data_fingerprint'] is None
+  assert written['params_sha256'] == HfFolder(folders / 'policy').params_sha256
+  kl = next(value for name, value in written['metrics'].items() if 'kl' in name)
+  assert abs(kl['mean']) < 1e-5  # to itself
+  assert any('reward' in name for name in written['metrics'])
+
+
+def test_types_and_shards(folders: Path, tmp_path: Path) -> None:
+  """A folder in another type, in files of at most 4 KB."""
+  target = tmp_path / 'half'
+  run(folders / 'policy', target, dtype='bfloat16', shard_gb=4e-6)
+  assert (target / INDEX).is_file() and not (target / SINGLE).exists()
+  assert (target / 'tokenizer.json').is_file() and (target / 'generation_config.json').is_file()
+  for file in target.glob('*.safetensors'):
+    assert all(t.dtype.name == 'bfloat16' for t in safetensors.load_file(file).values())
+
+
+def test_value_functions(parents: Path, tmp_path: Path) -> None:
+  """PPO's, on the trunk of its policy."""
+  ppo = tiny.run_stage(tiny.make_config('ppo', parents, steps=1), tmp_path / 'ppo').outcome.run
+  run(ppo.folder, tmp_path / 'value', role='value')
+  assert HfFolder(tmp_path / 'value').opened.scores
+  with pytest.raises(UserError, match='it is there already'):
+    run(ppo.folder, tmp_path / 'value', role='value')
+
+
+@pytest.mark.parametrize(
+  ('name', 'given', 'said'),
+  [
+    ('sft', dict(role='reward_model'), 'trained a policy'),
+    ('sft', dict(role='value'), 'has no value function'),
+    ('reward_model', dict(role='policy'), 'trained a reward model'),
+    ('nothing', {}, 'not a run directory'),
+  ],
+)
+def test_mistakes(
+  name: str, given: dict[str, str], said: str, parents: Path, tmp_path: Path
+) -> None:
+  """The message says what is wrong, and nothing is written."""
+  with pytest.raises(UserError, match=said):
+    run(parents / name, tmp_path / 'out', **given)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_folder_has_one_model(folders: Path, tmp_path: Path) -> None:
+  """Roles and checkpoints are those of runs."""
+  target = f'--target={tmp_path / "out"}'
+  done = run_program('convert', f'--source={folders / "policy"}', target, '--role=policy')
+  assert re.search('--role=policy: .* has one model', message(done), re.DOTALL)
+
+
+def test_a_run_or_a_model(folders: Path) -> None:
+  """Programs that take either take one."""
+  assert isinstance(cli.run_or_model(None, str(folders / 'policy')), HfFolder)
+  for both in ((None, None), ('runs/a', str(folders / 'policy'))):
+    with pytest.raises(UserError, match='give one of them'):
+      cli.run_or_model(*both)
