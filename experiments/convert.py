@@ -175,7 +175,7 @@ def assets_of(run: Run) -> hf_export.Assets:
   if isinstance(run, HfFolder):
     return hf_export.read_assets(run.folder)
   if (run.folder / ASSETS).is_dir():
-    return hf_export.read_assets(run.folder / ASSETS)
+    return hf_export.read_assets(run.folder / ASSETS, trained=run.folder / 'tokenizer')
   return hf_export.Assets(run.folder / 'tokenizer')
 
 

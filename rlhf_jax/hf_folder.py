@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_jax.common.errors import CheckpointError, RunError
 from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.data.tokenizer_folders import GENERATION
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.models import hf_export
@@ -55,8 +56,8 @@ class HfFolder(Run):
 
   @property
   def params_sha256(self) -> str:
-    """Of its files: the weights, what they mean as a decoder, and the tokenizer."""
-    names = (CONFIG, *hf_export.TOKENIZER_FILES)
+    """Of its files: the weights, what they mean as a decoder, the tokenizer and where it stops."""
+    names = (CONFIG, GENERATION, *hf_export.TOKENIZER_FILES)
     weights = sorted({header.file for header in self.opened.headers.values()})
     files = [path for name in names if (path := self.folder / name).is_file()]
     digest = hashlib.sha256()
@@ -116,7 +117,7 @@ class HfFolder(Run):
   def save_assets(self, target: pathlib.Path) -> None:
     """Keeps config.json and the like in a run that starts here, for its export."""
     (target / ASSETS).mkdir(exist_ok=True)
-    for name in (CONFIG, hf_export.GENERATION):
+    for name in (CONFIG, GENERATION):
       if (self.folder / name).is_file():
         shutil.copyfile(self.folder / name, target / ASSETS / name)
     hf_export.copy_tokenizer(self.folder, target / ASSETS)

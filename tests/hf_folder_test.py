@@ -24,6 +24,7 @@ from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny
 
 MESH = MeshConfig(data=1)
+TEMPLATE = '{% for m in messages %}{{ m.content }} {% endfor %}'
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +35,7 @@ def folders(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
   assets = hf_export.Assets(run.folder / 'tokenizer')
   params = run.restore_role('policy', abstract_decoder(run.model, mesh))
   hf_export.export_policy(out / 'policy', run.model, params, assets)
-  (out / 'policy' / 'chat_template.jinja').write_text('{{ messages }}')
+  (out / 'policy' / 'chat_template.jinja').write_text(TEMPLATE)
   run = Run(parents / 'reward_model')
   params = run.restore_role('reward_model', abstract_reward_model(run.model, mesh))
   hf_export.export_scorer(out / 'scorer', run.model, params, assets)
@@ -82,7 +83,7 @@ def test_stages_start_from_folders(case: str, folders: Path, tmp_path: Path) -> 
   assert run.result is not None
   origin = run.parents()['policy']
   assert isinstance(origin, HfFolder) and origin.folder == folders / 'policy'
-  assert (run.folder / ASSETS / 'chat_template.jinja').read_text() == '{{ messages }}'
+  assert (run.folder / ASSETS / 'chat_template.jinja').read_text() == TEMPLATE
   stage = stages.resolve(config, tmp_path)
   assert run.finished(stage.identity)
 

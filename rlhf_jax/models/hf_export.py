@@ -13,6 +13,7 @@ import numpy as np
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError
 from rlhf_jax.data import tokenizers
+from rlhf_jax.data.tokenizer_folders import GENERATION, TEMPLATE
 from rlhf_jax.models import hf_layout, hf_model
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_families import Family
@@ -28,7 +29,6 @@ from rlhf_jax.models.hf_files import (
 from rlhf_jax.models.hf_load import OWN, SCORE, Checkpoint, ignored, open_tensor
 from rlhf_jax.models.hf_model import Piece
 
-GENERATION = 'generation_config.json'
 # What belongs to a tokenizer, its chat template too; a folder has some of them.
 TOKENIZER_FILES = (
   'tokenizer.json',
@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
   'vocab.json',
   'vocab.txt',
   'merges.txt',
-  'chat_template.jinja',
+  TEMPLATE,
   'chat_template.json',
 )
 # Keys of a config.json that say of which kind the model in it is, not how its trunk is built.
@@ -55,11 +55,14 @@ class Assets:
     config: the config.json that the decoder came from, which then keeps all it said; None: a new
       one, of the first family that has this decoder.
     generation: the generation_config.json; None: one with the tokenizer's special ids.
+    trained: the tokenizer folder of the run, whose chat template and stops go before those of
+      `tokenizer`; None: there is no other.
   """
 
   tokenizer: pathlib.Path
   config: Mapping[str, Any] | None = None
   generation: Mapping[str, Any] | None = None
+  trained: pathlib.Path | None = None
 
 
 def export_policy(
@@ -92,7 +95,7 @@ def export_policy(
     write_tensors(folder, entries, shard_bytes)
     write_json(folder / CONFIG, config)
     write_json(folder / GENERATION, _generation(assets))
-    copy_tokenizer(assets.tokenizer, folder)
+    _write_tokenizer(assets, folder)
 
 
 def export_scorer(
@@ -143,7 +146,7 @@ def export_scorer(
   with new_folder(target) as folder:
     write_tensors(folder, entries, shard_bytes)
     write_json(folder / CONFIG, config)
-    copy_tokenizer(assets.tokenizer, folder)
+    _write_tokenizer(assets, folder)
 
 
 def convert(
@@ -227,13 +230,13 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
       shutil.copyfile(source / name, target / name)
 
 
-def read_assets(folder: pathlib.Path) -> Assets:
-  """The assets of a checkpoint folder."""
+def read_assets(folder: pathlib.Path, trained: pathlib.Path | None = None) -> Assets:
+  """The assets of a checkpoint folder, `trained` added."""
   values: dict[str, Any] = {}
   for field, name in (('config', CONFIG), ('generation', GENERATION)):
     path = folder / name
     values[field] = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
-  return Assets(folder, **values)
+  return Assets(folder, trained=trained, **values)
 
 
 def family_of(
@@ -267,9 +270,20 @@ def _special_ids(folder: pathlib.Path) -> dict[str, int | None]:
 
 
 def _generation(assets: Assets) -> dict[str, Any]:
-  if assets.generation is not None:
-    return dict(assets.generation)
-  return {**_special_ids(assets.tokenizer)}
+  """How transformers is to generate: it ends where the library ends."""
+  stops = tokenizers.load(assets.trained or assets.tokenizer).stop_ids
+  values = dict(_special_ids(assets.tokenizer) if assets.generation is None else assets.generation)
+  known = values.get('eos_token_id')
+  if set(known if isinstance(known, list) else [known]) != set(stops):
+    values['eos_token_id'] = list(stops)
+  return values
+
+
+def _write_tokenizer(assets: Assets, folder: pathlib.Path) -> None:
+  copy_tokenizer(assets.tokenizer, folder)
+  if assets.trained is not None and (assets.trained / TEMPLATE).is_file():
+    # transformers reads this file before any other place of a template.
+    shutil.copyfile(assets.trained / TEMPLATE, folder / TEMPLATE)
 
 
 @contextlib.contextmanager

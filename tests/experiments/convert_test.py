@@ -51,8 +51,8 @@ def test_the_same_samples(parents: Path, folders: Path, tmp_path: Path) -> None:
   judge = f'--reward_model={folders / "scorer"}'
   again = samples(tmp_path / 'folder.json', f'--model={folders / "policy"}', judge)
   assert [row['tokens'] for row in best] == [row['tokens'] for row in again]
-  scores = [[row['score'] for row in rows] for rows in (best, again)]
-  np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-6)
+  first, second = ([row['score'] for row in rows] for rows in (best, again))
+  np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
 
 
 def test_a_folder_is_asked_the_questions_of_a_config(folders: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is exported loads again, bit for bit, and says to transformers what it is."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tests.golden.hf import cases
 from tests.models import hf_golden
 from tests.models.architectures import make_config, make_params
 
+TEMPLATE = '{% for m in messages %}{{ m.content }} {% endfor %}'
 WORDS = [f'word{number}' for number in range(cases.VOCAB - 4)]
 
 
@@ -28,7 +30,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A tokenizer of 37 words, with a chat template."""
   folder = tmp_path_factory.mktemp('tokenizer')
   tokenizers.train('word', [' '.join(WORDS)], cases.VOCAB).save(folder)
-  (folder / 'chat_template.jinja').write_text('{{ messages }}')
+  (folder / 'chat_template.jinja').write_text(TEMPLATE)
   return folder
 
 
@@ -67,6 +69,23 @@ def test_round_trip(name: str, tokenizer: Path, tmp_path: Path) -> None:
     assert sum(tensor.nbytes for tensor in own.values()) <= 8_000 or len(own) == 1
   same_bits(tensors(hf_golden.FOLDER / name), tensors(tmp_path / 'out'))
   assert config_of(tmp_path / 'out') == config_of(hf_golden.FOLDER / name)
+
+
+def test_what_a_run_was_trained_with_goes_first(tokenizer: Path, tmp_path: Path) -> None:
+  """Its chat template and its stops, over those of the folder that it came from."""
+  golden, own = hf_golden.load('llama2'), tmp_path / 'own'
+  trained = dataclasses.replace(tokenizers.load(tokenizer), template='{{ 1 }}', stops=(5,))
+  trained.save(own)
+  generation = {'eos_token_id': 2, 'temperature': 0.6}
+  assets = Assets(tokenizer, golden.checkpoint.config, generation)
+  for name, its in (('from', assets), ('to', dataclasses.replace(assets, trained=own))):
+    hf_export.export_policy(tmp_path / name, golden.model, golden.params, its)
+  found = [
+    json.loads((tmp_path / x / 'generation_config.json').read_text()) for x in ('from', 'to')
+  ]
+  assert found == [generation, generation | {'eos_token_id': [2, 5]}]
+  templates = [(tmp_path / x / 'chat_template.jinja').read_text() for x in ('from', 'to')]
+  assert templates == [TEMPLATE, '{{ 1 }}']
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
@@ -116,7 +135,7 @@ def test_a_decoder_of_our_own(tokenizer: Path, tmp_path: Path) -> None:
     loaded.encode('word3 word5', add_special_tokens=False)
     == (tokenizers.load(tokenizer).encode_batch(['word3 word5'])[0])
   )
-  assert loaded.chat_template == '{{ messages }}'
+  assert loaded.chat_template == TEMPLATE
   again = hf_load.open_checkpoint(tmp_path / 'out')
   abstract = hf_golden.abstract_decoder(again.model)
   found = trees.flatten(hf_load.load_decoder(again, abstract))
