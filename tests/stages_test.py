@@ -218,7 +218,7 @@ def test_a_start_that_is_none_is_named(parents: pathlib.Path, tmp_path: pathlib.
     assert not (tmp_path / 'run').exists(), 'a run that cannot begin leaves nothing behind'
     return str(caught.value)
 
-  assert 'neither at that path' in refused(init='no/such')
+  assert 'none at that path' in refused(init='no/such')
   assert 'finished run' in refused(init=str(tmp_path))
   assert 'best_metric' in refused(init=str(parents / 'sft'), checkpoint='best')
   assert 'That run trained a reward model' in refused(init=str(parents / 'reward_model'))

@@ -125,7 +125,7 @@ def test_a_run_of_another_kind_is_refused(runs: Path) -> None:
   """A policy is no reward model, and a reward model no reference."""
   for flag, run in (('reward_model', 'ppo'), ('reference', 'reward_model')):
     said = message(run_program('evaluate', f'--run={runs / "dpo"}', f'--{flag}={runs / run}'))
-    assert f'--{flag}=' in said and 'expected the run of' in said
+    assert f'--{flag}=' in said and ': expected a ' in said
 
 
 def test_unfinished_runs_and_other_data_are_refused(runs: Path, tmp_path: Path) -> None:
