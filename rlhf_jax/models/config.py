@@ -105,6 +105,10 @@ class ModelConfig:
   # Type of activations and of matrix products: 'float32' or 'bfloat16'. Parameters, norms,
   # softmaxes and log-probs are float32 whatever this says.
   dtype: str = 'float32'
+  # How many ids' logits each device holds at a time where responses are scored: log-probs and
+  # entropies then never need [rows, response, vocabulary] float32 logits, which their backward pass
+  # computes again. None: all at once, which is faster where they fit.
+  vocab_chunk: int | None = None
   # What a block's backward pass recomputes: 'none', 'dots' (all but matrix products), 'full' (all).
   remat: str = 'none'
   # True: one compiled block, scanned over the layers (deep models: compile time). False: unrolled,
@@ -195,7 +199,7 @@ def _check_sizes(config: ModelConfig, path: str) -> None:
   names = ['vocab_multiple', 'width', 'layers', 'heads', 'mlp_width', 'norm_epsilon', 'max_length']
   names += ['embedding_scale']
   optional = ['kv_heads', 'head_dim', 'query_scale', 'window', 'attention_softcap']
-  optional += ['logit_softcap', 'init_std', 'rotary_local_theta']
+  optional += ['logit_softcap', 'init_std', 'rotary_local_theta', 'vocab_chunk']
   names += [name for name in optional if getattr(config, name) is not None]
   for name in names:
     value = getattr(config, name)

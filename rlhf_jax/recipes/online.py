@@ -139,16 +139,16 @@ def online_questions(parts: Parts, reward_model: FrozenRewardModel | None) -> li
 
 
 def make_judges(parts: Parts, policy: Callable[[Any, Sequences], PolicyOutput]) -> Judges:
-  """Policy, reference and logits, all at the one sampling temperature."""
+  """Policy, reference and their exact KL, all at the one sampling temperature."""
   temperature = temperature_of(parts)
 
   def reference(params: Any, rows: Sequences) -> PolicyOutput:
     return roles.policy_output(parts.model, params, rows, temperature=temperature)
 
-  def logits(params: Any, rows: Sequences) -> Array:
-    return roles.response_logits(parts.model, params, rows, temperature=temperature)
+  def exact_kl(params: Any, reference: Any, rows: Sequences) -> Array:
+    return roles.response_kl(parts.model, params, reference, rows, temperature)
 
-  return Judges(policy, reference, logits)
+  return Judges(policy, reference, exact_kl)
 
 
 def make_rollout_sampler(
