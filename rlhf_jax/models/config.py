@@ -12,6 +12,7 @@ ROTARY_SCALINGS = ('none', 'linear', 'llama3')
 ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh')
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'dots', 'full')
+ATTENTIONS = ('xla', 'cudnn', 'tokamax', 'splash', 'auto')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -105,6 +106,10 @@ class ModelConfig:
   # Type of activations and of matrix products: 'float32' or 'bfloat16'. Parameters, norms,
   # softmaxes and log-probs are float32 whatever this says.
   dtype: str = 'float32'
+  # What computes attention over whole sequences (decoding steps are always plain): 'xla', plain and
+  # everywhere; 'cudnn', NVIDIA GPUs in bfloat16; 'splash', TPUs; 'tokamax', the kernel which that
+  # library finds for the device (extra `kernels`); 'auto': cudnn, splash or xla, whichever can.
+  attention: str = 'xla'
   # How many ids' logits each device holds at a time where responses are scored: log-probs and
   # entropies then never need [rows, response, vocabulary] float32 logits, which their backward pass
   # computes again. None: all at once, which is faster where they fit.
@@ -177,6 +182,7 @@ def _check_choices(config: ModelConfig, path: str) -> None:
     'rotary_scaling': ROTARY_SCALINGS,
     'dtype': DTYPES,
     'remat': REMATS,
+    'attention': ATTENTIONS,
   }
   for name, allowed in choices.items():
     value = getattr(config, name)

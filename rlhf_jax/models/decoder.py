@@ -18,10 +18,11 @@ import jax.numpy as jnp
 
 from rlhf_jax.common.checks import ShapeError, check_shapes
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.models import rotary
+from rlhf_jax.models import attending, rotary
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import Block, Norm, named
+from rlhf_jax.ops.attention import attention
 from rlhf_jax.sharding.mesh import constrain, constrain_batch
 
 Array = jax.Array
@@ -29,9 +30,16 @@ Params = dict[str, Any]
 
 
 class Context(NamedTuple):
-  """What a layer needs to know of the tokens: `[B, T, S]` bool mask, and the rotation if any."""
+  """What a layer needs to know of the tokens.
+
+  Attributes:
+    mask: `[B, T, S]` bool, which columns each token sees.
+    real: `[B, S]` bool, columns that hold real tokens.
+    rotation: of queries and keys; None: positions are learned.
+  """
 
   mask: Array
+  real: Array
   rotation: rotary.Rotation | None
 
 
@@ -197,9 +205,10 @@ def _init_boxed(config: ModelConfig, key: Array) -> Params:
   if config.norm_placement != 'post':
     params['final_norm'] = _final_norm(config).init(key, x)['params']
   by = rotary.rotation(config, jnp.zeros((1, 1), jnp.int32), local=False)
-  sees = jnp.ones((1, 1, 1), bool)
   block_keys = jax.random.split(keys['layers'], config.layers)
-  params['layers'] = jax.vmap(lambda k: Block(config).init(k, x, by, sees)['params'])(block_keys)
+  params['layers'] = jax.vmap(
+    lambda k: Block(config).init(k, x, by, lambda query, *_: query)['params']
+  )(block_keys)
   return params
 
 
@@ -250,19 +259,41 @@ def _context(config: ModelConfig, keys: Array, first: int | Array, positions: Ar
       mask = visible & (positions[:, :, None] - _count_before(keys)[:, None] < config.window)
     if config.positions == 'rotary':
       by = rotary.rotation(config, positions, local=local)
-    context[local] = Context(mask, by)
+    context[local] = Context(mask, keys, by)
   return context
 
 
-def _layer(config: ModelConfig, write: Callable[..., tuple[Array, ...]] | None = None) -> _Layer:
-  """The function of one layer; `write` stores new keys and values and returns all there are."""
+def _layer(
+  config: ModelConfig,
+  write: Callable[..., tuple[Array, ...]] | None = None,
+  *,
+  local: bool | None = None,
+) -> _Layer:
+  """The function of one layer.
+
+  Args:
+    config: the architecture.
+    write: stores new keys and values and returns all there are; None: there is no cache.
+    local: whether the layer sees a window; None: the context alone tells, which differs by layer.
+  """
+  window = config.window if local else None
 
   def apply(params: Params, x: Array, context: Context) -> Array:
     run: Callable[..., Any] = functools.partial(Block(config).apply, {'params': params})
     query, *stored = run(x, context.rotation, method='project')
     if write is not None:
       stored = write(*stored)
-    return constrain_batch(run(x, query, *stored, context.mask, method='finish'))
+    if write is None:
+      masks = dict(mask=context.mask, real=context.real)
+      attend = functools.partial(attending.attend, config, **masks, window=window)
+    else:
+      attend = functools.partial(
+        attention,
+        mask=context.mask,
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
+      )
+    return constrain_batch(run(x, query, *stored, attend, method='finish'))
 
   if config.remat == 'none' or write is not None:
     return apply
@@ -291,9 +322,9 @@ def _unroll(
   parts = unstack_layers(params)['layers']
   kinds = config.is_local()
   if cache is None:
-    apply = _layer(config)
+    by_kind = {local: _layer(config, local=local) for local in context}
     for layer, local in zip(parts, kinds, strict=True):
-      x = apply(layer, x, context[local])
+      x = by_kind[local](layer, x, context[local])
     return x, None
   start = (0, 0, cache.index, 0)
   written: list[tuple[Array, ...]] = []
@@ -325,7 +356,7 @@ def _scan(
 
   kinds = jnp.asarray(config.is_local())
   if cache is None:
-    apply = _layer(config)
+    apply = _layer(config, local=next(iter(context)) if len(context) == 1 else None)
 
     def step(x: Array, layer: Any) -> tuple[Array, None]:
       return apply(layer[0], x, pick(layer[1])), None

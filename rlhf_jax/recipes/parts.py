@@ -157,7 +157,7 @@ def inherit(asked: ModelConfig, parent: ModelConfig) -> ModelConfig:
     value = getattr(asked, field.name)
     if value in (getattr(default, field.name), getattr(parent, field.name)):
       continue
-    if field.name not in ('dtype', 'vocab_chunk', 'remat', 'scan_layers'):
+    if field.name not in ('dtype', 'attention', 'vocab_chunk', 'remat', 'scan_layers'):
       raise ConfigError(
         f'model.{field.name}',
         value,
