@@ -5,6 +5,8 @@ differs from one kernel to another. A kernel works on what one device holds: on 
 maps it over rows and heads.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -30,8 +32,9 @@ def cudnn(query: Array, key: Array, value: Array, mask: Array, *, scale: float) 
   length = query.shape[2]
   # With a mask its backward pass wants an even number of columns.
   arrays, mask = _lengthen((query, key, value), _seeing(mask), length % 2)
+  query, key, value = (x.swapaxes(1, 2) for x in arrays)
   mixed = jax.nn.dot_product_attention(
-    *(x.swapaxes(1, 2) for x in arrays), mask=mask[:, None], scale=scale, implementation='cudnn'
+    query, key, value, mask=mask[:, None], scale=scale, implementation='cudnn'
   )
   return mixed.swapaxes(1, 2)[:, :, :length]
 
@@ -114,9 +117,10 @@ def splash(
     else splash_attention.LocalMask(shape, (window - 1, 0), 0)
   )
   names = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
+  blocks: dict[str, Any] = {f'block_{name}': block for name in names}
   kernel = splash_attention.make_splash_mha(
     splash_attention.MultiHeadMask([mask] * heads),
-    block_sizes=splash_attention.BlockSizes(**{f'block_{name}': block for name in names}),
+    block_sizes=splash_attention.BlockSizes(**blocks),
     head_shards=1,
     q_seq_shards=1,
     attn_logits_soft_cap=softcap,

@@ -78,8 +78,8 @@ def make_kl(parts: Parts) -> Callable[[Roles, Roles, Sequences], Array]:
   @jax.jit
   def kl(params: Roles, reference: Roles, sequences: Sequences) -> Array:
     if 'q_heads' not in params:
-      policies = (tree['policy'] for tree in (params, reference))
-      each = roles.response_kl(parts.model, *policies, sequences, temperature)
+      policy, frozen = params['policy'], reference['policy']
+      each = roles.response_kl(parts.model, policy, frozen, sequences, temperature)
       return masked_sum(each, sequences.response_mask, axis=-1)
     logits, reference_logits = (
       readout(parts, tree)(roles.response_states(parts.model, tree['policy'], sequences))

@@ -56,7 +56,7 @@ def test_compiled_programs_need_less_memory_the_more_is_recomputed() -> None:
     def total(params: Any) -> jax.Array:
       return decoder.hidden_states(config, params, tokens, mask)[0].sum()
 
-    compiled = jax.jit(jax.grad(total)).lower(make_params(config)).compile()
+    compiled: Any = jax.jit(jax.grad(total)).lower(make_params(config)).compile()
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
   none, dots, full = (temporaries(remat) for remat in ('none', 'dots', 'full'))

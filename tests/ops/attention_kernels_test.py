@@ -49,8 +49,8 @@ def assert_equal(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
 
   def check(a: jax.Array, b: jax.Array) -> None:
     assert a.dtype == b.dtype
-    wide = (x.astype(jnp.float32) for x in (a, b))
-    np.testing.assert_allclose(*wide, atol=tolerance, rtol=tolerance)
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
 
   jax.tree.map(check, actual, expected)
 
@@ -59,7 +59,8 @@ def assert_equal(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize(('window', 'softcap'), [(None, None), (3, None), (3, 2.0)])
 def test_splash_attention_equals_the_plain_one(window: int | None, softcap: float | None) -> None:
   """Its own text interpreted: padding as a segment, windows by column, soft-caps, shared heads."""
-  inputs, options = make_inputs(), dict(scale=0.3, softcap=softcap)
+  inputs = make_inputs()
+  options: Any = dict(scale=0.3, softcap=softcap)
   kernel = functools.partial(attention_kernels.splash, window=window, interpret=True, **options)
   plain = functools.partial(attention, **options)
   expected = run(plain, inputs, make_mask(window))
@@ -70,7 +71,7 @@ def test_splash_attention_equals_the_plain_one(window: int | None, softcap: floa
 def test_tokamax_equals_the_plain_one(window: int | None, softcap: float | None) -> None:
   """Whichever of its kernels this device gets."""
   pytest.importorskip('tokamax', reason="needs the extra 'kernels'")
-  options = dict(scale=0.3, softcap=softcap)
+  options: Any = dict(scale=0.3, softcap=softcap)
   kernel, plain = (functools.partial(f, **options) for f in (attention_kernels.tokamax, attention))
   arguments = make_inputs(), make_mask(window)
   assert_equal(run(kernel, *arguments), run(plain, *arguments))
@@ -80,7 +81,8 @@ def test_tokamax_equals_the_plain_one(window: int | None, softcap: float | None)
 @pytest.mark.parametrize('window', [None, 3])
 def test_cudnn_equals_the_plain_one(window: int | None) -> None:
   """To the precision of bfloat16, with an odd number of columns."""
-  kernel, plain = (functools.partial(f, scale=0.3) for f in (attention_kernels.cudnn, attention))
+  options: Any = dict(scale=0.3)
+  kernel, plain = (functools.partial(f, **options) for f in (attention_kernels.cudnn, attention))
   arguments = make_inputs('bfloat16', 64), make_mask(window)
   assert_equal(run(kernel, *arguments), run(plain, *arguments), 0.03)
 
@@ -91,6 +93,6 @@ def test_columns_added_for_a_kernel_change_nothing() -> None:
   longer, mask_of_longer = attention_kernels._lengthen(inputs, mask, 1)
   assert mask_of_longer.shape == (B, T + 1, T + 1) and not mask_of_longer[..., T].any()
   seen = REAL[:, None, :, None]
-  actual = attention(*longer, mask_of_longer, scale=0.3)[:, :, :T]
-  expected = attention(*inputs, mask, scale=0.3)
+  plain: Any = functools.partial(attention, scale=0.3)
+  actual, expected = plain(*longer, mask_of_longer)[:, :, :T], plain(*inputs, mask)
   np.testing.assert_allclose(actual * seen, expected * seen, rtol=1e-5, atol=1e-6)
