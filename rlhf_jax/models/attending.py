@@ -1,5 +1,6 @@
 """Which attention a decoder computes by: `ModelConfig.attention`, the backend, and the mesh."""
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -68,6 +69,13 @@ def resolve(config: ModelConfig, backend: str | None = None) -> str:
   if found is not None:
     raise ConfigError('model.attention', config.attention, *found)
   return config.attention
+
+
+def portable(config: ModelConfig) -> ModelConfig:
+  """The same decoder here: plain attention where that of its own machine cannot run."""
+  if objection(config.attention, config, jax.default_backend()) is None:
+    return config
+  return dataclasses.replace(config, attention='xla')
 
 
 def attend(

@@ -24,6 +24,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import Block, Norm, named
 from rlhf_jax.ops.attention import attention
 from rlhf_jax.sharding.mesh import constrain, constrain_batch
+from rlhf_jax.sharding.rules import DEFAULT_RULES
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -79,11 +80,14 @@ def unstack_layers(params: Params) -> Params:
   return rest | {'layers': tuple(parts)}
 
 
-def decoding_params(config: ModelConfig, params: Params) -> Params:
+def decoding_params(config: ModelConfig, params: Params, *, gather: bool = False) -> Params:
   """Parameters as a decode loop wants them, for `hidden_states` and `logits` of the same config.
 
   What the loop would do at every step is done once: matrices get the compute type, and blocks that
   are unrolled are parted. Every result is the same.
+
+  With `gather` weights are cut over the mesh's tensor axis alone, so that the loop does not bring
+  together at every token what training cuts over fsdp.
   """
 
   def cast(path: Any, leaf: Array) -> Array:
@@ -91,6 +95,8 @@ def decoding_params(config: ModelConfig, params: Params) -> Params:
     return leaf if path[-2:][0].key.endswith('norm') else leaf.astype(config.dtype)
 
   params = jax.tree_util.tree_map_with_path(cast, params)
+  if gather:
+    params = _gather(config, params)
   return params if config.scan_layers else unstack_layers(params)
 
 
@@ -172,6 +178,21 @@ def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
   if config.logit_softcap is not None:
     scores = config.logit_softcap * jnp.tanh(scores / config.logit_softcap)
   return scores[..., : config.vocab_size]
+
+
+def _gather(config: ModelConfig, params: Params) -> Params:
+  """Lays parameters whole over all mesh axes but tensor."""
+  cut = {logical for logical, axis in DEFAULT_RULES if axis == 'tensor'}
+  leaves = jax.tree_util.tree_leaves_with_path(
+    logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, tuple)
+  )
+  names = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+  def lay(path: Any, leaf: Array) -> Array:
+    axes = names.get(jax.tree_util.keystr(path), (None,) * leaf.ndim)
+    return constrain(leaf, *('tensor' if axis in cut else None for axis in axes))
+
+  return jax.tree_util.tree_map_with_path(lay, params)
 
 
 def _is_spec(leaf: object) -> bool:

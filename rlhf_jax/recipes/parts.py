@@ -154,12 +154,12 @@ def inherit(asked: ModelConfig, parent: ModelConfig) -> ModelConfig:
   parent's: it would be ignored.
   """
   default = ModelConfig()
-  changes = {}
+  changes: dict[str, Any] = {'attention': asked.attention}  # the machine's affair, not the model's
   for field in dataclasses.fields(ModelConfig):
     value = getattr(asked, field.name)
     if value in (getattr(default, field.name), getattr(parent, field.name)):
       continue
-    if field.name not in ('dtype', 'attention', 'vocab_chunk', 'remat', 'scan_layers'):
+    if field.name not in ('dtype', 'vocab_chunk', 'remat', 'scan_layers'):
       raise ConfigError(
         f'model.{field.name}',
         value,
