@@ -183,9 +183,9 @@ def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
 def _gather(config: ModelConfig, params: Params) -> Params:
   """Lays parameters whole over all mesh axes but tensor."""
   cut = {logical for logical, axis in DEFAULT_RULES if axis == 'tensor'}
-  leaves = jax.tree_util.tree_leaves_with_path(
-    logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, tuple)
-  )
+  axes = logical_axes(config)
+  axes['top_layers'] = axes['layers']
+  leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
   names = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
   def lay(path: Any, leaf: Array) -> Array:

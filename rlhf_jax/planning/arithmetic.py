@@ -62,16 +62,16 @@ def training_flops(
   """
   forward, blocks = (forward_flops(model, rows, scored=s) for s in (scored, False))
   readout = forward - blocks
-  kind = 'none' if adapter is None else adapter.kind
+  method = 'none' if adapter is None else adapter.method
   through = blocks
-  if adapter is not None and kind == 'last_layers':
+  if adapter is not None and method == 'last_layers':
     through *= adapter.last_layers / model.layers
   repeated = through if model.remat == 'full' else 0.0
   if model.vocab_chunk is not None or model.remat != 'none':
     repeated += readout
-  if kind == 'none':
+  if method == 'none':
     return forward + 2.0 * (through + readout) + repeated
-  return forward + (1.0 if kind == 'lora' else 2.0) * through + readout + repeated
+  return forward + (1.0 if method == 'lora' else 2.0) * through + readout + repeated
 
 
 def generation_flops(model: ModelConfig, rows: Rows) -> float:

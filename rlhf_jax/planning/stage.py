@@ -45,6 +45,7 @@ class PlannedTokenizer(NamedTuple):
   vocab_size: int
   eos_id: int = 0
   pad_id: int = 0
+  stops: tuple[int, ...] = ()
 
 
 class PlannedRun(NamedTuple):
@@ -101,7 +102,7 @@ class PlannedStage(NamedTuple):
     """Shapes and shardings of what is read and never trained, by role."""
     objective = objective_of(self.config.objective)
     online = objective.data == 'prompts'
-    in_part = self.config.adapter.kind != 'none'
+    in_part = self.config.adapter.method != 'none'
     needed = online or in_part or objective.reference(self.config.objective)
     frozen = {}
     if self.config.policy.init is not None and needed:
@@ -114,7 +115,7 @@ class PlannedStage(NamedTuple):
     """The policy's parent, laid out for training in part where a part of it is trained."""
     adapter, model = self.config.adapter, self.model
     axes = decoder.logical_axes(model)
-    if adapter.kind == 'last_layers':
+    if adapter.method == 'last_layers':
       axes['top_layers'] = axes['layers']
     return placed(axes, lambda key: adapters.base_of(adapter, decoder.init(model, key)), self.mesh)
 

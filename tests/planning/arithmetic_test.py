@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.models import decoder, roles
+from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.cache import init_cache
 from rlhf_jax.planning import arithmetic
 from rlhf_jax.planning.arithmetic import Rows
@@ -57,6 +58,21 @@ def test_operations_are_near_the_count_of_the_compiler(remat: str) -> None:
   repeats = 4 if remat == 'full' else 3
   training = arithmetic.training_flops(config, ROWS) + repeats * hidden
   assert training == pytest.approx(count(jax.grad(forward)), rel=0.15)
+
+
+def test_what_is_trained_in_part_takes_less() -> None:
+  """LoRA has no gradients of weights; the last of two layers half a backward pass."""
+  config = make_config(**WIDE)
+  blocks = arithmetic.forward_flops(config, ROWS, scored=False)
+  readout = arithmetic.forward_flops(config, ROWS) - blocks
+  parts = {
+    'none': 3 * blocks + 3 * readout,
+    'lora': 2 * blocks + 2 * readout,
+    'last_layers': 2 * blocks + 2 * readout,
+  }
+  for method, expected in parts.items():
+    adapter = AdapterConfig(method=method)
+    assert arithmetic.training_flops(config, ROWS, adapter) == pytest.approx(expected)
 
 
 def test_windows_bound_what_is_seen() -> None:

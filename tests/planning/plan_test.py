@@ -12,6 +12,8 @@ import pytest
 from rlhf_jax.common.errors import ConfigError, UserError
 from rlhf_jax.config import InitConfig
 from rlhf_jax.data.config import DataConfig
+from rlhf_jax.models.adapters import AdapterConfig
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.planning import plan as plans
 from rlhf_jax.planning import report
 from rlhf_jax.planning.accelerators import ACCELERATORS, accelerator
@@ -39,12 +41,16 @@ def make_config(case: str, parents: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('case', ['ppo', 'dpo', 'reward_model', 'ilql'])
+@pytest.mark.parametrize(
+  ('case', 'adapter'),
+  [('ppo', 'none'), ('dpo', 'lora'), ('reward_model', 'none'), ('ilql', 'none')],
+)
 def test_what_is_resident_is_what_lives_on_the_devices(
-  case: str, parents: Path, quick_compilation: None
+  case: str, adapter: str, parents: Path, quick_compilation: None
 ) -> None:
   """State, reference and reward model of a real stage: live bytes of every device within 10%."""
   config = make_config(case, parents)
+  config.adapter = AdapterConfig(method=adapter)
   before = live_bytes()
   built = tiny.build_recipe(config, 8)
   with jax.set_mesh(built.mesh):
@@ -85,8 +91,7 @@ def test_a_plan_of_ppo_has_every_role(parents: Path, quick_compilation: None) ->
 def test_parents_need_not_have_been_run() -> None:
   """A config stands for its stage; the vocabulary of the embedded task is known."""
   config = tiny.make_config('dpo', mesh=MESH, policy=InitConfig(init='configs/sft.py'))
-  config.model = dataclasses.replace(tiny.MODEL, width=64, layers=2, heads=4, mlp_width=172)
-  config.model.vocab_multiple = 1
+  config.model = ModelConfig()
   stage = plan_stage(config, make_mesh(MeshConfig(data=8)), 0)
   assert stage.model.vocab_size > 10 and set(stage.frozen()) == {'reference'}
   batch = abstract_batch(config, stage.mesh)
@@ -102,3 +107,16 @@ def test_what_a_plan_cannot_know_is_asked_for() -> None:
   assert plan_stage(config, make_mesh(MESH), 96).model.vocab_size == 96
   with pytest.raises(UserError, match='H100'):
     accelerator('abacus')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['lora', 'last_layers'])
+def test_training_in_part_is_planned(method: str, parents: Path, quick_compilation: None) -> None:
+  """The optimizer has what is trained alone; the reference is what stays, at no further memory."""
+  config = tiny.make_config('dpo', mesh=MESH, policy=InitConfig(init='configs/sft.py'))
+  config.adapter = AdapterConfig(method=method)
+  config.model = ModelConfig()
+  stage = plan_stage(config, make_mesh(MeshConfig(data=8)), 0)
+  plan = plans.make_plan(stage)
+  assert plan.resident['policy'] < plan.resident['reference (frozen)']
+  assert plan.resident['optimizer'] == pytest.approx(2 * plan.resident['policy'], rel=0.05)
