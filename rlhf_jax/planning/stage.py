@@ -20,6 +20,7 @@ from rlhf_jax.common.types import (
 )
 from rlhf_jax.config import ExperimentConfig, field_of, is_term, load_config, path_of
 from rlhf_jax.data.config import EMBEDDED, DataConfig
+from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.models import adapters, decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
@@ -31,7 +32,6 @@ from rlhf_jax.recipes.parts import (
   inherit,
   make_tokenizer,
 )
-from rlhf_jax.runs import Run
 from rlhf_jax.sharding.rules import placed
 from rlhf_jax.stages import load_data
 
@@ -199,8 +199,8 @@ def _policy_model(config: ExperimentConfig, vocab_size: int, chain: tuple[str, .
     if config.model.vocab_size:
       return config.model
     return config.model.with_vocabulary(vocab_size or _vocabulary(config.data))
-  if pathlib.Path(init).is_dir():
-    parent = Run(init).model
+  if is_source(init):
+    parent = open_source(init).model
   else:
     parent = _policy_model(_config_of('policy', init, chain), vocab_size, (*chain, init))
   return inherit(config.model, parent)
@@ -209,9 +209,10 @@ def _policy_model(config: ExperimentConfig, vocab_size: int, chain: tuple[str, .
 def _reward_run(
   config: ExperimentConfig, role: str, init: str, vocab_size: int, policy: ModelConfig
 ) -> PlannedRun:
-  if pathlib.Path(init).is_dir():
-    run = Run(init)
-    return PlannedRun(run.model, objective_of(run.config.objective).by_token)
+  if is_source(init):
+    run = open_source(init)
+    model = dataclasses.replace(run.model, attention='xla', scan_layers=policy.scan_layers)
+    return PlannedRun(model, objective_of(run.config.objective).by_token)
   needed = _config_of(role, init, ())
   model = _policy_model(needed, vocab_size, (init,))
   if model.vocab_size != policy.vocab_size:
@@ -226,7 +227,7 @@ def _reward_run(
 
 def _config_of(role: str, init: str, chain: tuple[str, ...]) -> ExperimentConfig:
   if not pathlib.Path(init.partition(':')[0]).is_file():
-    raise ConfigError(path_of(role), init, 'a run directory or a config file')
+    raise ConfigError(path_of(role), init, 'a run directory, a checkpoint folder or a config file')
   if init in chain:
     raise ConfigError(path_of(role), init, 'a stage that does not start from itself')
   found = load_config(init)

@@ -120,3 +120,29 @@ def test_training_in_part_is_planned(method: str, parents: Path, quick_compilati
   plan = plans.make_plan(stage)
   assert plan.resident['policy'] < plan.resident['reference (frozen)']
   assert plan.resident['optimizer'] == pytest.approx(2 * plan.resident['policy'], rel=0.05)
+
+
+def test_a_checkpoint_folder_needs_no_weights_to_be_planned(tmp_path: Path) -> None:
+  """Its config.json says all: a Llama of 8B parameters."""
+  values = {
+    'model_type': 'llama',
+    'architectures': ['LlamaForCausalLM'],
+    'vocab_size': 128_256,
+    'hidden_size': 4096,
+    'num_hidden_layers': 32,
+    'num_attention_heads': 32,
+    'num_key_value_heads': 8,
+    'intermediate_size': 14_336,
+    'max_position_embeddings': 8192,
+    'rms_norm_eps': 1e-5,
+    'rope_theta': 500_000.0,
+    'hidden_act': 'silu',
+    'tie_word_embeddings': False,
+  }
+  (tmp_path / 'config.json').write_text(json.dumps(values), 'utf-8')
+  config = tiny.make_config('dpo', mesh=MESH, policy=InitConfig(init=str(tmp_path)))
+  config.model = ModelConfig(dtype='bfloat16')
+  stage = plan_stage(config, make_mesh(MESH), 0)
+  sizes = [leaf.size for leaf in jax.tree.leaves(stage.frozen()['reference'])]
+  assert sum(sizes) == pytest.approx(8.03e9, rel=0.01)
+  assert stage.model.dtype == 'bfloat16' and stage.model.scan_layers
