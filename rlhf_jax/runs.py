@@ -27,7 +27,7 @@ from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import KINDS, canonical_json, differences, from_dict
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.tokenizers import load as load_tokenizer
-from rlhf_jax.models import adapters, roles
+from rlhf_jax.models import adapters, attending, roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of
 from rlhf_jax.sharding.rules import placed
@@ -159,7 +159,8 @@ class Run:
   def model(self) -> Any:
     """The decoder of the run, with its vocabulary size filled in, or its policy for control."""
     values = self.require_result()['model']
-    return from_dict(KINDS.get(values.get('kind'), ModelConfig), values)
+    model = from_dict(KINDS.get(values.get('kind'), ModelConfig), values)
+    return attending.portable(model) if isinstance(model, ModelConfig) else model
 
   def tokenizer(self) -> Tokenizer:
     """The tokenizer of the run."""

@@ -22,7 +22,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
   ('root',),
   ('experiments',),
 )
-ROOT_UNIT = ('config', 'config_values', 'hf_folder', 'recipes', 'runs', 'stages', 'study')
+ROOT_UNIT = (
+  'config',
+  'config_values',
+  'hf_folder',
+  'planning',
+  'recipes',
+  'runs',
+  'stages',
+  'study',
+)
 LAYER_OF = {unit: layer for layer, units in enumerate(LAYERS) for unit in units}
 
 # Slow to import, heavy, optional, or missing on some machines: only functions that need them import

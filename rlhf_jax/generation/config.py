@@ -5,6 +5,8 @@ import math
 
 from rlhf_jax.common.errors import ConfigError
 
+WEIGHTS = ('sharded', 'gathered')
+
 
 @dataclasses.dataclass(kw_only=True)
 class GenerationConfig:
@@ -24,11 +26,17 @@ class GenerationConfig:
   stop_at_eos: bool = True
   # Further token ids that end a response; they belong to it.
   stop_tokens: tuple[int, ...] = ()
+  # Where weights lie over the mesh's fsdp axis while responses are sampled: 'sharded' as in
+  # training, so that every token gathers scanned layers anew; 'gathered' once for all tokens, which
+  # takes the memory of all weights in the compute type, divided by the tensor axis.
+  weights: str = 'sharded'
 
   def validate(self, path: str) -> None:
     """Raises ConfigError, naming the field below `path`, for values that cannot work."""
     if not (self.temperature >= 0 and math.isfinite(self.temperature)):
       raise ConfigError(f'{path}.temperature', self.temperature, 'a finite number, 0 or above')
+    if self.weights not in WEIGHTS:
+      raise ConfigError(f'{path}.weights', self.weights, f'one of {", ".join(WEIGHTS)}')
     if self.top_k < 0:
       raise ConfigError(f'{path}.top_k', self.top_k, 'a number of tokens, or 0 for all')
     if not 0.0 < self.top_p <= 1.0:

@@ -103,7 +103,7 @@ def generate(
   )
   if max_new_tokens < 1:
     raise ValueError(f'max_new_tokens={max_new_tokens}: expected at least 1.')
-  params = decoder.decoding_params(model, params)
+  params = decoder.decoding_params(model, params, gather=config.weights == 'gathered')
   if readout is None:
     readout = functools.partial(decoder.logits, model, params)
   stops = config.stop_tokens if eos_id < 0 else (eos_id, *config.stop_tokens)

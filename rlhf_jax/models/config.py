@@ -12,6 +12,7 @@ ROTARY_SCALINGS = ('none', 'linear', 'llama3')
 ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh')
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'dots', 'full')
+ATTENTIONS = ('xla', 'cudnn', 'tokamax', 'splash', 'auto')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -105,6 +106,14 @@ class ModelConfig:
   # Type of activations and of matrix products: 'float32' or 'bfloat16'. Parameters, norms,
   # softmaxes and log-probs are float32 whatever this says.
   dtype: str = 'float32'
+  # What computes attention over whole sequences (decoding steps are always plain): 'xla', plain and
+  # everywhere; 'cudnn', NVIDIA GPUs in bfloat16; 'splash', TPUs; 'tokamax', the kernel which that
+  # library finds for the device (extra `kernels`); 'auto': cudnn, splash or xla, whichever can.
+  attention: str = 'xla'
+  # How many ids' logits each device holds at a time where responses are scored: log-probs and
+  # entropies then never need [rows, response, vocabulary] float32 logits, which their backward pass
+  # computes again. None: all at once, which is faster where they fit.
+  vocab_chunk: int | None = None
   # What a block's backward pass recomputes: 'none', 'dots' (all but matrix products), 'full' (all).
   remat: str = 'none'
   # True: one compiled block, scanned over the layers (deep models: compile time). False: unrolled,
@@ -173,6 +182,7 @@ def _check_choices(config: ModelConfig, path: str) -> None:
     'rotary_scaling': ROTARY_SCALINGS,
     'dtype': DTYPES,
     'remat': REMATS,
+    'attention': ATTENTIONS,
   }
   for name, allowed in choices.items():
     value = getattr(config, name)
@@ -195,7 +205,7 @@ def _check_sizes(config: ModelConfig, path: str) -> None:
   names = ['vocab_multiple', 'width', 'layers', 'heads', 'mlp_width', 'norm_epsilon', 'max_length']
   names += ['embedding_scale']
   optional = ['kv_heads', 'head_dim', 'query_scale', 'window', 'attention_softcap']
-  optional += ['logit_softcap', 'init_std', 'rotary_local_theta']
+  optional += ['logit_softcap', 'init_std', 'rotary_local_theta', 'vocab_chunk']
   names += [name for name in optional if getattr(config, name) is not None]
   for name in names:
     value = getattr(config, name)

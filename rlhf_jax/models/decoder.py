@@ -18,20 +18,29 @@ import jax.numpy as jnp
 
 from rlhf_jax.common.checks import ShapeError, check_shapes
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.models import rotary
+from rlhf_jax.models import attending, rotary
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import Block, Norm, named
+from rlhf_jax.ops.attention import attention
 from rlhf_jax.sharding.mesh import constrain, constrain_batch
+from rlhf_jax.sharding.rules import DEFAULT_RULES
 
 Array = jax.Array
 Params = dict[str, Any]
 
 
 class Context(NamedTuple):
-  """What a layer needs to know of the tokens: `[B, T, S]` bool mask, and the rotation if any."""
+  """What a layer needs to know of the tokens.
+
+  Attributes:
+    mask: `[B, T, S]` bool, which columns each token sees.
+    real: `[B, S]` bool, columns that hold real tokens.
+    rotation: of queries and keys; None: positions are learned.
+  """
 
   mask: Array
+  real: Array
   rotation: rotary.Rotation | None
 
 
@@ -71,11 +80,14 @@ def unstack_layers(params: Params) -> Params:
   return rest | {'layers': tuple(parts)}
 
 
-def decoding_params(config: ModelConfig, params: Params) -> Params:
+def decoding_params(config: ModelConfig, params: Params, *, gather: bool = False) -> Params:
   """Parameters as a decode loop wants them, for `hidden_states` and `logits` of the same config.
 
   What the loop would do at every step is done once: matrices get the compute type, and blocks that
   are unrolled are parted. Every result is the same.
+
+  With `gather` weights are cut over the mesh's tensor axis alone, so that the loop does not bring
+  together at every token what training cuts over fsdp.
   """
 
   def cast(path: Any, leaf: Array) -> Array:
@@ -83,6 +95,8 @@ def decoding_params(config: ModelConfig, params: Params) -> Params:
     return leaf if path[-2:][0].key.endswith('norm') else leaf.astype(config.dtype)
 
   params = jax.tree_util.tree_map_with_path(cast, params)
+  if gather:
+    params = _gather(config, params)
   return params if config.scan_layers else unstack_layers(params)
 
 
@@ -166,6 +180,21 @@ def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
   return scores[..., : config.vocab_size]
 
 
+def _gather(config: ModelConfig, params: Params) -> Params:
+  """Lays parameters whole over all mesh axes but tensor."""
+  cut = {logical for logical, axis in DEFAULT_RULES if axis == 'tensor'}
+  axes = logical_axes(config)
+  axes['top_layers'] = axes['layers']
+  leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+  names = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+  def lay(path: Any, leaf: Array) -> Array:
+    axes = names.get(jax.tree_util.keystr(path), (None,) * leaf.ndim)
+    return constrain(leaf, *('tensor' if axis in cut else None for axis in axes))
+
+  return jax.tree_util.tree_map_with_path(lay, params)
+
+
 def _is_spec(leaf: object) -> bool:
   return isinstance(leaf, jax.sharding.PartitionSpec)
 
@@ -197,9 +226,10 @@ def _init_boxed(config: ModelConfig, key: Array) -> Params:
   if config.norm_placement != 'post':
     params['final_norm'] = _final_norm(config).init(key, x)['params']
   by = rotary.rotation(config, jnp.zeros((1, 1), jnp.int32), local=False)
-  sees = jnp.ones((1, 1, 1), bool)
   block_keys = jax.random.split(keys['layers'], config.layers)
-  params['layers'] = jax.vmap(lambda k: Block(config).init(k, x, by, sees)['params'])(block_keys)
+  params['layers'] = jax.vmap(
+    lambda k: Block(config).init(k, x, by, lambda query, *_: query)['params']
+  )(block_keys)
   return params
 
 
@@ -250,19 +280,41 @@ def _context(config: ModelConfig, keys: Array, first: int | Array, positions: Ar
       mask = visible & (positions[:, :, None] - _count_before(keys)[:, None] < config.window)
     if config.positions == 'rotary':
       by = rotary.rotation(config, positions, local=local)
-    context[local] = Context(mask, by)
+    context[local] = Context(mask, keys, by)
   return context
 
 
-def _layer(config: ModelConfig, write: Callable[..., tuple[Array, ...]] | None = None) -> _Layer:
-  """The function of one layer; `write` stores new keys and values and returns all there are."""
+def _layer(
+  config: ModelConfig,
+  write: Callable[..., tuple[Array, ...]] | None = None,
+  *,
+  local: bool | None = None,
+) -> _Layer:
+  """The function of one layer.
+
+  Args:
+    config: the architecture.
+    write: stores new keys and values and returns all there are; None: there is no cache.
+    local: whether the layer sees a window; None: the context alone tells, which differs by layer.
+  """
+  window = config.window if local else None
 
   def apply(params: Params, x: Array, context: Context) -> Array:
     run: Callable[..., Any] = functools.partial(Block(config).apply, {'params': params})
     query, *stored = run(x, context.rotation, method='project')
     if write is not None:
       stored = write(*stored)
-    return constrain_batch(run(x, query, *stored, context.mask, method='finish'))
+    if write is None:
+      masks = dict(mask=context.mask, real=context.real)
+      attend = functools.partial(attending.attend, config, **masks, window=window)
+    else:
+      attend = functools.partial(
+        attention,
+        mask=context.mask,
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
+      )
+    return constrain_batch(run(x, query, *stored, attend, method='finish'))
 
   if config.remat == 'none' or write is not None:
     return apply
@@ -291,9 +343,9 @@ def _unroll(
   parts = unstack_layers(params)['layers']
   kinds = config.is_local()
   if cache is None:
-    apply = _layer(config)
+    by_kind = {local: _layer(config, local=local) for local in context}
     for layer, local in zip(parts, kinds, strict=True):
-      x = apply(layer, x, context[local])
+      x = by_kind[local](layer, x, context[local])
     return x, None
   start = (0, 0, cache.index, 0)
   written: list[tuple[Array, ...]] = []
@@ -325,7 +377,7 @@ def _scan(
 
   kinds = jnp.asarray(config.is_local())
   if cache is None:
-    apply = _layer(config)
+    apply = _layer(config, local=next(iter(context)) if len(context) == 1 else None)
 
     def step(x: Array, layer: Any) -> tuple[Array, None]:
       return apply(layer[0], x, pick(layer[1])), None

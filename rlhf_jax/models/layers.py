@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from rlhf_jax.models import rotary
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.ops.attention import attention
 
 Array = jax.Array
 Names = tuple[str | None, ...]
 Initializer = Callable[..., Any]
+# Queries `[B, H, T, D]`, keys and values `[B, K, S, D]` -> `[B, H, T, D]`.
+Attend = Callable[[Array, Array, Array], Array]
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   'silu': jax.nn.silu,
@@ -222,14 +223,10 @@ class Block(nn.Module):
       query, key = rotary.rotate(query, by), rotary.rotate(key, by)
     return query, key, value
 
-  def finish(self, x: Array, query: Array, key: Array, value: Array, mask: Array) -> Array:
+  def finish(self, x: Array, query: Array, key: Array, value: Array, attend: Attend) -> Array:
     """The rest of the layer: attention over all given keys, output projection, MLP, residuals."""
     config = self.config
-    mixed = self.out(
-      attention(
-        query, key, value, mask, scale=config.attention_scale, softcap=config.attention_softcap
-      )
-    )
+    mixed = self.out(attend(query, key, value))
     if config.norm_placement == 'post':
       x = self.attention_post_norm(x + mixed)
       return self.mlp_post_norm(x + self.mlp(x))
@@ -241,5 +238,5 @@ class Block(nn.Module):
       hidden = self.mlp_post_norm(hidden)
     return attended + hidden
 
-  def __call__(self, x: Array, by: rotary.Rotation | None, mask: Array) -> Array:
-    return self.finish(x, *self.project(x, by), mask)
+  def __call__(self, x: Array, by: rotary.Rotation | None, attend: Attend) -> Array:
+    return self.finish(x, *self.project(x, by), attend)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from rlhf_jax.common.types import QOutput, Sequences
 from rlhf_jax.models import decoder
+from rlhf_jax.models.chunked_readout import Readout, TokenScores, token_scores
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.readout import decoder_scores, scores_of_logits
 from rlhf_jax.models.roles import response_states
-from rlhf_jax.ops.logprobs import token_logprobs
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -36,10 +37,13 @@ def _head_axes(outputs: str | None) -> Params:
   }
 
 
-def _head(params: Params, hidden: Array) -> Array:
+def _units(params: Params, hidden: Array) -> Array:
   hidden = hidden.astype(jnp.float32)
-  units = jax.nn.relu(hidden @ params['hidden']['kernel'] + params['hidden']['bias'])
-  return units @ params['out']['kernel'] + params['out']['bias']
+  return jax.nn.relu(hidden @ params['hidden']['kernel'] + params['hidden']['bias'])
+
+
+def _head(params: Params, hidden: Array) -> Array:
+  return _units(params, hidden) @ params['out']['kernel'] + params['out']['bias']
 
 
 def q_heads_init(config: ModelConfig, key: Array) -> Params:
@@ -79,19 +83,17 @@ def q_output(
   values = _head(heads['v'], hidden)[..., 0]
   after = jnp.concatenate([mask[:, 1:], jnp.zeros_like(mask[:, :1])], axis=1)
   shifted = jnp.concatenate([values[:, 1:], jnp.zeros_like(values[:, :1])], axis=1)
-  tables = [_q_table(config, heads[name], hidden) for name in ('q1', 'q2')]
-  slow = [_q_table(config, target[name], jax.lax.stop_gradient(hidden)) for name in ('q1', 'q2')]
-
-  def taken(table: Array) -> Array:
-    return jnp.take_along_axis(table, tokens[..., None], axis=-1)[..., 0]
-
+  q, slow = (
+    [_q_scores(config, tree[name], states, tokens) for name in ('q1', 'q2')]
+    for tree, states in ((heads, hidden), (target, jax.lax.stop_gradient(hidden)))
+  )
   return QOutput(
-    logprobs=token_logprobs(decoder.logits(config, params, hidden), tokens),
+    logprobs=decoder_scores(config, params, hidden, tokens).logprobs,
     values=values,
     next_values=jnp.where(after, shifted, 0.0),
-    q=jnp.stack([taken(table) for table in tables]),
-    target_q=jax.lax.stop_gradient(jnp.minimum(taken(slow[0]), taken(slow[1]))),
-    q_nll=jnp.stack([-token_logprobs(table, tokens) for table in tables]),
+    q=jnp.stack([scores.chosen for scores in q]),
+    target_q=jax.lax.stop_gradient(jnp.minimum(slow[0].chosen, slow[1].chosen)),
+    q_nll=jnp.stack([-scores.logprobs for scores in q]),
   )
 
 
@@ -102,6 +104,15 @@ def tilted_logits(
   logprobs = jax.nn.log_softmax(decoder.logits(config, params, hidden), axis=-1)
   q = jnp.minimum(*(_q_table(config, target[name], hidden) for name in ('q1', 'q2')))
   return logprobs + beta * (q - _head(heads['v'], hidden))
+
+
+def _q_scores(config: ModelConfig, params: Params, hidden: Array, tokens: Array) -> TokenScores:
+  """Q of given tokens, and the normalizer over all."""
+  if config.vocab_chunk is None:
+    return scores_of_logits(_q_table(config, params, hidden), tokens)
+  how = Readout(config.vocab_size, config.vocab_chunk, vocab_axis=1)
+  out = params['out']
+  return token_scores(how, _units(params, hidden), out['kernel'], out['bias'], tokens)
 
 
 def _q_table(config: ModelConfig, params: Params, hidden: Array) -> Array:

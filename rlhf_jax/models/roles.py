@@ -15,7 +15,7 @@ from rlhf_jax.common.types import PolicyOutput, Sequences
 from rlhf_jax.models import decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import scalar_head, scalar_head_axes, scalar_head_init
-from rlhf_jax.ops.logprobs import entropy, token_logprobs
+from rlhf_jax.models.readout import decoder_kl, decoder_scores
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -53,15 +53,8 @@ def policy_output(
   _check_temperature(temperature)
   hidden = response_states(config, params, sequences)
 
-  def read(params: Params, hidden: Array, tokens: Array) -> tuple[Array, Array]:
-    scores = decoder.logits(config, params, hidden) / temperature
-    return token_logprobs(scores, tokens), entropy(scores)
-
-  if config.remat != 'none':
-    # Several [B, R, V] float32 arrays would otherwise wait for the backward pass.
-    read = jax.checkpoint(read)
-  outer = {name: value for name, value in params.items() if name != 'layers'}
-  logprobs, entropies = read(outer, hidden, sequences.response)
+  scores = decoder_scores(config, params, hidden, sequences.response, temperature)
+  logprobs, entropies = scores.logprobs, scores.entropy
   if value_head is None:
     return PolicyOutput(logprobs=logprobs, entropy=entropies)
   if value_trunk is not None:
@@ -77,6 +70,21 @@ def response_logits(
   """`[B, R, V]` float32 logits from which each response token is drawn, over the temperature."""
   _check_temperature(temperature)
   return decoder.logits(config, params, response_states(config, params, sequences)) / temperature
+
+
+def response_kl(
+  config: ModelConfig,
+  params: Params,
+  reference: Params,
+  sequences: Sequences,
+  temperature: float,
+) -> Array:
+  """`[B, R]` float32 KL(policy || reference) of the next token where each response token stands."""
+  _check_temperature(temperature)
+  policy, frozen = (
+    (tree, response_states(config, tree, sequences)) for tree in (params, reference)
+  )
+  return decoder_kl(config, policy, frozen, temperature)
 
 
 def init_reward_model(config: ModelConfig, key: Array) -> Params:

@@ -156,7 +156,9 @@ def curated(parts: Parts, columns: Columns) -> Dataset:
 def make_trees(parts: Parts) -> Trees:
   """What the stage trains: a policy, a reward model, or a policy with Q heads."""
   model, mesh = parts.model, parts.mesh
-  frozen = frozen_part(parts, model, parts.reference)
+  # Where all of the decoder is trained, the reference is not even loaded for this.
+  in_part = parts.config.adapter.method != 'none'
+  frozen = frozen_part(parts, model, parts.reference) if in_part else {}
   if objective_of(parts.config.objective).trains == 'reward_model':
     return Trees(
       {'reward_model': abstract_trained_reward_model(parts)},

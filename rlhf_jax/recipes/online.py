@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from rlhf_jax.recipes.parts import (
 )
 from rlhf_jax.recipes.policies import make_sampler, temperature_of
 from rlhf_jax.recipes.rewards import FrozenRewardModel, load_reward_model, make_reward
-from rlhf_jax.recipes.trainer import Trees, make_trainer
+from rlhf_jax.recipes.trainer import Trainer, Trees, make_trainer
 from rlhf_jax.rollout.rollout import Judges, Sampled, Scored, assemble
 from rlhf_jax.rollout.shaping import truncate_for_scoring
 from rlhf_jax.sharding.mesh import put_batch
@@ -139,16 +139,16 @@ def online_questions(parts: Parts, reward_model: FrozenRewardModel | None) -> li
 
 
 def make_judges(parts: Parts, policy: Callable[[Any, Sequences], PolicyOutput]) -> Judges:
-  """Policy, reference and logits, all at the one sampling temperature."""
+  """Policy, reference and their exact KL, all at the one sampling temperature."""
   temperature = temperature_of(parts)
 
   def reference(params: Any, rows: Sequences) -> PolicyOutput:
     return roles.policy_output(parts.model, params, rows, temperature=temperature)
 
-  def logits(params: Any, rows: Sequences) -> Array:
-    return roles.response_logits(parts.model, params, rows, temperature=temperature)
+  def exact_kl(params: Any, reference: Any, rows: Sequences) -> Array:
+    return roles.response_kl(parts.model, params, reference, rows, temperature)
 
-  return Judges(policy, reference, logits)
+  return Judges(policy, reference, exact_kl)
 
 
 def make_rollout_sampler(
@@ -166,20 +166,17 @@ def make_rollout_sampler(
   return sample
 
 
-def make_rollout(
-  parts: Parts,
-  policy: Callable[[Any, Sequences], PolicyOutput],
-  reward_model: FrozenRewardModel | None,
-  trees: Trees,
-) -> Callable[[TrainState, Any], Prepared]:
-  """An iteration before its updates: samples, scores, and what the objective makes of them."""
+def make_completion(
+  parts: Parts, policy: Callable[[Any, Sequences], PolicyOutput]
+) -> Callable[[Any, Any, Any, Sampled, Scored], tuple[Collected, Metrics]]:
+  """Jitted: from scored samples, with the log-probs of all who judge them, to what is learnt from.
+
+  Its arguments are params by role, the reference's decoder, the objective's carry, and the samples.
+  """
   config = parts.config
   collect = objective_of(config.objective).collect
   assert collect is not None
-  sample, reward = make_rollout_sampler(parts), make_reward(parts, reward_model)
   judges = make_judges(parts, policy)
-  demands = demands_of(config.objective)
-  from_reference = demands.sampler == 'reference'
 
   @jax.jit
   def complete(
@@ -189,6 +186,22 @@ def make_rollout(
       config.rollout, judges, params, frozen, sampled, scored, config.accumulation
     )
     return collect(config.objective, experience, carry), metrics
+
+  return complete
+
+
+def make_rollout(
+  parts: Parts,
+  policy: Callable[[Any, Sequences], PolicyOutput],
+  reward_model: FrozenRewardModel | None,
+  trees: Trees,
+) -> Callable[[TrainState, Any], Prepared]:
+  """An iteration before its updates: samples, scores, and what the objective makes of them."""
+  config = parts.config
+  sample, reward = make_rollout_sampler(parts), make_reward(parts, reward_model)
+  complete = make_completion(parts, policy)
+  demands = demands_of(config.objective)
+  from_reference = demands.sampler == 'reference'
 
   # A batch that straddles two epochs may hold a prompt twice: its rows draw by their place in the
   # batch (the stream already differs from step to step).
@@ -207,15 +220,26 @@ def make_rollout(
   return prepare
 
 
-def build_online(parts: Parts) -> Recipe:
-  """The recipe of objectives that eat prompts: every step is a rollout and its updates."""
+class Learner(NamedTuple):
+  """What is trained, and how.
+
+  Attributes:
+    policy: `(params by role, sequences) -> PolicyOutput`, with values where there is a value head.
+    trees: what is trained.
+    trainer: its state and its update.
+  """
+
+  policy: Callable[[Any, Sequences], PolicyOutput]
+  trees: Trees
+  trainer: Trainer
+
+
+def make_learner(parts: Parts, reward_model: FrozenRewardModel | None) -> Learner:
+  """The trained side of an objective that learns from its own samples; it reads no data."""
   config = parts.config
   row = objective_of(config.objective)
-  reward_model = load_reward_model(parts)
   value_model = value_model_of(parts, reward_model)
   policy = make_policy(parts, value_model)
-  columns = probes.prompt_columns(parts, 'train', None)
-  batches = pipeline.batches(columns, config.batch_size, config.seed)
 
   def loss(params: Any, batch: Any) -> Any:
     return row.loss(config.objective, Actors(policy=policy), params, batch)
@@ -226,7 +250,16 @@ def build_online(parts: Parts) -> Recipe:
     row.carry(config.objective),
     frozen=frozen_params(parts, value_model, reward_model),
   )
-  trainer = make_trainer(parts, trees, loss)
+  return Learner(policy, trees, make_trainer(parts, trees, loss))
+
+
+def build_online(parts: Parts) -> Recipe:
+  """The recipe of objectives that eat prompts: every step is a rollout and its updates."""
+  config = parts.config
+  reward_model = load_reward_model(parts)
+  policy, trees, trainer = make_learner(parts, reward_model)
+  columns = probes.prompt_columns(parts, 'train', None)
+  batches = pipeline.batches(columns, config.batch_size, config.seed)
   questions = online_questions(parts, reward_model)
   return Recipe(
     trainer.abstract,

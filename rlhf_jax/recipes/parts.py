@@ -16,7 +16,7 @@ from rlhf_jax.data import templates, tokenizers
 from rlhf_jax.data.config import TRAINED_TOKENIZERS, DataConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.dataset import Feedback
-from rlhf_jax.models import adapters, decoder, heads, q_heads, roles
+from rlhf_jax.models import adapters, attending, decoder, heads, q_heads, roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.runs import Run
@@ -78,7 +78,8 @@ def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: F
 
   Raises:
     ConfigError: the batch does not divide over the mesh, the parents' tokenizers or chat templates
-      differ, or the decoder cannot hold the sequences or the vocabulary.
+      differ, the decoder cannot hold the sequences or the vocabulary, or its attention cannot run
+      here.
   """
   mesh = check_devices(config)
   assert isinstance(config.model, ModelConfig), 'validate() demands it of texts'
@@ -96,6 +97,7 @@ def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: F
   check_length(model, config)
   check_tokens(config, model)
   config.adapter.check(model, 'adapter')
+  attending.resolve(model)
   return Parts(config, mesh, feedback, tokenizer, model, parents)
 
 
@@ -152,12 +154,12 @@ def inherit(asked: ModelConfig, parent: ModelConfig) -> ModelConfig:
   parent's: it would be ignored.
   """
   default = ModelConfig()
-  changes = {}
+  changes: dict[str, Any] = {'attention': asked.attention}  # the machine's affair, not the model's
   for field in dataclasses.fields(ModelConfig):
     value = getattr(asked, field.name)
     if value in (getattr(default, field.name), getattr(parent, field.name)):
       continue
-    if field.name not in ('dtype', 'remat', 'scan_layers'):
+    if field.name not in ('dtype', 'vocab_chunk', 'remat', 'scan_layers'):
       raise ConfigError(
         f'model.{field.name}',
         value,

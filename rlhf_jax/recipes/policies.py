@@ -77,6 +77,10 @@ def make_kl(parts: Parts) -> Callable[[Roles, Roles, Sequences], Array]:
 
   @jax.jit
   def kl(params: Roles, reference: Roles, sequences: Sequences) -> Array:
+    if 'q_heads' not in params:
+      policy, frozen = params['policy'], reference['policy']
+      each = roles.response_kl(parts.model, policy, frozen, sequences, temperature)
+      return masked_sum(each, sequences.response_mask, axis=-1)
     logits, reference_logits = (
       readout(parts, tree)(roles.response_states(parts.model, tree['policy'], sequences))
       / temperature

@@ -16,7 +16,7 @@ from rlhf_jax.rollout.shaping import handle_missing_stop
 
 Array = jax.Array
 Policy = Callable[[Any, Sequences], PolicyOutput]
-Logits = Callable[[Any, Sequences], Array]
+ExactKL = Callable[[Any, Any, Sequences], Array]
 
 
 class Sampled(NamedTuple):
@@ -46,12 +46,12 @@ class Judges(NamedTuple):
   Attributes:
     policy: `(params, sequences) -> PolicyOutput`, with values where there is a value function.
     reference: `(frozen reference params, sequences) -> PolicyOutput`.
-    logits: `(decoder params, sequences) -> [N, R, V]`, for the exact KL.
+    exact_kl: `(decoder params, frozen reference params, sequences) -> [N, R]`.
   """
 
   policy: Policy
   reference: Policy
-  logits: Logits
+  exact_kl: ExactKL
 
 
 def assemble(
@@ -84,9 +84,7 @@ def assemble(
     reference_logprobs = judges.reference(reference, sequences).logprobs
     exact = None
     if config.exact_kl:
-      exact = kl_lib.exact_kl(
-        judges.logits(params['policy'], sequences), judges.logits(reference, sequences)
-      )
+      exact = judges.exact_kl(params['policy'], reference, sequences)
     return output.logprobs, reference_logprobs, output.values, exact
 
   logprobs, reference_logprobs, values, exact = map_rows(judge, sampled.sequences, parts)

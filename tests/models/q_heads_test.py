@@ -1,5 +1,7 @@
 """Heads for offline Q-learning, against a NumPy forward pass on the decoder's hidden states."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -94,6 +96,23 @@ def test_the_output_equals_a_slow_one(hidden: np.ndarray) -> None:
   np.testing.assert_array_equal(
     np.asarray(found.next_values)[~(np.arange(R) < LENGTHS[:, None])], 0
   )
+
+
+def test_chunks_of_the_vocabulary_change_nothing() -> None:
+  """Outputs and gradients by policy and heads, of everything that is learned from them."""
+
+  def total(model: ModelConfig, params: Any, heads: Any) -> Any:
+    found: Any = q_heads.q_output(model, params, heads, TARGET, make_sequences())
+    parts = (found.logprobs, found.q[0], 2 * found.q[1], found.q_nll[0], 3 * found.q_nll[1])
+    return sum(jnp.where(make_sequences().response_mask, x, 0.0).sum() for x in parts), found
+
+  whole, chunked = (
+    quick.jit(jax.value_and_grad(functools.partial(total, model), (0, 1), has_aux=True))(
+      PARAMS, HEADS
+    )
+    for model in (MODEL, dataclasses.replace(MODEL, vocab_chunk=6))
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, chunked)
 
 
 def test_targets_get_no_gradient() -> None:

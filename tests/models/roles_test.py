@@ -48,11 +48,13 @@ def slow_head(head: Any, config: Any, params: Any, tokens: np.ndarray) -> np.nda
   return hidden @ np.asarray(head['kernel'][:, 0]) + np.asarray(head['bias'])
 
 
-@pytest.mark.parametrize('remat', ['none', 'full'])
-@pytest.mark.parametrize('temperature', [1.0, 0.7])
-def test_logprobs_and_entropy_are_those_of_each_row_alone(temperature: float, remat: str) -> None:
+@pytest.mark.parametrize(
+  ('temperature', 'memory'),
+  [(1.0, {}), (0.7, dict(remat='full')), (0.7, dict(vocab_chunk=7))],
+)
+def test_logprobs_and_entropy_are_those_of_each_row_alone(temperature: float, memory: Any) -> None:
   """log softmax(logits / temperature) at each response token, a row at a time without padding."""
-  config, sequences = make_config(remat=remat), make_sequences()
+  config, sequences = make_config(**memory), make_sequences()
   params = make_params(config)
   output = jax.jit(lambda p, s: roles.policy_output(config, p, s, temperature=temperature))(
     params, sequences

@@ -17,6 +17,7 @@ from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.generation.sample import Samples, generate
 from rlhf_jax.models import decoder, roles
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.planning import hlo
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh, put_batch
 from rlhf_jax.sharding.rules import param_shardings
 from tests.models.architectures import make_config, make_params, make_tokens
@@ -150,31 +151,61 @@ def test_scanned_and_rematerialised_layers_on_a_mesh() -> None:
   )
 
 
-def test_samples_do_not_depend_on_the_mesh() -> None:
-  """The same tokens, their log-probs to float error, with parameters and rows split."""
-  params = single_device()[0]
+def sample(config: ModelConfig, weights: str, params: Any, prompts: Prompts) -> Samples:
+  """A response to each prompt."""
+  return generate(
+    config,
+    params,
+    prompts,
+    jax.random.key(7),
+    config=GenerationConfig(temperature=0.7, top_k=9, weights=weights),
+    max_new_tokens=R,
+    eos_id=3,
+    pad_id=0,
+  )
+
+
+def make_prompts() -> Prompts:
+  """Those of the sequences."""
   sequences = make_sequences()
-  prompts = Prompts(
+  return Prompts(
     tokens=sequences.prompt, mask=sequences.prompt_mask, index=jnp.arange(8, dtype=jnp.int32)
   )
 
-  def sample(params: Any, prompts: Prompts) -> Samples:
-    return generate(
-      CONFIG,
-      params,
-      prompts,
-      jax.random.key(7),
-      config=GenerationConfig(temperature=0.7, top_k=9),
-      max_new_tokens=R,
-      eos_id=3,
-      pad_id=0,
-    )
 
-  expected = jax.jit(sample)(params, prompts)
-  mesh = make_mesh(MESHES['all'])
-  shardings = param_shardings(decoder.logical_axes(CONFIG), params, mesh)
-  with jax.set_mesh(mesh):
-    actual = jax.jit(sample)(jax.device_put(params, shardings), put_batch(prompts, mesh))
+def assert_same_samples(actual: Samples, expected: Samples) -> None:
+  """The same tokens, their log-probs to float error."""
   np.testing.assert_array_equal(actual.tokens, expected.tokens)
   np.testing.assert_array_equal(actual.mask, expected.mask)
   np.testing.assert_allclose(actual.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_samples_do_not_depend_on_the_mesh() -> None:
+  """With parameters and rows split, what one device samples."""
+  params = single_device()[0]
+  run = jax.jit(functools.partial(sample, CONFIG, 'sharded'))
+  expected = run(params, make_prompts())
+  mesh = make_mesh(MESHES['all'])
+  shardings = param_shardings(decoder.logical_axes(CONFIG), params, mesh)
+  with jax.set_mesh(mesh):
+    actual = run(jax.device_put(params, shardings), put_batch(make_prompts(), mesh))
+  assert_same_samples(actual, expected)
+
+
+def test_weights_gathered_once_are_not_gathered_at_every_token() -> None:
+  """Of scanned layers, whose gathers the compiler cannot move out of the loop; same samples."""
+  config = make_config('qwen2', vocab_multiple=2, scan_layers=True)
+  mesh = make_mesh(MESHES['all'])
+  shardings = param_shardings(decoder.logical_axes(config), params := make_params(config), mesh)
+  samples, repeated = {}, {}
+  with jax.set_mesh(mesh):
+    arguments = jax.device_put(params, shardings), put_batch(make_prompts(), mesh)
+    for weights in ('sharded', 'gathered'):
+      run = functools.partial(sample, config, weights)
+      compiled = jax.jit(run).lower(*arguments).compile()
+      samples[weights] = compiled(*arguments)
+      program = hlo.read(str(compiled.as_text()), dict(mesh.shape), unknown_trips=R)
+      gathers = [each for each in program.collectives if each.kind == 'all-gather']
+      repeated[weights] = [x for x in gathers if x.axes == 'fsdp' and x.times >= config.layers * R]
+  assert repeated['sharded'] and not repeated['gathered']
+  assert_same_samples(samples['gathered'], samples['sharded'])

@@ -11,6 +11,7 @@ from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.types import PolicyOutput, Sequences
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
 from rlhf_jax.objectives.ppo import PPOConfig, collect
+from rlhf_jax.ops import kl
 from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.rollout.rollout import Judges, Sampled, Scored, assemble
 from tests import quick
@@ -57,10 +58,11 @@ def make_judges(masked: float) -> Judges:
     assert params == 0
     return PolicyOutput(spoil(chosen(REFERENCE)), jnp.zeros((B, R)))
 
-  def logits(params: Any, sequences: Sequences) -> Any:
-    return spoil(LOGITS if params == 1 else REFERENCE, MASK[..., None])
+  def exact_kl(params: Any, reference: Any, sequences: Sequences) -> Any:
+    assert (params, reference) == (1, 0)
+    return kl.exact_kl(*(spoil(logits, MASK[..., None]) for logits in (LOGITS, REFERENCE)))
 
-  return Judges(policy, reference, logits)
+  return Judges(policy, reference, exact_kl)
 
 
 def sampled_rows() -> Sampled:
@@ -272,7 +274,7 @@ def test_integer_scores_are_refused() -> None:
     tabular.make_batch('rollouts').sequences, jnp.zeros((tabular.B, tabular.R)), jnp.ones(4, bool)
   )
   tables = tabular.make_tables()
-  judges = Judges(tabular.table_policy, tabular.table_policy, make_judges(0.0).logits)
+  judges = Judges(tabular.table_policy, tabular.table_policy, make_judges(0.0).exact_kl)
 
   def scores_of(scores: Any) -> Any:
     run = quick.jit(lambda x: assemble(RolloutConfig(), judges, tables, tables, sampled, Scored(x)))
@@ -314,7 +316,10 @@ def test_models_may_read_the_samples_in_parts(parts: int) -> None:
     before = jnp.concatenate([rows.prompt[..., -1:], rows.response[..., :-1]], axis=-1)
     return params[jnp.arange(before.shape[-1]), before]
 
-  judges = Judges(tabular.table_policy, tabular.table_policy, logits)
+  def exact_kl(params: Any, reference: Any, rows: Sequences) -> Any:
+    return kl.exact_kl(logits(params, rows), logits(reference, rows))
+
+  judges = Judges(tabular.table_policy, tabular.table_policy, exact_kl)
   reference = others['policy']
   judges = judges._replace(
     reference=lambda params, rows: tabular.table_policy({**others, 'policy': params}, rows)

@@ -1,0 +1,139 @@
+"""Which attention a decoder computes by: `ModelConfig.attention`, the backend, and the mesh."""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec
+
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.ops import attention_kernels
+from rlhf_jax.ops.attention import attention
+from rlhf_jax.sharding.mesh import BATCH_AXES
+
+Array = jax.Array
+
+
+class Objection(NamedTuple):
+  """Why an implementation cannot serve: what it expects, and what to do instead."""
+
+  expected: str
+  remedy: str
+
+
+def objection(name: str, config: ModelConfig, backend: str) -> Objection | None:
+  """What stands against an implementation by that name on a backend; None: nothing."""
+  other = "'auto' chooses what the backend has, 'xla' runs everywhere."
+  if name == 'cudnn':
+    size = config.size_per_head
+    if backend != 'gpu':
+      return Objection(f"'xla' or 'tokamax' on {backend!r}: cuDNN needs an NVIDIA GPU", other)
+    if config.dtype != 'bfloat16':
+      return Objection("model.dtype 'bfloat16'", 'cuDNN has no float32 attention.')
+    if config.attention_softcap is not None:
+      return Objection("'tokamax' or 'xla': cuDNN has no soft-cap", other)
+    if size % 8 or size > 256:
+      return Objection(f'a head width that 8 divides and at most 256, not {size}', other)
+  if name == 'tokamax' and importlib.util.find_spec('tokamax') is None:
+    return Objection("tokamax to be installed: the extra 'kernels'", other)
+  if name == 'splash':
+    if backend != 'tpu':
+      return Objection(f"'xla' or 'tokamax' on {backend!r}: splash attention needs a TPU", other)
+    if config.scan_layers and len(set(config.is_local())) > 1:
+      return Objection(
+        'layers that all see as far, or model.scan_layers=False',
+        'One compiled block has one window.',
+      )
+  return None
+
+
+def resolve(config: ModelConfig, backend: str | None = None) -> str:
+  """The implementation that a config means on a backend (None: that of this process).
+
+  'auto' takes cuDNN on GPUs and splash attention on TPUs where they can compute what the config
+  asks for, and plain XLA elsewhere.
+
+  Raises:
+    ConfigError: what `config.attention` names cannot run here, or not compute this.
+  """
+  backend = jax.default_backend() if backend is None else backend
+  if config.attention == 'auto':
+    fit = {'gpu': ('cudnn',), 'tpu': ('splash',) if config.size_per_head % 64 == 0 else ()}
+    fitting = (name for name in fit.get(backend, ()) if objection(name, config, backend) is None)
+    return next(fitting, 'xla')
+  found = objection(config.attention, config, backend)
+  if found is not None:
+    raise ConfigError('model.attention', config.attention, *found)
+  return config.attention
+
+
+def portable(config: ModelConfig) -> ModelConfig:
+  """The same decoder here: plain attention where that of its own machine cannot run."""
+  if objection(config.attention, config, jax.default_backend()) is None:
+    return config
+  return dataclasses.replace(config, attention='xla')
+
+
+def attend(
+  config: ModelConfig,
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  mask: Array,
+  real: Array,
+  window: int | None,
+) -> Array:
+  """Attention of whole sequences, without a cache, by the implementation that the config means.
+
+  Args:
+    config: the architecture.
+    query: `[B, H, T, D]`.
+    key: `[B, K, T, D]`.
+    value: `[B, K, T, D]`.
+    mask: `[B, T, T]` bool, what each token sees.
+    real: `[B, T]` bool, real tokens: of these and the window `mask` was made.
+    window: how many tokens this layer sees; None: all.
+  """
+  name = resolve(config)
+  scale, softcap = config.attention_scale, config.attention_softcap
+  if name == 'xla':
+    return attention(query, key, value, mask, scale=scale, softcap=softcap)
+  kernel: Callable[..., Array]
+  if name == 'cudnn':
+    kernel = functools.partial(attention_kernels.cudnn, scale=scale)
+  elif name == 'tokamax':
+    kernel = functools.partial(attention_kernels.tokamax, scale=scale, softcap=softcap)
+  else:
+    kernel = functools.partial(
+      attention_kernels.splash, window=window, scale=scale, softcap=softcap
+    )
+  return over_mesh(kernel, query, key, value, real if name == 'splash' else mask)
+
+
+def over_mesh(
+  kernel: Callable[..., Array], query: Array, key: Array, value: Array, seen: Array
+) -> Array:
+  """Runs a kernel on each device's rows and heads: the compiler cannot cut it.
+
+  Rows or heads that the mesh does not divide are computed by every device.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
+    return kernel(query, key, value, seen)
+  rows = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
+  by_rows = BATCH_AXES if query.shape[0] % rows == 0 else None
+  tensor = mesh.shape['tensor']
+  by_heads = 'tensor' if query.shape[1] % tensor == key.shape[1] % tensor == 0 else None
+  spec = PartitionSpec(by_rows, by_heads)
+  mapped = jax.shard_map(
+    kernel,
+    in_specs=(spec, spec, spec, PartitionSpec(by_rows)),
+    out_specs=spec,
+    check_vma=False,
+  )
+  return mapped(query, key, value, seen)

@@ -1,0 +1,154 @@
+"""Attention by other people's kernels, each with the meaning of `ops.attention.attention`.
+
+None holds the `[B, H, T, S]` scores. What a query that stands for padding gets means nothing, and
+differs from one kernel to another. A kernel works on what one device holds: on a mesh the caller
+maps it over rows and heads.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# Lanes of a TPU's vector registers: splash attention reads so many columns at least.
+_LANES = 128
+
+
+def cudnn(query: Array, key: Array, value: Array, mask: Array, *, scale: float) -> Array:
+  """Flash attention of NVIDIA's cuDNN, through `jax.nn`; bfloat16 or float16, on a GPU.
+
+  Args:
+    query: `[B, H, T, D]`, D a multiple of 8, at most 128 (256 from Hopper on).
+    key: `[B, K, T, D]`.
+    value: `[B, K, T, D]`.
+    mask: `[B, T, T]` bool.
+    scale: factor on the scores.
+
+  Returns:
+    `[B, H, T, D]`.
+  """
+  length = query.shape[2]
+  # With a mask its backward pass wants an even number of columns.
+  arrays, mask = _lengthen((query, key, value), _seeing(mask), length % 2)
+  query, key, value = (x.swapaxes(1, 2) for x in arrays)
+  mixed = jax.nn.dot_product_attention(
+    query, key, value, mask=mask[:, None], scale=scale, implementation='cudnn'
+  )
+  return mixed.swapaxes(1, 2)[:, :, :length]
+
+
+def tokamax(
+  query: Array,
+  key: Array,
+  value: Array,
+  mask: Array,
+  *,
+  scale: float,
+  softcap: float | None = None,
+) -> Array:
+  """The kernel that tokamax finds fit for the device: Mosaic, Triton, or plain XLA.
+
+  Args:
+    query: `[B, H, T, D]`.
+    key: `[B, K, T, D]`.
+    value: `[B, K, T, D]`.
+    mask: `[B, T, T]` bool.
+    scale: factor on the scores.
+    softcap: if given, scores become softcap * tanh(score / softcap).
+
+  Returns:
+    `[B, H, T, D]`.
+  """
+  import tokamax as library
+
+  mixed = library.dot_product_attention(
+    *(x.swapaxes(1, 2) for x in (query, key, value)),
+    mask=_seeing(mask)[:, None],
+    scale=scale,
+    logits_soft_cap=softcap,
+  )
+  return mixed.swapaxes(1, 2).astype(value.dtype)
+
+
+def splash(
+  query: Array,
+  key: Array,
+  value: Array,
+  real: Array,
+  *,
+  window: int | None,
+  scale: float,
+  softcap: float | None = None,
+  interpret: bool = False,
+) -> Array:
+  """Splash attention, JAX's Pallas kernel for TPUs: blocks that a mask leaves empty are skipped.
+
+  It takes no mask of rows by columns: a token sees the real tokens at or before its column, and of
+  those the last `window` columns. That is a window of tokens where the real ones of a row stand
+  together, as in a prompt padded on its left followed by a response padded on its right.
+
+  Args:
+    query: `[B, H, T, D]`.
+    key: `[B, K, T, D]`.
+    value: `[B, K, T, D]`.
+    real: `[B, T]` bool, True at real tokens.
+    window: how many columns a token sees, its own included; None: all.
+    scale: factor on the scores.
+    softcap: if given, scores become softcap * tanh(score / softcap).
+    interpret: run the kernel's text on any device, slowly, to test it.
+
+  Returns:
+    `[B, H, T, D]`.
+  """
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
+  heads, length = query.shape[1], query.shape[2]
+  query, key, value = (_pad(x, -length % _LANES, 2) for x in (query * scale, key, value))
+  # Padding is a segment of its own: it sees itself, and nobody else sees it.
+  segments = _pad(real, -length % _LANES, 1).astype(jnp.int32)
+  columns = segments.shape[1]
+  block = max(size for size in (128, 256, 512) if columns % size == 0)
+  shape = (columns, columns)
+  mask = (
+    splash_attention.CausalMask(shape)
+    if window is None
+    else splash_attention.LocalMask(shape, (window - 1, 0), 0)
+  )
+  names = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
+  blocks: dict[str, Any] = {f'block_{name}': block for name in names}
+  kernel = splash_attention.make_splash_mha(
+    splash_attention.MultiHeadMask([mask] * heads),
+    block_sizes=splash_attention.BlockSizes(**blocks),
+    head_shards=1,
+    q_seq_shards=1,
+    attn_logits_soft_cap=softcap,
+    interpret=interpret,
+  )
+
+  def one_row(query: Array, key: Array, value: Array, segments: Array) -> Array:
+    return kernel(query, key, value, splash_attention.SegmentIds(segments, segments))
+
+  mixed = jax.vmap(one_row)(query, key, value, segments)
+  return mixed[:, :, :length].astype(value.dtype)
+
+
+def _seeing(mask: Array) -> Array:
+  """Lets padding see itself: some kernels divide by zero where a query sees nothing."""
+  return mask | jnp.eye(mask.shape[-1], dtype=bool)
+
+
+def _pad(x: Array, count: int, axis: int) -> Array:
+  return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
+
+
+def _lengthen(
+  arrays: tuple[Array, ...], mask: Array, count: int
+) -> tuple[tuple[Array, ...], Array]:
+  """Adds columns that nobody sees, and that see the others."""
+  if not count:
+    return arrays, mask
+  seen = _pad(mask, count, 2)
+  rows = jnp.repeat(seen[:, -1:], count, axis=1)
+  return tuple(_pad(x, count, 2) for x in arrays), jnp.concatenate([seen, rows], axis=1)

@@ -1,0 +1,240 @@
+"""A plan: memory, operations and traffic of a stage on a mesh, as numbers to print or to keep."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.objectives import demands_of, objective_of
+from rlhf_jax.planning import arithmetic
+from rlhf_jax.planning.arithmetic import Activations, Rows
+from rlhf_jax.planning.programs import Compiled, CompiledProgram, compile_stage, device_bytes
+from rlhf_jax.planning.stage import PlannedStage
+
+# Of a device's memory, what programs can have: the rest goes to the runtime, to buffers of the
+# collectives, and to gaps between arrays.
+USABLE = 0.92
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a step of a stage takes; bytes and operations are numbers of one device unless said.
+
+  Attributes:
+    name: of the stage.
+    mesh: sizes of the axes.
+    resident: bytes by role of what stays on a device between programs.
+    parameters: how many numbers each role has, over all devices.
+    gradients: bytes of the gradients while an update runs, a part of its temporaries.
+    cache: bytes of the key-value cache while responses are sampled, likewise; 0: none are.
+    sampling_weights: bytes of the weights that sampling reads, in the compute type, likewise.
+    decoded: bytes that sampling reads of a device's memory.
+    activations: an estimate for the update on an accelerator, by role of the trained decoders.
+    programs: what the compiler made of each program.
+    flops: operations of a step over all devices, by program and role.
+    notes: what to keep in mind.
+  """
+
+  name: str
+  mesh: dict[str, int]
+  resident: dict[str, int]
+  parameters: dict[str, int]
+  gradients: int
+  cache: int
+  sampling_weights: float
+  decoded: float
+  activations: dict[str, Activations]
+  programs: dict[str, CompiledProgram]
+  flops: dict[str, dict[str, float]]
+  notes: list[str]
+
+  @property
+  def devices(self) -> int:
+    """How many there are."""
+    product = 1
+    for size in self.mesh.values():
+      product *= size
+    return product
+
+  @property
+  def held(self) -> int:
+    """Bytes of everything resident."""
+    return sum(self.resident.values())
+
+  @property
+  def compiled_peak(self) -> int:
+    """Bytes at the worst moment, with temporaries as compiled here, for CPUs."""
+    return self.held + max(p.temporary + p.extra for p in self.programs.values())
+
+  @property
+  def estimated_peak(self) -> int:
+    """Bytes at the worst moment, with the estimated activations of an accelerator."""
+    extra = max(p.extra for p in self.programs.values())
+    update = self.gradients + sum(each.total for each in self.activations.values())
+    return int(self.held + extra + max(update, self.cache + self.sampling_weights))
+
+  def fits(self, memory: float) -> bool:
+    """Whether both peaks are below what programs can have of a device's memory."""
+    return max(self.compiled_peak, self.estimated_peak) <= USABLE * memory
+
+
+def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) -> Plan:
+  """Compiles a stage's programs and counts; `say` hears of progress."""
+  compiled = compile_stage(stage, say)
+  mesh = {name: int(size) for name, size in stage.mesh.shape.items()}
+  decoders = _trained_decoders(stage, compiled)
+  rows = _rows(stage, compiled)
+  accumulated = 2 if stage.config.accumulation > 1 else 1
+  online = 'generation' in compiled.programs
+  return Plan(
+    name=stage.config.name,
+    mesh=mesh,
+    resident=_resident(compiled),
+    parameters={
+      role: sum(leaf.size for leaf in jax.tree.leaves(tree))
+      for role, tree in {**compiled.state.params, **compiled.frozen}.items()
+    },
+    gradients=accumulated * device_bytes(compiled.state.params),
+    cache=arithmetic.cache_bytes(stage.model, rows['sampled'], mesh) if online else 0,
+    sampling_weights=(
+      arithmetic.sampling_weights(
+        stage.model, mesh, gathered=stage.config.generation.weights == 'gathered'
+      )
+      if online
+      else 0.0
+    ),
+    decoded=arithmetic.decoding_bytes(stage.model, rows['sampled'], mesh) if online else 0.0,
+    activations={
+      role: arithmetic.activation_bytes(
+        model, rows['device'], mesh, plain_attention=stage.plain_attention
+      )
+      for role, model in decoders.items()
+    },
+    programs=compiled.programs,
+    flops=_flops(stage, compiled, decoders, rows),
+    notes=stage.notes + _notes(stage, compiled),
+  )
+
+
+def _resident(compiled: Compiled) -> dict[str, int]:
+  state = compiled.state
+  trees = {
+    **state.params,
+    'optimizer': state.opt_state,
+    **state.targets,
+    'other state': (state.step, state.key, state.carry),
+    **{f'{role} (frozen)': tree for role, tree in compiled.frozen.items()},
+  }
+  return {role: device_bytes(tree) for role, tree in trees.items()}
+
+
+def _trained_decoders(stage: PlannedStage, compiled: Compiled) -> dict[str, ModelConfig]:
+  """The decoders that gradients go through, by role."""
+  params = compiled.state.params
+  decoders = {role: stage.model for role in ('policy', 'reward_model') if role in params}
+  if 'value_trunk' in params:
+    reward = stage.reward_models.get('reward_model')
+    same = demands_of(stage.config.objective).value != 'reward_model' or reward is None
+    decoders['value_trunk'] = stage.model if same else reward.model  # type: ignore[union-attr]
+  return decoders
+
+
+def _rows(stage: PlannedStage, compiled: Compiled) -> dict[str, Rows]:
+  """The sequences of an update, those that one device reads at a time, and those sampled."""
+  config = stage.config
+  demands = demands_of(config.objective)
+  data = config.data
+  updated = arithmetic.sequences_in(compiled.batch, data.prompt_length)
+  shares = demands.minibatches * config.accumulation
+  shares *= stage.mesh.shape['data'] * stage.mesh.shape['fsdp']
+  sampled = Rows(config.batch_size * demands.samples, data.prompt_length, data.response_length)
+  device = updated._replace(number=max(updated.number // shares, 1))
+  return {'updated': updated, 'device': device, 'sampled': sampled}
+
+
+def _flops(
+  stage: PlannedStage,
+  compiled: Compiled,
+  decoders: dict[str, ModelConfig],
+  rows: dict[str, Rows],
+) -> dict[str, dict[str, float]]:
+  demands = demands_of(stage.config.objective)
+  online = 'generation' in compiled.programs
+  read = rows['sampled'] if online else rows['updated']
+  flops: dict[str, dict[str, float]] = {}
+  if online:
+    flops['generation'] = {'policy': arithmetic.generation_flops(stage.model, read)}
+  if 'scoring' in compiled.programs:
+    scoring = flops['scoring'] = {}
+    if online or objective_of(stage.config.objective).prepare is not None:
+      for role, model in decoders.items():
+        scoring[role] = arithmetic.forward_flops(model, read, scored=role == 'policy')
+    for role in compiled.frozen:
+      whole = role == 'reference'
+      model = stage.model if whole else stage.reward_models[role].model
+      scoring[role] = arithmetic.forward_flops(model, read, scored=whole)
+  flops['update'] = {
+    role: demands.epochs
+    * arithmetic.training_flops(
+      model, rows['updated'], stage.config.adapter, scored=role == 'policy'
+    )
+    for role, model in decoders.items()
+  }
+  return flops
+
+
+def _notes(stage: PlannedStage, compiled: Compiled) -> list[str]:
+  notes = [
+    'Temporaries and traffic are those of a compilation for CPUs, which computes bfloat16 in '
+    'float32 (both up to twice as large), keeps attention scores whole, and reduces gradients '
+    'whole before it keeps a part (up to twice the traffic of a reduce-scatter).',
+    "XLA's own count of operations has the body of every loop once: scanned layers, microbatches.",
+  ]
+  if any(program.read.unknown_loops for program in compiled.programs.values()):
+    notes.append('Responses are taken to be sampled to their full length.')
+  if objective_of(stage.config.objective).data == 'rankings':
+    notes.append('Rankings are taken to have 4 responses each.')
+  rewards = stage.config.rollout.rewards
+  hosted = [r.source for r in rewards if r.init is None and r.source != 'reward_model']
+  if hosted and 'generation' in compiled.programs:
+    notes.append(f'Rewards of {", ".join(hosted)} are computed on the host and not planned.')
+  return notes
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+  """The plan as plain values."""
+  return {
+    'name': plan.name,
+    'mesh': plan.mesh,
+    'devices': plan.devices,
+    'bytes_per_device': {
+      'resident': plan.resident,
+      'gradients': plan.gradients,
+      'kv_cache': plan.cache,
+      'sampling_weights': plan.sampling_weights,
+      'read_while_sampling': plan.decoded,
+      'activations_estimated': {role: each._asdict() for role, each in plan.activations.items()},
+      'peak_compiled_for_cpu': plan.compiled_peak,
+      'peak_estimated': plan.estimated_peak,
+    },
+    'parameters': plan.parameters,
+    'flops_per_step': plan.flops,
+    'programs': {name: _program_json(program) for name, program in plan.programs.items()},
+    'notes': plan.notes,
+  }
+
+
+def _program_json(program: CompiledProgram) -> dict[str, Any]:
+  return {
+    'temporary_bytes': program.temporary,
+    'argument_and_result_bytes': program.extra,
+    'xla_flops_loops_once': program.flops,
+    'compile_seconds': program.seconds,
+    'collectives': [
+      {**dataclasses.asdict(each), 'total': each.total}
+      for each in sorted(program.read.collectives, key=lambda each: -each.total)
+    ],
+    'largest_arrays': [dataclasses.asdict(each) for each in program.read.arrays[:20]],
+  }

@@ -1,0 +1,248 @@
+"""A stage as its config alone describes it: models of shapes, without weights and without data."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.types import (
+  Pairs,
+  Prompts,
+  Rankings,
+  Ratings,
+  Sequences,
+  StepRatings,
+)
+from rlhf_jax.config import ExperimentConfig, field_of, is_term, load_config, path_of
+from rlhf_jax.data.config import EMBEDDED, DataConfig
+from rlhf_jax.hf_folder import is_source, open_source
+from rlhf_jax.models import adapters, decoder
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.objectives import demands_of, objective_of
+from rlhf_jax.recipes.parts import (
+  Parts,
+  abstract_reward_model,
+  check_length,
+  check_rows,
+  inherit,
+  make_tokenizer,
+)
+from rlhf_jax.sharding.rules import placed
+from rlhf_jax.stages import load_data
+
+# Responses to a prompt in a batch of rankings: data sets differ, this is the OpenAI summaries'.
+_RANKED = 4
+
+
+class PlannedTokenizer(NamedTuple):
+  """What recipes ask of a tokenizer; the ids change nothing about shapes."""
+
+  vocab_size: int
+  eos_id: int = 0
+  pad_id: int = 0
+  stops: tuple[int, ...] = ()
+
+
+class PlannedRun(NamedTuple):
+  """What a parent would be: its decoder, and what it trained."""
+
+  model: ModelConfig
+  by_token: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedParts(Parts):
+  """The pieces of a stage whose frozen trees are given: shapes, or tracers of them."""
+
+  given: Any = None
+
+  @functools.cached_property
+  def reference(self) -> Any | None:
+    """The policy's parent's decoder; None for a stage without a parent."""
+    return self.given
+
+
+class PlannedStage(NamedTuple):
+  """A stage's models.
+
+  Attributes:
+    config: the stage's config, computed as it can be here.
+    mesh: the simulated mesh.
+    model: the policy's decoder (or the reward model's).
+    reward_models: decoders of all reward models that score, by role.
+    plain_attention: the config wants attention that holds its scores.
+    notes: what the plan has otherwise than the config.
+  """
+
+  config: ExperimentConfig
+  mesh: jax.sharding.Mesh
+  model: ModelConfig
+  reward_models: dict[str, PlannedRun]
+  plain_attention: bool
+  notes: list[str]
+
+  def parts(self, reference: Any) -> PlannedParts:
+    """What recipes are made from."""
+    return PlannedParts(
+      config=self.config,
+      mesh=self.mesh,
+      feedback=None,  # type: ignore[arg-type]
+      tokenizer=PlannedTokenizer(self.model.vocab_size),  # type: ignore[arg-type]
+      model=self.model,
+      parents={},
+      given=reference,
+    )
+
+  def frozen(self) -> dict[str, Any]:
+    """Shapes and shardings of what is read and never trained, by role."""
+    objective = objective_of(self.config.objective)
+    online = objective.data == 'prompts'
+    in_part = self.config.adapter.method != 'none'
+    needed = online or in_part or objective.reference(self.config.objective)
+    frozen = {}
+    if self.config.policy.init is not None and needed:
+      frozen['reference'] = self._base()
+    for role, run in self.reward_models.items() if online else ():
+      frozen[role] = abstract_reward_model(run.model, self.mesh)
+    return frozen
+
+  def _base(self) -> Any:
+    """The policy's parent, laid out for training in part where a part of it is trained."""
+    adapter, model = self.config.adapter, self.model
+    axes = decoder.logical_axes(model)
+    if adapter.method == 'last_layers':
+      axes['top_layers'] = axes['layers']
+    return placed(axes, lambda key: adapters.base_of(adapter, decoder.init(model, key)), self.mesh)
+
+
+def plan_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, vocab_size: int) -> PlannedStage:
+  """Finds the models of a stage and of its parents.
+
+  Args:
+    config: a validated config of texts; its parents may be configs that were never run.
+    mesh: of simulated devices.
+    vocab_size: ids of the tokenizer where no config says; 0: that of the embedded task.
+
+  Raises:
+    ConfigError: a vocabulary is not known, parents do not fit, or rows do not divide.
+  """
+  if not isinstance(config.model, ModelConfig):
+    raise ConfigError('model', type(config.model).__name__, 'a ModelConfig: plans are of texts')
+  notes: list[str] = []
+  model = _policy_model(config, vocab_size, ())
+  plain = model.attention == 'xla'
+  if not plain:
+    notes.append(
+      f'Attention {model.attention!r} is compiled as plain attention here, which holds all scores.'
+    )
+    model = dataclasses.replace(model, attention='xla')
+  if not model.scan_layers and model.layers > 2:
+    notes.append(
+      'Layers are compiled as one scanned block; unrolled ones have the same parameters.'
+    )
+    model = dataclasses.replace(model, scan_layers=True)
+  config = dataclasses.replace(config, model=model)
+  check_rows(config, mesh)
+  check_length(model, config)
+  config.adapter.check(model, 'adapter')
+  reward_models = {}
+  for role, init in config.inits().items():
+    if field_of(role) != 'reward_model' and not is_term(role):
+      continue
+    reward_models[role] = _reward_run(config, role, init.init, vocab_size, model)
+  return PlannedStage(config, mesh, model, reward_models, plain, notes)
+
+
+def abstract_batch(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:
+  """Shapes of a batch of the kind that the stage's objective eats, rows over data and fsdp."""
+  kind = objective_of(config.objective).data
+  data, rows = config.data, config.batch_size
+
+  def ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct((rows, *shape), jnp.int32)
+
+  def sequences(*between: int) -> Sequences:
+    P, R = data.prompt_length, data.response_length
+    masks = [jax.ShapeDtypeStruct((rows, *between, size), bool) for size in (P, R)]
+    return Sequences(ints(*between, P), masks[0], ints(*between, R), masks[1])
+
+  def floats(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
+
+  def flags(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct((rows, *shape), bool)
+
+  R = data.response_length
+  batches: dict[str, Callable[[], Any]] = {
+    'demonstrations': sequences,
+    'comparisons': lambda: Pairs(sequences(2), floats(), floats()),
+    'ratings': lambda: Ratings(sequences(), floats()),
+    'rankings': lambda: Rankings(sequences(_RANKED), ints(_RANKED), flags(_RANKED)),
+    'step_ratings': lambda: StepRatings(sequences(), floats(R), flags(R)),
+  }
+  if kind == 'prompts':
+    rows *= demands_of(config.objective).samples
+    return Prompts(ints(data.prompt_length), flags(data.prompt_length), ints())
+  return batches[kind]()
+
+
+def _policy_model(config: ExperimentConfig, vocab_size: int, chain: tuple[str, ...]) -> ModelConfig:
+  """The decoder of the policy (or trunk), its own or its parent's."""
+  assert isinstance(config.model, ModelConfig)
+  init = config.policy.init
+  if init is None:
+    if config.model.vocab_size:
+      return config.model
+    return config.model.with_vocabulary(vocab_size or _vocabulary(config.data))
+  if is_source(init):
+    parent = open_source(init).model
+  else:
+    parent = _policy_model(_config_of('policy', init, chain), vocab_size, (*chain, init))
+  return inherit(config.model, parent)
+
+
+def _reward_run(
+  config: ExperimentConfig, role: str, init: str, vocab_size: int, policy: ModelConfig
+) -> PlannedRun:
+  if is_source(init):
+    run = open_source(init)
+    model = dataclasses.replace(run.model, attention='xla', scan_layers=policy.scan_layers)
+    return PlannedRun(model, objective_of(run.config.objective).by_token)
+  needed = _config_of(role, init, ())
+  model = _policy_model(needed, vocab_size, (init,))
+  if model.vocab_size != policy.vocab_size:
+    raise ConfigError(
+      path_of(role),
+      init,
+      f'a reward model with the {policy.vocab_size} ids of the policy, not {model.vocab_size}',
+    )
+  model = dataclasses.replace(model, attention='xla', scan_layers=policy.scan_layers)
+  return PlannedRun(model, objective_of(needed.objective).by_token)
+
+
+def _config_of(role: str, init: str, chain: tuple[str, ...]) -> ExperimentConfig:
+  if not pathlib.Path(init.partition(':')[0]).is_file():
+    raise ConfigError(path_of(role), init, 'a run directory, a checkpoint folder or a config file')
+  if init in chain:
+    raise ConfigError(path_of(role), init, 'a stage that does not start from itself')
+  found = load_config(init)
+  if not isinstance(found, ExperimentConfig):
+    raise ConfigError(path_of(role), init, f'the config of a stage, not {type(found).__name__}')
+  return found
+
+
+def _vocabulary(data: DataConfig) -> int:
+  if data.source != EMBEDDED:
+    raise ConfigError(
+      'model.vocab_size',
+      0,
+      'the number of token ids: a plan reads no data',
+      'Give --vocab_size=N, or set model.vocab_size in the config that has the decoder.',
+    )
+  feedback: Any = load_data(data, pathlib.Path())
+  return make_tokenizer(data, feedback).vocab_size

@@ -1,0 +1,148 @@
+"""Plans against the live bytes and the programs of real stages on eight simulated devices."""
+
+import dataclasses
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from rlhf_jax.common.errors import ConfigError, UserError
+from rlhf_jax.config import InitConfig
+from rlhf_jax.data.config import DataConfig
+from rlhf_jax.models.adapters import AdapterConfig
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.planning import plan as plans
+from rlhf_jax.planning import report
+from rlhf_jax.planning.accelerators import ACCELERATORS, accelerator
+from rlhf_jax.planning.programs import device_bytes
+from rlhf_jax.planning.stage import abstract_batch, plan_stage
+from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
+from tests import tiny
+
+MESH = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+def live_bytes() -> dict[int, int]:
+  """Bytes of all live arrays, by device."""
+  gc.collect()
+  held = dict.fromkeys((device.id for device in jax.devices()), 0)
+  for array in jax.live_arrays():
+    for shard in array.addressable_shards:
+      held[shard.device.id] += shard.data.nbytes
+  return held
+
+
+def make_config(case: str, parents: Path) -> Any:
+  """A tiny stage on all eight devices."""
+  return tiny.make_config(case, parents, mesh=MESH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('case', 'adapter'),
+  [('ppo', 'none'), ('dpo', 'lora'), ('reward_model', 'none'), ('ilql', 'none')],
+)
+def test_what_is_resident_is_what_lives_on_the_devices(
+  case: str, adapter: str, parents: Path, quick_compilation: None
+) -> None:
+  """State, reference and reward model of a real stage: live bytes of every device within 10%."""
+  config = make_config(case, parents)
+  config.adapter = AdapterConfig(method=adapter)
+  before = live_bytes()
+  built = tiny.build_recipe(config, 8)
+  with jax.set_mesh(built.mesh):
+    state = built.recipe.init()
+    built.recipe.prepare(state, built.recipe.batch(0))  # the reference is loaded when it is needed
+  after = live_bytes()
+  stage = plan_stage(config, make_mesh(MESH), 0)
+  frozen, trained = device_bytes(stage.frozen()), device_bytes(built.recipe.abstract)
+  for device, held in after.items():
+    assert held - before[device] == pytest.approx(frozen + trained, rel=0.1)
+  del state, built
+
+
+@pytest.mark.slow
+def test_a_plan_of_ppo_has_every_role(parents: Path, quick_compilation: None) -> None:
+  """Memory by role, operations by program and role, traffic by axis, verdicts; all as JSON too."""
+  config = make_config('ppo', parents)
+  plan = plans.make_plan(plan_stage(config, make_mesh(MESH), 0))
+  assert set(plan.programs) == {'generation', 'scoring', 'update'}
+  roles = {'policy', 'value_head', 'optimizer', 'reference (frozen)', 'reward_model (frozen)'}
+  assert roles <= set(plan.resident)
+  assert set(plan.flops['scoring']) == {'policy', 'reference', 'reward_model'}
+  built = tiny.build_recipe(config, 8)
+  state = built.recipe.abstract
+  assert plan.resident['policy'] == device_bytes(state.params['policy'])
+  assert plan.resident['optimizer'] == device_bytes(state.opt_state)
+  assert plan.cache > 0 and plan.gradients >= plan.resident['policy']
+  axes = {each.axes for program in plan.programs.values() for each in program.read.collectives}
+  assert {'fsdp', 'tensor'} <= axes
+  text = '\n'.join(report.lines(plan, 'H100'))
+  assert 'H100: fits' in text and 'key-value cache' in text and 'over fsdp' in text
+  assert len([line for line in report.lines(plan, None) if ': fits' in line]) == len(ACCELERATORS)
+  assert json.loads(json.dumps(plans.as_json(plan)))['devices'] == 8
+  small = dataclasses.replace(plan, resident={'policy': int(79e9)})
+  assert not small.fits(accelerator('h100').memory) and small.fits(accelerator('B200').memory)
+
+
+def test_parents_need_not_have_been_run() -> None:
+  """A config stands for its stage; the vocabulary of the embedded task is known."""
+  config = tiny.make_config('dpo', mesh=MESH, policy=InitConfig(init='configs/sft.py'))
+  config.model = ModelConfig()
+  stage = plan_stage(config, make_mesh(MeshConfig(data=8)), 0)
+  assert stage.model.vocab_size > 10 and set(stage.frozen()) == {'reference'}
+  batch = abstract_batch(config, stage.mesh)
+  assert batch.sequences.response.shape == (tiny.ROWS, 2, 6)
+
+
+def test_what_a_plan_cannot_know_is_asked_for() -> None:
+  """The vocabulary of other data; a device that the table lacks."""
+  config = tiny.make_config('sft', mesh=MESH)
+  config.data = DataConfig(source='jsonl', path='nowhere.jsonl')
+  with pytest.raises(ConfigError, match='--vocab_size'):
+    plan_stage(config, make_mesh(MESH), 0)
+  assert plan_stage(config, make_mesh(MESH), 96).model.vocab_size == 96
+  with pytest.raises(UserError, match='H100'):
+    accelerator('abacus')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['lora', 'last_layers'])
+def test_training_in_part_is_planned(method: str, parents: Path, quick_compilation: None) -> None:
+  """The optimizer has what is trained alone; the reference is what stays, at no further memory."""
+  config = tiny.make_config('dpo', mesh=MESH, policy=InitConfig(init='configs/sft.py'))
+  config.adapter = AdapterConfig(method=method)
+  config.model = ModelConfig()
+  stage = plan_stage(config, make_mesh(MeshConfig(data=8)), 0)
+  plan = plans.make_plan(stage)
+  assert plan.resident['policy'] < plan.resident['reference (frozen)']
+  assert plan.resident['optimizer'] == pytest.approx(2 * plan.resident['policy'], rel=0.05)
+
+
+def test_a_checkpoint_folder_needs_no_weights_to_be_planned(tmp_path: Path) -> None:
+  """Its config.json says all: a Llama of 8B parameters."""
+  values = {
+    'model_type': 'llama',
+    'architectures': ['LlamaForCausalLM'],
+    'vocab_size': 128_256,
+    'hidden_size': 4096,
+    'num_hidden_layers': 32,
+    'num_attention_heads': 32,
+    'num_key_value_heads': 8,
+    'intermediate_size': 14_336,
+    'max_position_embeddings': 8192,
+    'rms_norm_eps': 1e-5,
+    'rope_theta': 500_000.0,
+    'hidden_act': 'silu',
+    'tie_word_embeddings': False,
+  }
+  (tmp_path / 'config.json').write_text(json.dumps(values), 'utf-8')
+  config = tiny.make_config('dpo', mesh=MESH, policy=InitConfig(init=str(tmp_path)))
+  config.model = ModelConfig(dtype='bfloat16')
+  stage = plan_stage(config, make_mesh(MESH), 0)
+  sizes = [leaf.size for leaf in jax.tree.leaves(stage.frozen()['reference'])]
+  assert sum(sizes) == pytest.approx(8.03e9, rel=0.01)
+  assert stage.model.dtype == 'bfloat16' and stage.model.scan_layers
