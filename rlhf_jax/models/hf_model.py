@@ -26,7 +26,15 @@ _NEVER = {
   'quantization_config': 'Load a checkpoint that is not quantised.',
 }
 # How a model is computed, not which one it is; initial weights count no more either.
-_COMPUTED = ('dtype', 'remat', 'scan_layers', 'vocab_multiple', 'init_std')
+_COMPUTED = (
+  'dtype',
+  'attention',
+  'vocab_chunk',
+  'remat',
+  'scan_layers',
+  'vocab_multiple',
+  'init_std',
+)
 
 
 class Piece(NamedTuple):
