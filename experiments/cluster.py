@@ -30,6 +30,7 @@ FLAGS = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
 # Clusters that jax finds by itself; under Kubernetes even a process alone would look like one.
 _CLUSTERS = ('slurm', 'ompi', 'gcetpu', 'gketpu')
 _CONNECT_SECONDS = 300
+_CPU_THREADS = 64
 # How long a process that ends waits for the others to end; they do so together.
 _SHUTDOWN_SECONDS = 60
 # How often a process looks whether another one has failed, and how long that one lets them look.
@@ -89,6 +90,9 @@ def join(group: Group) -> None:
 
   Raises UserError if they do not come.
   """
+  # On CPUs a collective holds a thread while it waits for other processes. With only as many as
+  # there are cores, programs that overlap can come to wait for each other without end.
+  os.environ.setdefault('PJRT_NPROC', str(_CPU_THREADS))
   try:
     jax.distributed.initialize(
       group.coordinator,
