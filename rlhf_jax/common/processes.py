@@ -86,9 +86,9 @@ def check_same(what: str, value: str) -> None:
   expected = on_main(lambda: value)
   if value != expected:
     raise RunError(
-      f'process {jax.process_index()} of {jax.process_count()}: {what} differ from those of process '
-      f'0 ({value} and {expected}). Give every process the same command, code and files, the run '
-      'directory on a file system that they share.'
+      f'{what} of process {jax.process_index()} differ from those of process 0 ({value} and '
+      f'{expected}). Give all {jax.process_count()} processes the same command, code and files, and '
+      'a run directory on a file system that they share.'
     )
 
 
@@ -140,6 +140,4 @@ def gather_rows(own: np.ndarray, count: int) -> np.ndarray:
 
 def _scattered(leaf: Any) -> bool:
   """Whether a part of an array is on no device of this process."""
-  return isinstance(leaf, jax.Array) and not (
-    leaf.is_fully_addressable or leaf.is_fully_replicated
-  )
+  return isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)

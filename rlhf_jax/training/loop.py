@@ -8,7 +8,6 @@ import pathlib
 import time
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from rlhf_jax.common import metrics as metrics_lib

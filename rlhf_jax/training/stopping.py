@@ -1,4 +1,4 @@
-"""Requests to stop, as signals make them: one process alone, or several that must agree on a step."""
+"""Requests to stop: signals to one process, or to several that must agree on a step."""
 
 import os
 import signal
