@@ -113,22 +113,21 @@ def join(group: Group) -> None:
 
 def given() -> Group | None:
   """What the flags say; None without any. Raises UserError for some without the others."""
+  address, count, number = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
   missing = [f'--{flag.name}' for flag in FLAGS if flag.value is None]
   if len(missing) == len(FLAGS):
     return None
-  if missing:
+  if address is None or count is None or number is None:
     raise UserError(
       f'{", ".join(missing)}: missing. Give --coordinator_address=HOST:PORT, --num_processes and '
       '--process_id to each process, or none of them.'
     )
-  host, _, port = str(COORDINATOR.value).rpartition(':')
+  host, _, port = address.rpartition(':')
   if not host or not port.isdigit():
-    raise UserError(f'--coordinator_address={COORDINATOR.value}: expected HOST:PORT.')
-  if PROCESS_ID.value >= NUM_PROCESSES.value:
-    raise UserError(
-      f'--process_id={PROCESS_ID.value}: expected less than --num_processes={NUM_PROCESSES.value}.'
-    )
-  return Group(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    raise UserError(f'--coordinator_address={address}: expected HOST:PORT.')
+  if number >= count:
+    raise UserError(f'--process_id={number}: expected less than --num_processes={count}.')
+  return Group(address, count, number)
 
 
 def detected() -> Group | None:

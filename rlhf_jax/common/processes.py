@@ -87,8 +87,8 @@ def check_same(what: str, value: str) -> None:
   if value != expected:
     raise RunError(
       f'{what} of process {jax.process_index()} differ from those of process 0 ({value} and '
-      f'{expected}). Give all {jax.process_count()} processes the same command, code and files, and '
-      'a run directory on a file system that they share.'
+      f'{expected}). Give all {jax.process_count()} processes the same command, code and files, '
+      'and a run directory on a file system that they share.'
     )
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,7 +33,11 @@ class Pair:
   """A program that runs as two processes of four simulated devices each."""
 
   def __init__(
-    self, name: str, *flags: str, own: tuple[tuple[str, ...], ...] = ((), ()), **env: str
+    self,
+    name: str,
+    *flags: str,
+    own: tuple[tuple[str, ...], ...] = ((), ()),
+    environment: Mapping[str, str] | None = None,
   ):
     with socket.socket() as free:
       free.bind(('localhost', 0))
@@ -50,7 +55,7 @@ class Pair:
           **os.environ,
           'JAX_NUM_CPU_DEVICES': '4',
           'PYTHONPATH': str(ROOT),
-          **{name: value.format(number=number) for name, value in env.items()},
+          **{name: text.format(number=number) for name, text in (environment or {}).items()},
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -98,7 +103,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """PPO and what it starts from, in two processes; `../writes.1` is what the second one wrote."""
   folder = tmp_path_factory.mktemp('two') / 'runs'
   record = {pair.RECORD: str(folder.parent / 'writes.{number}'), pair.FOLDER: str(folder)}
-  program = Pair('train', config_flag('ppo'), f'--workdir={folder / "ppo"}', **record)
+  program = Pair('train', config_flag('ppo'), f'--workdir={folder / "ppo"}', environment=record)
   codes, said = program.end()
   assert codes == [0, 0], said
   assert 'ppo: done' in said[0] and 'ppo 4/4' in said[0]

@@ -43,7 +43,7 @@ SLACK_BYTES = 1024
 def make_config(case: str, start: pathlib.Path, mesh: MeshConfig) -> ExperimentConfig:
   config: ExperimentConfig = tiny.make_config(case.split()[0], start, mesh=mesh, steps=1)
   if case in VALUE_MODELS:
-    objective = PPOConfig(value_model=VALUE_MODELS[case])  # type: ignore[arg-type]
+    objective = PPOConfig(value_model=VALUE_MODELS[case])
     config = dataclasses.replace(config, objective=objective)
   return config
 
@@ -169,6 +169,7 @@ def test_the_cache_of_generation_is_cut_over_rows_and_heads(
       )
     )
     text = sample.lower(params, put_batch(prompts, mesh), jax.random.key(1)).compile().as_text()
+  assert text is not None
   columns = prompt + response - 1
   shapes = {
     tuple(map(int, found))
