@@ -69,6 +69,9 @@ def joined(main: Callable[[], int], *, resumable: bool = False) -> Callable[[], 
     if group is None or group.processes == 1:
       return main()
     join(group)
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(ended,), daemon=True)
+    watch.start()
     if not resumable:
       signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax has taken it
     try:
@@ -81,6 +84,9 @@ def joined(main: Callable[[], int], *, resumable: bool = False) -> Callable[[], 
       fail('interrupted', 130)
     except Exception:
       fail(traceback.format_exc(), 1)
+    finally:  # an orderly end, which jax's service does not outlive
+      ended.set()
+      watch.join()
 
   return run
 
@@ -108,7 +114,6 @@ def join(group: Group) -> None:
       f'--coordinator_address={group.coordinator}: process {group.process} of {group.processes} '
       f'could not join the others: {error}'
     ) from error
-  threading.Thread(target=_watch, daemon=True).start()
 
 
 def given() -> Group | None:
@@ -194,16 +199,15 @@ def fail(message: str, code: int) -> NoReturn:
   _leave(None if told else message, code)
 
 
-def _watch() -> None:
+def _watch(ended: threading.Event) -> None:
   """Ends this process when another one has failed; its own thread may be waiting for that one."""
-  while True:
-    time.sleep(_WATCH_SECONDS)
+  while not ended.wait(_WATCH_SECONDS):
     try:
       note = json.loads(processes.client().key_value_try_get(_FAILURE))
     except Exception as error:  # jax's own, of no public type
       if 'NOT_FOUND' in str(error):
         continue
-      return  # the service has ended, and so does the program
+      return  # the service is gone: jax ends the program
     if note['process'] == jax.process_index():
       return
     message = f'{note["message"]} (process {note["process"]})' if processes.is_main() else None
