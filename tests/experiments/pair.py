@@ -23,7 +23,7 @@ def get_config(arg: str) -> ExperimentConfig:
     sys.addaudithook(_record)
   config: ExperimentConfig = tiny.make_config(arg, steps=4)
   config.mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-  config.evaluation.prompts = 0 if arg == 'reward_model' else tiny.ROWS
+  config.evaluation.prompts = tiny.ROWS if arg in ('sft', 'ppo') else 0
   config.evaluation.records = 0 if arg == 'ppo' else tiny.ROWS
   if arg != 'sft':
     config.policy = InitConfig(init=f'{__file__}:sft')

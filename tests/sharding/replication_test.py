@@ -17,6 +17,7 @@ from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.generation.sample import generate
 from rlhf_jax.models import decoder
+from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.recipes import Built, parts
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh, put_batch
@@ -31,7 +32,7 @@ MESHES = {
 THOROUGH = 'fsdp 4, tensor 2'
 # PPO with a value trunk of its own, and values from the reward model's, beside the plain cases.
 VALUE_MODELS = {'ppo separate': 'separate', 'ppo reward_model': 'reward_model'}
-CASES = ['sft', 'reward_model', 'dpo', 'ilql', *VALUE_MODELS]
+CASES = ['sft', 'reward_model', 'dpo', 'dpo lora', 'ilql', *VALUE_MODELS]
 # How many decoders are frozen beside: a reference and a reward model.
 FROZEN = {'dpo': 1, 'ppo separate': 2, 'ppo reward_model': 2}
 # Elements that an array may have and lie whole on every device: biases, counters.
@@ -45,6 +46,8 @@ def make_config(case: str, start: pathlib.Path, mesh: MeshConfig) -> ExperimentC
   if case in VALUE_MODELS:
     objective = PPOConfig(value_model=VALUE_MODELS[case])
     config = dataclasses.replace(config, objective=objective)
+  if case.endswith('lora'):
+    config.adapter = AdapterConfig(method='lora', rank=8)
   return config
 
 
