@@ -13,6 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from rlhf_jax.common import processes
 from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import load_config
 from rlhf_jax.config_values import suggestion
@@ -112,7 +113,8 @@ def run(main: Callable[[], int], *, resumable: bool = False) -> None:
     try:
       sys.exit(main())
     except StoppedError:
-      print('stopped; run the same command again to go on', file=sys.stderr)
+      if processes.is_main():
+        print('stopped; run the same command again to go on', file=sys.stderr)
       sys.exit(STOPPED)
     except KeyboardInterrupt:
       sys.exit(INTERRUPTED)

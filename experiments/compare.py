@@ -25,10 +25,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from experiments import cli, cluster
 from experiments.reporting import tables
 from experiments.reporting.files import write_report
 from experiments.reporting.summary import Completion, Study, summarise
+from rlhf_jax.common import processes
 from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import to_dict
@@ -74,7 +75,7 @@ def run_stages(study: StudyConfig, folder: pathlib.Path, overwrite: bool) -> Sta
   def run(config: ExperimentConfig, name: str) -> Run:
     nonlocal done
     done += 1
-    print(f'[{done}/{total}] {name}', flush=True)
+    processes.say(f'[{done}/{total}] {name}')
     outcome = run_stage(config, folder / name, root=folder, overwrite=overwrite)
     if outcome.stopped:
       raise StoppedError
@@ -132,18 +133,23 @@ def frontier(study: StudyConfig, stages: Stages, folder: pathlib.Path) -> list[F
     **{part: to_dict(getattr(config, part)) for part in ('data', 'generation', 'evaluation')},
   }
   path = folder / 'frontier' / f'{fingerprint(made_from)[:16]}.npy'
-  if not path.exists():
-    print(f'optimal frontier: {study.frontier_samples} responses of SFT to each prompt', flush=True)
+  if not processes.on_main(path.exists):
+    processes.say(f'optimal frontier: {study.frontier_samples} responses of SFT to each prompt')
     feedback = load_data(config.data, folder)
     assert isinstance(feedback, Feedback), 'a study is of texts'
     parts = load_parts(config, {'policy': stages.sft}, feedback)
     with jax.set_mesh(parts.mesh):
       rewards = reference_rewards(parts, study.frontier_samples)
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix('.tmp.npy')
-    np.save(temporary, rewards)
-    temporary.replace(path)
-  return optimal_frontier(np.load(path))
+    processes.on_main(lambda: keep(rewards, path))
+  return optimal_frontier(np.load(path)) if processes.is_main() else []
+
+
+def keep(rewards: np.ndarray, path: pathlib.Path) -> None:
+  """Writes an array that is either whole or absent."""
+  path.parent.mkdir(exist_ok=True)
+  temporary = path.with_suffix('.tmp.npy')
+  np.save(temporary, rewards)
+  temporary.replace(path)
 
 
 def reward_model_facts(run: Run, folder: pathlib.Path) -> dict[str, Any]:
@@ -223,8 +229,12 @@ def describe(study: StudyConfig, stages: Stages) -> Study:
   )
 
 
-def compare(study: StudyConfig, folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]:
+def compare(
+  study: StudyConfig, folder: pathlib.Path, overwrite: bool = False
+) -> dict[str, Any] | None:
   """Runs what is not finished of a study, writes its report into `folder`, returns its summary.
+
+  Of several processes, only the first does so; the others return None.
 
   Raises:
     UserError: something in the study's configs, data or run directories cannot work.
@@ -232,9 +242,12 @@ def compare(study: StudyConfig, folder: pathlib.Path, overwrite: bool = False) -
   """
   study.validate()
   stages = run_stages(study, folder, overwrite)
+  optimum = frontier(study, stages, folder)
+  if not processes.is_main():
+    return None
   summary = summarise(
     list(read_evaluations(stages)),
-    optimum=frontier(study, stages, folder),
+    optimum=optimum,
     reward_model=reward_model_facts(stages.reward_model, folder),
     study=describe(study, stages),
     completions=list(completions(stages)),
@@ -252,7 +265,10 @@ def main() -> int:
     )
   began = time.monotonic()
   folder = pathlib.Path(WORKDIR.value)
-  print_summary(compare(study, folder, OVERWRITE.value))
+  summary = compare(study, folder, OVERWRITE.value)
+  if summary is None:
+    return cli.DONE
+  print_summary(summary)
   seconds = time.monotonic() - began
   print(f'{study.name}: done in {seconds:.0f} s, {folder / "report.html"}')
   return cli.DONE
@@ -271,4 +287,4 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 if __name__ == '__main__':
   flags.mark_flag_as_required('config')
-  cli.run(main, resumable=True)
+  cli.run(cluster.joined(main, resumable=True), resumable=True)

@@ -36,8 +36,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import cli
+from experiments import cli, cluster
 from rlhf_jax import stages
+from rlhf_jax.common import processes
 from rlhf_jax.common.errors import RunError, UserError
 from rlhf_jax.config import CHECKPOINTS, ExperimentConfig, is_term
 from rlhf_jax.data.segments import ControlFeedback
@@ -108,9 +109,10 @@ def main() -> int:
       raise UserError(f'{run.folder}: nothing to ask; give --prompts or --records.')
     answers = ask(questions, opened.params, run.step(CHECKPOINT.value))
   metrics = measured(answers.scalars, answers.arrays)
-  print_table(run, config, metrics)
-  if path is not None:
-    write_json(path, to_json(run, config, parents, metrics))
+  if processes.is_main():
+    print_table(run, config, metrics)
+    if path is not None:
+      write_json(path, to_json(run, config, parents, metrics))
   return cli.DONE
 
 
@@ -268,4 +270,4 @@ def to_json(
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(cluster.joined(main))

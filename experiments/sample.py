@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags
 
-from experiments import cli
-from rlhf_jax.common import prng
+from experiments import cli, cluster
+from rlhf_jax.common import prng, processes
 from rlhf_jax.common.errors import ConfigError, RunError, UserError
 from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
 from rlhf_jax.feedback.dataset import Feedback, Split
@@ -124,6 +124,11 @@ def main() -> int:
   devices = jax.devices()
   if TENSOR.value > len(devices):
     raise UserError(f'--tensor={TENSOR.value}: there are {len(devices)} devices.')
+  if processes.several() and (TENSOR.value < len(devices) or not PROMPT.value):
+    raise UserError(
+      f'--tensor={TENSOR.value}: several processes answer --prompt, on all of their {len(devices)} '
+      'devices; a terminal has but one.'
+    )
   mesh = make_mesh(MeshConfig(data=1, tensor=TENSOR.value), devices[: TENSOR.value])
   nothing = Feedback('--prompt', Split(), Split())
   opened = open_run(run, config, nothing, mesh, parents=judges(run), checkpoint=CHECKPOINT.value)
@@ -134,6 +139,8 @@ def main() -> int:
     return converse(completer, talk, config)
   asked = [talk.ask(text) if CHAT.value else text for text in PROMPT.value]
   completions = respond(completer, asked, key(0))
+  if not processes.is_main():
+    return cli.DONE
   for completion in completions:
     show(completion, config)
   if path is not None:
@@ -286,4 +293,4 @@ def to_json(run: Run, config: ExperimentConfig, completions: list[Completion]) -
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(cluster.joined(main))

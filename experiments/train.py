@@ -15,7 +15,8 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli
+from experiments import cli, cluster
+from rlhf_jax.common import processes
 from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.stages import run_stage
@@ -42,12 +43,12 @@ def main() -> int:
   root = ROOT.value or str(pathlib.Path(WORKDIR.value).parent)
   outcome = run_stage(config, WORKDIR.value, root=root, overwrite=OVERWRITE.value)
   if outcome.stopped:
-    print(f'{config.name}: stopped; run the same command again to go on.')
+    processes.say(f'{config.name}: stopped; run the same command again to go on.')
     return cli.STOPPED
-  print(f'{config.name}: done, {outcome.run.folder / "result.json"}')
+  processes.say(f'{config.name}: done, {outcome.run.folder / "result.json"}')
   return cli.DONE
 
 
 if __name__ == '__main__':
   flags.mark_flag_as_required('config')
-  cli.run(main, resumable=True)
+  cli.run(cluster.joined(main, resumable=True), resumable=True)

@@ -6,13 +6,14 @@ import fcntl
 import functools
 import json
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-from rlhf_jax.common import trees
-from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common import processes, trees
+from rlhf_jax.common.errors import ConfigError, RunError
 from rlhf_jax.config import ExperimentConfig, load_config, path_of
 from rlhf_jax.config_values import canonical_json, from_dict, to_dict
 from rlhf_jax.data.config import CONTROL, TRAINED_TOKENIZERS, DataConfig
@@ -23,13 +24,16 @@ from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.objectives import demands_of, objective_of
-from rlhf_jax.recipes import build
+from rlhf_jax.recipes import Built, build
 from rlhf_jax.recipes.parts import chat_template, check_devices
 from rlhf_jax.recipes.rewards import reward_fingerprints
 from rlhf_jax.runs import Run, environment_record, fingerprint, git_revision, write_json
 from rlhf_jax.training.checkpoints import Checkpoints
-from rlhf_jax.training.loop import LoopConfig, train
+from rlhf_jax.training.loop import LoopConfig, Outcome, train
 from rlhf_jax.training.writers import read_rows
+
+# A network file system may show a new file to other machines only after a while.
+_SEEN_SECONDS = 60
 
 
 class Stage(NamedTuple):
@@ -81,16 +85,22 @@ def run_stage(
   stage = resolve(config, root)
   run = Run(workdir)
   with locked(run.folder):
-    run.check(stage.identity, overwrite=overwrite)
-    if run.finished(stage.identity):
-      print(f'{config.name}: finished already, in {run.folder}', flush=True)
+    if check(run, stage.identity, overwrite=overwrite):
+      processes.say(f'{config.name}: finished already, in {run.folder}')
       return StageOutcome(run, stopped=False)
     return _execute(stage, run)
 
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
-  """Keeps other processes of this machine out of a run directory; waits until it is free."""
+  """Keeps other runs of this machine out of a run directory; waits until it is free.
+
+  Process 0 holds the lock for all processes of this run.
+  """
+  if not processes.is_main():
+    processes.barrier(f'lock of {folder}')
+    yield
+    return
   folder.parent.mkdir(parents=True, exist_ok=True)
   with (folder.parent / f'.{folder.name}.lock').open('w') as file:
     try:
@@ -98,7 +108,22 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     except BlockingIOError:
       print(f'{folder}: another process works there; waiting for it', flush=True)
       fcntl.flock(file, fcntl.LOCK_EX)
+    processes.barrier(f'lock of {folder}')
     yield
+
+
+def check(run: Run, identity: dict[str, Any], *, overwrite: bool) -> bool:
+  """Whether a run is finished, once its directory has passed `Run.check`.
+
+  Raises RunError as that does, and where a process of several is about another stage.
+  """
+  processes.check_same(f'{run.folder}: config, data or parents', fingerprint(identity))
+
+  def look() -> bool:
+    run.check(identity, overwrite=overwrite)
+    return run.finished(identity)
+
+  return processes.on_main(look)
 
 
 def resolve(
@@ -227,35 +252,23 @@ def _parent(
   folder = pathlib.Path(root) / 'stages' / f'{needed.name}-{fingerprint(stage.identity)[:12]}'
   run = Run(folder)
   with locked(folder):
-    run.check(stage.identity, overwrite=False)
-    if not run.finished(stage.identity):
-      print(f'{config.name}: first its {role.replace("_", " ")}, {init}, in {folder}', flush=True)
+    if not check(run, stage.identity, overwrite=False):
+      processes.say(f'{config.name}: first its {role.replace("_", " ")}, {init}, in {folder}')
       if _execute(stage, run).stopped:
         raise StoppedError
       return run
   if run.revision != git_revision():
     # Its fingerprint covers config, data and parents; whether the code between matters, only the
     # user knows.
-    print(f'{config.name}: {folder} was made by revision {run.revision} of the code', flush=True)
+    processes.say(f'{config.name}: {folder} was made by revision {run.revision} of the code')
   return run
 
 
 def _execute(stage: Stage, run: Run) -> StageOutcome:
   config = stage.config
   built = build(config, stage.parents, stage.feedback)
-  run.claim(stage.identity, stage.parents)
-  record = {
-    **environment_record(),
-    'data_fingerprint': stage.feedback.fingerprint,
-    'quarantined_records': stage.feedback.quarantined,
-    'training_rows': built.recipe.rows,
-    'seeds': {'run': config.seed, 'evaluation': config.evaluation.seed},
-  }
-  write_json(run.folder / 'record.json', record)
-  if built.tokenizer is not None:
-    built.tokenizer.save(run.folder / 'tokenizer')
-  if 'policy' in stage.parents:
-    stage.parents['policy'].save_assets(run.folder)
+  processes.on_main(lambda: _begin(stage, run, built))
+  _check_seen(run)
   checkpoints = Checkpoints(run.folder / 'checkpoints', config.checkpoint)
   loop = LoopConfig(
     steps=config.steps,
@@ -272,13 +285,57 @@ def _execute(stage: Stage, run: Run) -> StageOutcome:
     checkpoints.close()
   if outcome.stopped:
     return StageOutcome(run, stopped=True)
+  params_sha256 = trees.sha256(outcome.state.by_role)
+  processes.on_main(lambda: _end(stage, run, built, outcome, checkpoints.best_step, params_sha256))
+  return StageOutcome(run, stopped=False)
+
+
+def _begin(stage: Stage, run: Run, built: Built) -> None:
+  """Makes the directory the run's own, and writes what is known beforehand."""
+  config = stage.config
+  run.claim(stage.identity, stage.parents)
+  record = {
+    **environment_record(),
+    'data_fingerprint': stage.feedback.fingerprint,
+    'quarantined_records': stage.feedback.quarantined,
+    'training_rows': built.recipe.rows,
+    'seeds': {'run': config.seed, 'evaluation': config.evaluation.seed},
+  }
+  write_json(run.folder / 'record.json', record)
+  if built.tokenizer is not None:
+    built.tokenizer.save(run.folder / 'tokenizer')
+  if 'policy' in stage.parents:
+    stage.parents['policy'].save_assets(run.folder)
+
+
+def _check_seen(run: Run) -> None:
+  """Raises RunError in a process that does not see what process 0 has begun."""
+  deadline = time.monotonic() + _SEEN_SECONDS
+  while not (run.folder / 'config.json').exists():
+    if time.monotonic() > deadline:
+      raise RunError(
+        f'{run.folder}: process {jax.process_index()} does not see the directory that process 0 '
+        'has made. Name a --workdir and a --root on a file system that all processes share.'
+      )
+    time.sleep(0.5)
+
+
+def _end(
+  stage: Stage,
+  run: Run,
+  built: Built,
+  outcome: Outcome,
+  best_step: int | None,
+  params_sha256: str,
+) -> None:
+  """Writes the result."""
   evaluation = _last_row(run.folder / 'evaluations.jsonl')
   write_json(
     run.folder / 'result.json',
     {
-      'step': config.steps,
-      'best_step': checkpoints.best_step,
-      'params_sha256': trees.sha256(outcome.state.by_role),
+      'step': stage.config.steps,
+      'best_step': best_step,
+      'params_sha256': params_sha256,
       'model': to_dict(built.model),
       'tokens': outcome.tokens,
       'seconds': outcome.seconds,
@@ -287,7 +344,6 @@ def _execute(stage: Stage, run: Run) -> StageOutcome:
       **{name: evaluation.get(name) for name in built.recipe.headline if evaluation is not None},
     },
   )
-  return StageOutcome(run, stopped=False)
 
 
 def _last_row(path: pathlib.Path) -> dict[str, Any] | None:

@@ -4,7 +4,8 @@ import hashlib
 from typing import Any
 
 import jax
-import numpy as np
+
+from rlhf_jax.common.processes import host_parts
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -24,10 +25,13 @@ def unflatten(like: Any, leaves: dict[str, Any]) -> Any:
 
 
 def sha256(tree: Any) -> str:
-  """SHA-256 over names, dtypes, shapes and little-endian bytes of the leaves in order of name."""
+  """SHA-256 over names, dtypes, shapes and little-endian bytes of the leaves in order of name.
+
+  Where arrays span several processes, all must ask.
+  """
   digest = hashlib.sha256()
   for name, leaf in flatten(tree).items():
-    array = np.asarray(jax.device_get(leaf))
-    digest.update(f'{name}:{array.dtype.name}:{array.shape}\n'.encode())
-    digest.update(array.astype(array.dtype.newbyteorder('<'), copy=False).tobytes())
+    digest.update(f'{name}:{leaf.dtype.name}:{leaf.shape}\n'.encode())
+    for array in host_parts(leaf):
+      digest.update(array.astype(array.dtype.newbyteorder('<'), copy=False).tobytes())
   return digest.hexdigest()

@@ -182,14 +182,17 @@ class Batches:
   Attributes:
     columns: what they hold.
     order: `order[step]` are the `[B]` row numbers of a step.
+    places: `[L]`, which of these rows are made; None: all.
   """
 
   columns: Columns
   order: Any
+  places: Array | None = None
 
   def batch(self, step: int) -> Batch:
     """The batch of a step: a function of the columns, the batch size, the seed and the step."""
-    return self.columns.take(self.order[step])
+    rows = self.order[step]
+    return self.columns.take(rows if self.places is None else rows[self.places])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,11 +208,18 @@ class _Drawn:
     return np.searchsorted(self.cumulative, uniform, side='right')
 
 
-def batches(columns: Columns, batch_size: int, seed: int, weights: Array | None = None) -> Batches:
+def batches(
+  columns: Columns,
+  batch_size: int,
+  seed: int,
+  weights: Array | None = None,
+  places: Array | None = None,
+) -> Batches:
   """Batches in an order that grain shuffles anew every epoch; a batch may straddle two epochs.
 
   With `weights` `[N]`, rows are drawn with replacement instead, each with a probability in
-  proportion to its weight (A-LoL's sampling by priority: Baheti et al. 2024).
+  proportion to its weight (A-LoL's sampling by priority: Baheti et al. 2024). With `places` `[L]`,
+  only these of a step's rows are made: those of one process of several.
 
   Raises:
     DataError: there are no rows, or all of them have weight 0.
@@ -218,11 +228,11 @@ def batches(columns: Columns, batch_size: int, seed: int, weights: Array | None 
   if not len(columns):
     raise DataError('There are no rows to make batches of.')
   if weights is not None:
-    return Batches(columns, _Drawn(_cumulative(weights, len(columns)), batch_size, seed))
+    return Batches(columns, _Drawn(_cumulative(weights, len(columns)), batch_size, seed), places)
   import grain
 
   order = grain.MapDataset.range(len(columns)).seed(seed).shuffle().repeat().batch(batch_size)
-  return Batches(columns, order)
+  return Batches(columns, order, places)
 
 
 def _cumulative(weights: Array, rows: int) -> Array:

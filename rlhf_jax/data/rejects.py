@@ -5,6 +5,7 @@ import json
 import logging
 import pathlib
 
+from rlhf_jax.common import processes
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.feedback.records import RecordError
 
@@ -63,6 +64,8 @@ class Rejects:
         f"with --config.data.on_error='quarantine'."
       )
     assert quarantine is not None
+    if not processes.is_main():
+      return len(self._rejects)
     quarantine.parent.mkdir(parents=True, exist_ok=True)
     with quarantine.open('w', encoding='utf-8') as file:
       for reject in self._rejects:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rlhf_jax.common.processes import to_host
 from rlhf_jax.common.types import Prompts, Sequences
 
 Array = jax.Array
@@ -70,7 +71,7 @@ def answer_prompts(
       measured['proxy_reward'] = probes.proxy(sequences)
     if probes.reward is not None:
       measured['reward'] = probes.reward(answers)
-    host = jax.device_get((sequences, measured))
+    host = to_host((sequences, measured))
     texts = decode_sequences(host[0], probes.decode)
     rows = {name: np.asarray(values) for name, values in host[1].items()}
     rows['prompt'], rows['response'] = np.array(texts[0]), np.array(texts[1])

@@ -32,8 +32,9 @@ def _head_init(key: Array, width: int, outputs: int) -> Params:
 
 def _head_axes(outputs: str | None) -> Params:
   return {
-    'hidden': {'kernel': ('embed', None), 'bias': (None,)},
-    'out': {'kernel': (None, outputs), 'bias': (outputs,)},
+    'hidden': {'kernel': ('embed', 'mlp'), 'bias': ('mlp',)},
+    # The units are cut as the residual stream is: 'mlp' and 'vocab' are the same mesh axis.
+    'out': {'kernel': ('embed', outputs), 'bias': (outputs,)},
   }
 
 

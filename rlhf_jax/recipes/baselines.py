@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from rlhf_jax.common.processes import to_host
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.data.pipeline import Columns
 from rlhf_jax.models import roles
@@ -30,7 +31,7 @@ def reference_baselines(parts: Parts, columns: Columns) -> Array:
 
   reference = parts.reference if parts.reference is not None else init_decoder(parts)
   states = [
-    np.asarray(read(reference, batch.sequences), np.float64)[real]
+    to_host(read(reference, batch.sequences)).astype(np.float64)[real]
     for batch, real in device_batches(parts, columns)
   ]
   return leave_one_out_ridge(

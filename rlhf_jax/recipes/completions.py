@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rlhf_jax.common.processes import to_host
 from rlhf_jax.common.types import Prompts
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.texts import encode_contexts
@@ -79,13 +80,13 @@ def make_completer(opened: Finished) -> Completer:
     prompts = dataclasses.replace(prompts, index=np.array(seeds))
     with jax.set_mesh(parts.mesh):
       sequences, drawn = sampler(opened.params, put_batch(prompts, parts.mesh), key)
-      scores = None if score is None else np.asarray(score(sequences).scores)
+      scores = None if score is None else to_host(score(sequences).scores)
     encoded = encode_contexts(asked, parts.tokenizer, parts.config.data)
     shown = [
       (text if isinstance(text, str) else parts.tokenizer.written(text), number, prompt.cut)
       for (text, number), prompt in zip(rows, encoded, strict=True)
     ]
-    found = _completions(parts.tokenizer.decode, shown, prompts, jax.device_get(drawn))
+    found = _completions(parts.tokenizer.decode, shown, prompts, to_host(drawn))
     if scores is None:
       return found
     return [one._replace(score=float(value)) for one, value in zip(found, scores, strict=True)]

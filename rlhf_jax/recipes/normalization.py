@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.common import prng
+from rlhf_jax.common.processes import to_host
 from rlhf_jax.common.types import Array, Sequences
 from rlhf_jax.data import pipeline
 from rlhf_jax.models import roles
@@ -43,7 +44,7 @@ def normalizer(parts: Parts, params: Any) -> Any:
   else:
     records = parts.feedback.require('train', 'demonstrations')[:count]
     columns = pipeline.encode_demonstrations(records, parts.tokenizer, parts.config.data)
-    rows = [np.asarray(raw(params, batch))[real] for batch, real in device_batches(parts, columns)]
+    rows = [to_host(raw(params, batch))[real] for batch, real in device_batches(parts, columns)]
     scores = np.concatenate(rows).astype(np.float64)
     gain = 1.0
   values = {'gain': gain, 'bias': -gain * float(scores.mean())}

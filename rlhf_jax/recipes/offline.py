@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.common.metrics import Metrics, Sum
+from rlhf_jax.common.processes import to_host
 from rlhf_jax.common.rows import map_rows
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.data import pipeline
@@ -36,7 +37,7 @@ from rlhf_jax.recipes.probes import (
 )
 from rlhf_jax.recipes.rewards import load_reward_model
 from rlhf_jax.recipes.trainer import Trees, make_trainer
-from rlhf_jax.sharding.mesh import put_batch
+from rlhf_jax.sharding.mesh import put_batch, share_of
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
 
@@ -127,7 +128,7 @@ def cache_reference(parts: StageParts, preparation: Preparation, columns: Column
   rows = []
   for batch, real in device_batches(parts, columns, parts.config.batch_size):
     scored = preparation.score(preparation.reference, batch)
-    rows.append(np.asarray(scored.reference_logprobs)[real])
+    rows.append(to_host(scored.reference_logprobs)[real])
   return columns.attach(reference_logprobs=np.concatenate(rows))
 
 
@@ -234,11 +235,12 @@ def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
   preparation = make_preparation(parts, learner.actors, config.accumulation)
   if demands_of(config.objective).cached_reference:
     columns = cache_reference(parts, preparation, columns)
-  batches = pipeline.batches(columns, config.batch_size, config.seed, weights)
+  share = share_of(config.batch_size, parts.mesh)
+  batches = pipeline.batches(columns, config.batch_size, config.seed, weights, share.places)
   count = jax.jit(count_tokens)
 
   def prepare(state: TrainState, batch: Any) -> Prepared:
-    batch = put_batch(batch, parts.mesh)
+    batch = put_batch(batch, parts.mesh, share)
     whole = learner.trees.whole(state.by_role)
     return Prepared(preparation(whole, batch), state.carry, count(batch))
 

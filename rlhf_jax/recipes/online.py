@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax.common import prng
 from rlhf_jax.common.metrics import Metrics
@@ -23,6 +22,7 @@ from rlhf_jax.recipes.parts import (
   abstract_head,
   frozen_part,
   init_decoder,
+  shardings_of,
   trained_part,
   trained_policy,
 )
@@ -31,7 +31,7 @@ from rlhf_jax.recipes.rewards import FrozenRewardModel, load_reward_model, make_
 from rlhf_jax.recipes.trainer import Trainer, Trees, make_trainer
 from rlhf_jax.rollout.rollout import Judges, Sampled, Scored, assemble
 from rlhf_jax.rollout.shaping import truncate_for_scoring
-from rlhf_jax.sharding.mesh import put_batch
+from rlhf_jax.sharding.mesh import put_batch, share_of
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
 
@@ -81,9 +81,10 @@ def init_params(parts: Parts, reward_model: FrozenRewardModel | None) -> dict[st
     }
     return {**params, 'value_head': head, 'value_trunk': trunk}
   abstract = abstract_head(parts.model, parts.mesh)
-  head = jax.tree.map(
-    lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract
-  )
+  head = jax.jit(
+    lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract),
+    out_shardings=shardings_of(abstract),
+  )()
   if kind == 'shared':
     return {**params, 'value_head': head}
   base = value_base(parts, reward_model)
@@ -205,11 +206,11 @@ def make_rollout(
 
   # A batch that straddles two epochs may hold a prompt twice: its rows draw by their place in the
   # batch (the stream already differs from step to step).
-  places = np.arange(config.batch_size, dtype=np.int32)
+  share = share_of(config.batch_size, parts.mesh)
 
   def prepare(state: TrainState, prompts: Any) -> Prepared:
-    prompts = repeat_prompts(dataclasses.replace(prompts, index=places), demands.samples)
-    prompts = put_batch(prompts, parts.mesh)
+    prompts = repeat_prompts(dataclasses.replace(prompts, index=share.places), demands.samples)
+    prompts = put_batch(prompts, parts.mesh, share.repeated(demands.samples))
     params = {'policy': parts.reference} if from_reference else trees.whole(state.params)
     sampled, scored = sample(params, prompts, state.stream(prng.Stream.SAMPLING))
     collected, metrics = complete(params, parts.reference, state.carry, sampled, reward(scored))
@@ -259,7 +260,8 @@ def build_online(parts: Parts) -> Recipe:
   reward_model = load_reward_model(parts)
   policy, trees, trainer = make_learner(parts, reward_model)
   columns = probes.prompt_columns(parts, 'train', None)
-  batches = pipeline.batches(columns, config.batch_size, config.seed)
+  places = share_of(config.batch_size, parts.mesh).places
+  batches = pipeline.batches(columns, config.batch_size, config.seed, places=places)
   questions = online_questions(parts, reward_model)
   return Recipe(
     trainer.abstract,

@@ -323,8 +323,12 @@ def frozen_part(parts: Parts, model: ModelConfig, base: Any) -> Any:
 def init_reward_model(parts: Parts, trunk: Any) -> Any:
   """A new head on a trunk, or on what is trained of it, with the identity as its normaliser."""
   abstract = abstract_trained_reward_model(parts)
-  params = roles.reward_model_from_trunk(parts.model, trunk, init_key(parts, 1))
-  return jax.device_put(params, shardings_of(abstract))
+  make = jax.jit(
+    lambda trunk, key: roles.reward_model_from_trunk(parts.model, trunk, key),
+    out_shardings=shardings_of(abstract),
+    donate_argnums=0,
+  )
+  return make(trunk, init_key(parts, 1))
 
 
 def init_q_heads(parts: Parts) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from rlhf_jax.common import prng
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.common.metrics import Mean
+from rlhf_jax.common.processes import to_host
 from rlhf_jax.common.types import Prompts, Sequences
 from rlhf_jax.data import pipeline
 from rlhf_jax.evaluation.best_of_n import best_of_n, best_of_n_kl
@@ -182,7 +183,7 @@ def preference_question(
   def question(params: Any, step: int) -> Evaluation:
     del step
     found = [
-      np.asarray(differences(params, prepare(params, batch)))[real]
+      to_host(differences(params, prepare(params, batch)))[real]
       for batch, real in device_batches(parts, columns)
     ]
     differences_found, labels = np.concatenate(found), columns.extras['preference']
@@ -225,7 +226,7 @@ def loss_question(
     del step
     found: dict[str, list[np.ndarray]] = {}
     for batch, real in device_batches(parts, columns):
-      for name, mean in jax.device_get(one_by_one(params, prepare(params, batch))).items():
+      for name, mean in to_host(one_by_one(params, prepare(params, batch))).items():
         found.setdefault(name, []).append(np.stack([mean.total, mean.weight], axis=1)[real])
     rows = {f'held_out_{name}': np.concatenate(parts) for name, parts in found.items()}
     totals = {name: array.sum(0, dtype=np.float64) for name, array in rows.items()}
@@ -264,8 +265,8 @@ def sample_scores(
     prompts = columns.take(rows % count)
     assert isinstance(prompts, Prompts)
     batch = dataclasses.replace(prompts, index=rows.astype(np.int32))
-    scores = np.asarray(score(sample(params, put_batch(batch, parts.mesh), key)[0]), np.float64)
-    found.append(scores[: rounds * count - start])
+    scores = to_host(score(sample(params, put_batch(batch, parts.mesh), key)[0]))
+    found.append(scores[: rounds * count - start].astype(np.float64))
   scores = np.concatenate(found)
   return scores.reshape(rounds, count, *scores.shape[1:])
 
@@ -285,10 +286,10 @@ def best_of_n_question(
   score = make_score(reward_model)
 
   def judge(rows: Sequences) -> np.ndarray:
-    proxy = np.asarray(score(rows).scores)
+    proxy = to_host(score(rows).scores)
     if task is None:
       return proxy[:, None]
-    texts = decode_sequences(jax.device_get(rows), parts.tokenizer.decode)
+    texts = decode_sequences(to_host(rows), parts.tokenizer.decode)
     return np.stack([proxy, task.gold_reward(*texts)], axis=1)
 
   def question(params: Any, step: int) -> Evaluation:
@@ -320,7 +321,7 @@ def reference_rewards(parts: Parts, samples: int) -> np.ndarray:
     raise DataError(f'{parts.feedback.source}: it has no gold reward, so no known optimum.')
 
   def gold(sequences: Sequences) -> np.ndarray:
-    return task.gold_reward(*decode_sequences(jax.device_get(sequences), parts.tokenizer.decode))
+    return task.gold_reward(*decode_sequences(to_host(sequences), parts.tokenizer.decode))
 
   columns = prompt_columns(parts, 'held_out', config.prompts)
   key = prng.stream_key(prng.base_key(config.seed), prng.Stream.EVALUATION, _FRONTIER)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.common.errors import ConfigError, UserError
+from rlhf_jax.common.processes import gather_rows, shared_rows, to_host
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.config import field_of, is_term
 from rlhf_jax.evaluation.policy import decode_sequences
@@ -143,8 +144,11 @@ def make_text_score(parts: Parts, function: RewardFunction, name: str) -> Score:
   """
 
   def score(sequences: Sequences) -> Scored:
-    texts = decode_sequences(jax.device_get(sequences), parts.tokenizer.decode)
-    given = _call(function, texts, name)
+    # Of several processes each asks for a part of the rows, and all get the same numbers.
+    rows = shared_rows(len(sequences.response))
+    own = jax.tree.map(lambda x: x[rows], to_host(sequences))
+    texts = decode_sequences(own, parts.tokenizer.decode)
+    given = _call(function, texts, name) if len(rows) else []
     expected = f'{name}: expected a list of {len(texts[1])} numbers, one a response, got'
     try:
       found = np.asarray(given)
@@ -159,7 +163,7 @@ def make_text_score(parts: Parts, function: RewardFunction, name: str) -> Score:
       raise UserError(
         f'{name}: {found[row]} for the response {texts[1][row]!r:.200}; expected a finite number.'
       )
-    return Scored(put_batch(scores, parts.mesh))
+    return Scored(put_batch(gather_rows(scores, len(sequences.response)), parts.mesh))
 
   return score
 

@@ -10,7 +10,8 @@ class RewardConfig:
   """One of the rewards that make up a response's score."""
 
   # 'reward_model' (the config's reward_model), 'task' (the embedded task's gold reward), or a
-  # Python function, 'FILE.py:NAME': (prompts, responses) -> numbers, one a response.
+  # Python function, 'FILE.py:NAME': (prompts, responses) -> numbers, one a response. It judges
+  # each by itself: of several processes, every one calls it with a part of a batch.
   source: str = 'reward_model'
   # 'reward_model' only: another one than the config's, a run or a config, e.g. for safety beside
   # helpfulness; None: the config's.

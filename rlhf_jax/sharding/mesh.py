@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -86,20 +86,61 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-  """Lays a host batch, the same on every process, on the mesh: rows over data and fsdp.
+class Share(NamedTuple):
+  """The rows of a batch that one process makes.
+
+  Attributes:
+    rows: how many the whole batch has.
+    places: `[L]` int32, which of them are here, in rising order.
+  """
+
+  rows: int
+  places: np.ndarray
+
+  def repeated(self, times: int) -> 'Share':
+    """The same with every row repeated, copies adjacent."""
+    places = self.places[:, None] * times + np.arange(times, dtype=np.int32)
+    return Share(self.rows * times, places.reshape(-1))
+
+
+def share_of(rows: int, mesh: Mesh) -> Share:
+  """The rows of a batch that this process's devices hold: all of them, if there is one process."""
+  sharding = _sharding_of_rows(rows, mesh)
+  held = np.zeros(rows, bool)
+  for index in sharding.addressable_devices_indices_map((rows,)).values():
+    held[index] = True
+  return Share(rows, np.flatnonzero(held).astype(np.int32))
+
+
+def put_batch(batch: Any, mesh: Mesh, share: Share | None = None) -> Any:
+  """Lays a host batch on the mesh: rows over data and fsdp.
 
   Rows that the mesh does not divide, like one prompt given by hand, are put whole on every device.
+
+  Args:
+    batch: arrays `[L, ...]`.
+    mesh: the device mesh.
+    share: which rows of the whole batch these are; None: all, the same on every process.
   """
-  devices = mesh.shape['data'] * mesh.shape['fsdp']
 
   def put(x: Any) -> Array:
-    sharding = replicated(mesh) if len(x) % devices else batch_sharding(mesh)
+    rows, places = (len(x), np.arange(len(x))) if share is None else share
+    sharding = _sharding_of_rows(rows, mesh)
     if jax.process_count() == 1:
       return jax.device_put(x, sharding)
-    return jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index])
+
+    def part(index: Any) -> Any:
+      wanted = np.arange(rows)[index[0]]
+      return np.asarray(x)[np.searchsorted(places, wanted)]
+
+    return jax.make_array_from_callback((rows, *np.shape(x)[1:]), sharding, part)
 
   return jax.tree.map(put, batch)
+
+
+def _sharding_of_rows(rows: int, mesh: Mesh) -> NamedSharding:
+  divides = rows % (mesh.shape['data'] * mesh.shape['fsdp']) == 0
+  return batch_sharding(mesh) if divides else replicated(mesh)
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:

@@ -5,22 +5,20 @@ import dataclasses
 import functools
 import json
 import pathlib
-import signal
 import time
-from types import FrameType
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from rlhf_jax.common import metrics as metrics_lib
-from rlhf_jax.common import trees
+from rlhf_jax.common import processes, trees
 from rlhf_jax.common.errors import NonFiniteError
 from rlhf_jax.common.metrics import Metrics
 from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.progress import Progress
 from rlhf_jax.training.recipe import Recipe
 from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.stopping import StopRequest
 from rlhf_jax.training.writers import JsonlWriter, TensorBoardWriter, Writer
 
 
@@ -53,47 +51,6 @@ class Outcome(NamedTuple):
   stopped: bool
 
 
-class StopRequest:
-  """Turns SIGTERM and SIGINT into a request that is honoured at the end of the current step.
-
-  A second signal does what it would have done without this, and so does one that comes too late for
-  another step.
-  """
-
-  def __init__(self) -> None:
-    self.requested = False
-    self.honoured = False
-    self._number = 0
-    self._previous: dict[int, Any] = {}
-
-  def __enter__(self) -> 'StopRequest':
-    # Under several processes the coordination service handles preemption; a handler would hide it.
-    if jax.process_count() == 1:
-      for number in (signal.SIGTERM, signal.SIGINT):
-        try:
-          self._previous[number] = signal.signal(number, self._handle)
-        except ValueError:  # not in the main thread: the owner of the process handles signals
-          break
-    return self
-
-  def _handle(self, number: int, frame: FrameType | None) -> None:
-    del frame
-    if self.requested:  # the second one
-      self.honoured = True
-      signal.signal(number, self._previous[number])
-      signal.raise_signal(number)
-    self.requested = True
-    self._number = number
-
-  def __exit__(self, error: type[BaseException] | None, *unused: object) -> None:
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-    if (
-      self.requested and not self.honoured and error is None
-    ):  # it came too late for the loop: pass it on
-      signal.raise_signal(self._number)
-
-
 class _Pending(NamedTuple):
   """A step whose metrics are still being computed."""
 
@@ -118,6 +75,7 @@ class _Run:
     self.start = 0
     self.final: TrainState | None = None  # as the last checkpoint has it
     self.window: Metrics = {}
+    processes.check_same('latest checkpoints', str(checkpoints.latest_step))
     if checkpoints.latest_step is None:
       self.state = recipe.init()
     else:
@@ -125,17 +83,24 @@ class _Run:
       self.start = int(self.state.step)
       self.tokens, self.seconds = int(facts['tokens']), float(facts['seconds'])
       self.window = metrics_lib.from_json(facts['window'])
-      print(f'{name}: going on from step {self.start}', flush=True)
-    keep = self.start if self.start else -1
-    self.metrics: list[Writer] = [JsonlWriter(folder / 'metrics.jsonl', keep_through=keep)]
-    self.evaluations: list[Writer] = [JsonlWriter(folder / 'evaluations.jsonl', keep_through=keep)]
-    if config.tensorboard:
-      board = functools.partial(TensorBoardWriter, folder / 'tensorboard', keep_through=keep)
-      self.metrics.append(board())
-      self.evaluations.append(board(prefix='evaluation/'))
+      processes.say(f'{name}: going on from step {self.start}')
+    self.metrics: list[Writer] = []
+    self.evaluations: list[Writer] = []
+    if processes.is_main():
+      self.open_writers()
     self.progress = Progress(name, config.steps, self.start, self.tokens)
     self.pending: collections.deque[_Pending] = collections.deque()
     self.clock = time.monotonic()
+
+  def open_writers(self) -> None:
+    """Opens the files of metrics, without rows of steps that are still to come."""
+    keep = self.start if self.start else -1
+    self.metrics.append(JsonlWriter(self.folder / 'metrics.jsonl', keep_through=keep))
+    self.evaluations.append(JsonlWriter(self.folder / 'evaluations.jsonl', keep_through=keep))
+    if self.config.tensorboard:
+      board = functools.partial(TensorBoardWriter, self.folder / 'tensorboard', keep_through=keep)
+      self.metrics.append(board())
+      self.evaluations.append(board(prefix='evaluation/'))
 
   def step(self, step: int) -> None:
     """Dispatches one iteration, and settles the one before."""
@@ -166,14 +131,14 @@ class _Run:
 
   def save_nonfinite(self, done: _Pending, values: dict[str, float]) -> None:
     """Saves what is needed to study the step, and raises."""
-    folder = self.folder / 'nonfinite'
-    folder.mkdir(exist_ok=True)
-    batch = {name: np.asarray(leaf) for name, leaf in trees.flatten(done.batch).items()}
-    path = folder / f'step_{done.step:08}.npz'
-    np.savez(path, **batch)  # type: ignore[arg-type]
-    # JSON has no nan and no infinity: their names stand for them.
-    written = {name: x if np.isfinite(x) else str(x) for name, x in values.items()}
-    path.with_suffix('.json').write_text(json.dumps({'step': done.step, **written}, indent=1))
+    path = self.folder / 'nonfinite' / f'step_{done.step:08}.npz'
+    batch = processes.to_host(trees.flatten(done.batch))
+    if processes.is_main():
+      path.parent.mkdir(exist_ok=True)
+      np.savez(path, **batch)
+      # JSON has no nan and no infinity: their names stand for them.
+      written = {name: x if np.isfinite(x) else str(x) for name, x in values.items()}
+      path.with_suffix('.json').write_text(json.dumps({'step': done.step, **written}, indent=1))
     named = ', '.join(f'{name} {values[name]}' for name in ('loss', 'gradient_norm'))
     raise NonFiniteError(
       f'{self.folder}: step {done.step}: {named}. The batch and the metrics of that step are in '
@@ -188,13 +153,14 @@ class _Run:
     for writer in self.metrics:
       writer.write(step, row)
     shown = {name: values[name] for name in self.recipe.shown if name in values}
-    self.progress.line(step, self.tokens, shown)
+    if processes.is_main():
+      self.progress.line(step, self.tokens, shown)
     self.window = {}
 
   def evaluate(self, step: int) -> dict[str, float]:
     """Asks the recipe's questions and writes the answers."""
     scalars, arrays = self.recipe.evaluate(self.state.by_role, step)
-    if arrays:
+    if arrays and processes.is_main():
       folder = self.folder / 'evaluations'
       folder.mkdir(exist_ok=True)
       temporary = folder / 'unfinished.npz'
@@ -255,7 +221,7 @@ def train(
         if step == run.start:
           run.settle_all()
           run.progress.compiled(done, run.tokens)
-        stopping = stop.requested and not last
+        stopping = stop.due() and not last
         if last or _due(done, config.log_every):
           run.settle_all()
           run.log(done)

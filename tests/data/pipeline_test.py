@@ -349,3 +349,16 @@ def test_no_rows_and_no_tokens_are_errors():
   without = dataclasses.replace(WORD, bos_id=None)
   with pytest.raises(DataError, match="prompt '': no tokens, and the tokenizer has no <bos>"):
     pipeline.encode_prompts([Prompt('')], without, CONFIG)
+
+
+@pytest.mark.parametrize('weights', [None, np.arange(1.0, 13.0)])
+def test_a_process_makes_its_rows_of_the_same_batches(weights):
+  """In any order of the data, drawn by weights too."""
+  columns = pipeline.encode_prompts([Prompt('a')] * 12, WORD, CONFIG)
+  places = np.array([1, 2, 5])
+  whole = pipeline.batches(columns, 6, seed=3, weights=weights)
+  part = pipeline.batches(columns, 6, seed=3, weights=weights, places=places)
+  for step in range(5):
+    own: Any = part.batch(step)
+    both: Any = whole.batch(step)
+    np.testing.assert_array_equal(own.index, both.index[places])

@@ -80,6 +80,7 @@ def test_a_finished_study_is_reported_again_without_training(finished, monkeypat
   monkeypatch.setattr('rlhf_jax.stages.train', None)  # any training would fail
   with tiny.devices(1):
     again = compare.compare(make_study(), folder)
+  assert again is not None
   assert again['rows'] == summary['rows'] and again['optimum'] == summary['optimum']
   assert times == {path: path.stat().st_mtime_ns for path in folder.glob('*/result.json')}
 

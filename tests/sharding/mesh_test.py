@@ -11,12 +11,14 @@ from rlhf_jax.common.types import Prompts
 from rlhf_jax.sharding.mesh import (
   AXES,
   MeshConfig,
+  Share,
   batch_sharding,
   constrain,
   constrain_batch,
   make_mesh,
   put_batch,
   replicated,
+  share_of,
 )
 
 
@@ -121,3 +123,25 @@ def test_constraints_inside_a_mapped_kernel_do_nothing() -> None:
   spec = PartitionSpec('data')
   mapped = jax.shard_map(lambda x: constrain_batch(x) * 2, mesh=mesh, in_specs=spec, out_specs=spec)
   np.testing.assert_array_equal(jax.jit(mapped)(jnp.arange(16.0)), 2 * jnp.arange(16.0))
+
+
+def test_a_process_alone_makes_all_rows() -> None:
+  """Whether the mesh divides them or not; copies of a row are numbered one after the other."""
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  for rows in (3, 8):
+    share = share_of(rows, mesh)
+    assert share.rows == rows and share.places.tolist() == list(range(rows))
+  twice = Share(8, np.array([1, 4], np.int32)).repeated(2)
+  assert twice.rows == 16 and twice.places.tolist() == [2, 3, 8, 9]
+
+
+def test_a_share_of_rows_lands_at_its_places(monkeypatch: pytest.MonkeyPatch) -> None:
+  """As a process of several puts it: rows are found by their numbers, not by their order here."""
+  mesh = make_mesh(MeshConfig(data=4, tensor=2))
+  rows = np.arange(8 * 3).reshape(8, 3)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  whole = put_batch({'x': rows}, mesh)['x']
+  part = put_batch({'x': rows}, mesh, Share(8, np.arange(8, dtype=np.int32)))['x']
+  np.testing.assert_array_equal(whole, rows)
+  np.testing.assert_array_equal(part, rows)
+  assert whole.sharding == part.sharding == batch_sharding(mesh)
