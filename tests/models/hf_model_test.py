@@ -196,3 +196,15 @@ def test_architectures_differ_only_in_what_is_read() -> None:
     'window',
     'window_pattern',
   ]
+
+
+def test_how_a_decoder_is_computed_does_not_count() -> None:
+  """A policy that was trained with other kernels, chunks or types goes back to the same family."""
+  model = hf_model.to_model('llama3', config_of('llama3'))
+  computed = dataclasses.replace(
+    model, dtype='bfloat16', attention='auto', vocab_chunk=8, remat='full', scan_layers=True
+  )
+  assert not hf_model.differences(model, computed)
+  assert hf_model.differences(model, dataclasses.replace(model, rotary_theta=7.0)) == [
+    'rotary_theta'
+  ]
