@@ -40,12 +40,13 @@ from experiments import cli, cluster
 from rlhf_jax import stages
 from rlhf_jax.common import processes
 from rlhf_jax.common.errors import RunError, UserError
-from rlhf_jax.config import CHECKPOINTS, ExperimentConfig, is_term
+from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
 from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.evaluation.intervals import Measured, measured
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.hf_folder import HfFolder, open_source
 from rlhf_jax.objectives import objective_of
+from rlhf_jax.origins import is_term
 from rlhf_jax.recipes.finished import Finished, open_run, own_questions
 from rlhf_jax.recipes.parts import Parts
 from rlhf_jax.recipes.probes import Question, ask, best_of_n_question

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from rlhf_jax.common.errors import ConfigError, UserError
 from rlhf_jax.config_values import check_types
@@ -15,6 +15,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.objectives import OBJECTIVES, ObjectiveConfig, demands_of, objective_of
 from rlhf_jax.objectives.sft import SFTConfig
+from rlhf_jax.origins import Init, field_of, is_term
 from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.rollout.rewards import AGGREGATES
 from rlhf_jax.sharding.mesh import MeshConfig
@@ -376,30 +377,6 @@ class ExperimentConfig:
         'responses of a fixed length',
         'Set --config.generation.stop_at_eos=False (and no stop_tokens), or pay at last_token.',
       )
-
-
-class Init(NamedTuple):
-  """A run directory or a config, and which checkpoint of it."""
-
-  init: str
-  checkpoint: str
-
-
-def field_of(role: str) -> str:
-  """The field of a config that names the stage of a role: 'reward_model_1' -> 'reward_model'."""
-  return 'policy' if role == 'policy' else 'reward_model'
-
-
-def is_term(role: str) -> bool:
-  """Whether a role is a reward model of its own among the rollout's rewards, 'reward_0', ..."""
-  return role.startswith('reward_') and role.removeprefix('reward_').isdigit()
-
-
-def path_of(role: str) -> str:
-  """Where a config names the stage of a role: 'reward_model_1' -> 'reward_model.ensemble'."""
-  if is_term(role):
-    return f'rollout.rewards[{role.removeprefix("reward_")}].init'
-  return f'{field_of(role)}.{"init" if role == field_of(role) else "ensemble"}'
 
 
 def load_config(reference: str) -> Any:

@@ -14,7 +14,7 @@ import jax
 
 from rlhf_jax.common import processes, trees
 from rlhf_jax.common.errors import ConfigError, RunError
-from rlhf_jax.config import ExperimentConfig, load_config, path_of
+from rlhf_jax.config import ExperimentConfig, load_config
 from rlhf_jax.config_values import canonical_json, from_dict, to_dict
 from rlhf_jax.data.config import CONTROL, TRAINED_TOKENIZERS, DataConfig
 from rlhf_jax.data.segments import ControlFeedback
@@ -24,6 +24,7 @@ from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.objectives import demands_of, objective_of
+from rlhf_jax.origins import path_of
 from rlhf_jax.recipes import Built, build
 from rlhf_jax.recipes.parts import chat_template, check_devices
 from rlhf_jax.recipes.rewards import reward_fingerprints

@@ -26,6 +26,7 @@ ROOT_UNIT = (
   'config',
   'config_values',
   'hf_folder',
+  'origins',
   'planning',
   'recipes',
   'runs',

@@ -18,12 +18,13 @@ from rlhf_jax.common.types import (
   Sequences,
   StepRatings,
 )
-from rlhf_jax.config import ExperimentConfig, field_of, is_term, load_config, path_of
+from rlhf_jax.config import ExperimentConfig, load_config
 from rlhf_jax.data.config import EMBEDDED, DataConfig
 from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.models import adapters, decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
+from rlhf_jax.origins import field_of, is_term, path_of
 from rlhf_jax.recipes.parts import (
   Parts,
   abstract_reward_model,

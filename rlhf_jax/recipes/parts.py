@@ -11,7 +11,7 @@ import jax
 
 from rlhf_jax.common import prng
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.config import ExperimentConfig, field_of, path_of
+from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.data import templates, tokenizers
 from rlhf_jax.data.config import TRAINED_TOKENIZERS, DataConfig
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -19,6 +19,7 @@ from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.models import adapters, attending, decoder, heads, q_heads, roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
+from rlhf_jax.origins import field_of, path_of
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import make_mesh, replicated
 from rlhf_jax.sharding.rules import placed

@@ -16,11 +16,11 @@ import numpy as np
 from rlhf_jax.common.errors import ConfigError, UserError
 from rlhf_jax.common.processes import gather_rows, shared_rows, to_host
 from rlhf_jax.common.types import Sequences
-from rlhf_jax.config import field_of, is_term
 from rlhf_jax.evaluation.policy import decode_sequences
 from rlhf_jax.models import roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
+from rlhf_jax.origins import field_of, is_term
 from rlhf_jax.recipes.parts import Parts, abstract_reward_model
 from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.rollout.rewards import aggregate, combine
