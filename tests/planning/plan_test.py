@@ -26,10 +26,11 @@ MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
 def live_bytes() -> dict[int, int]:
-  """Bytes of all live arrays, by device."""
+  """Bytes of all live arrays that lie on all devices, by device: constants lie on the first."""
   gc.collect()
   held = dict.fromkeys((device.id for device in jax.devices()), 0)
-  for array in jax.live_arrays():
+  whole = [array for array in jax.live_arrays() if len(array.sharding.device_set) == len(held)]
+  for array in whole:
     for shard in array.addressable_shards:
       held[shard.device.id] += shard.data.nbytes
   return held
