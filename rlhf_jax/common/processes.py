@@ -82,7 +82,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def check_same(what: str, value: str) -> None:
-  """Raises RunError in a process whose value is not that of process 0."""
+  """Raises RunError in a process whose value is not that of process 0; no other one goes on."""
   expected = on_main(lambda: value)
   if value != expected:
     raise RunError(
@@ -90,6 +90,7 @@ def check_same(what: str, value: str) -> None:
       f'{expected}). Give all {jax.process_count()} processes the same command, code and files, '
       'and a run directory on a file system that they share.'
     )
+  barrier('same')
 
 
 def to_host(tree: Any) -> Any:
