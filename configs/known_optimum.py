@@ -85,15 +85,19 @@ def get_config(arg: str | None = None) -> StudyConfig:
 
   Online objectives are paid, and online DPO is judged, by the gold reward itself: what keeps them
   from the optimum is then their own. DPO learns from 64,000 noisy comparisons. Arguments 'short'
-  (the default), 'distilled' and 'converged' say which arms.
+  (the default), 'distilled' and 'converged' say which arms; 'converged/dpo,rloo' takes some of them.
   """
+  arm, _, names = ('short' if arg is None else arg).partition('/')
+  objectives = ARMS[arm]()
+  if names:
+    objectives = {name: objectives[name] for name in names.split(',')}
   start = dataclasses.replace(sft.get_config(), data=DATA, steps=1000)
   judge = dataclasses.replace(reward_model.get_config(), data=DATA)
   return StudyConfig(
     name='Distance to the known optimum',
     sft=start,
     reward_model=judge,
-    objectives=ARMS['short' if arg is None else arg](),
+    objectives=objectives,
     seeds=SEEDS,
     frontier_samples=1024,
   )
