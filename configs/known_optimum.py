@@ -85,7 +85,7 @@ def get_config(arg: str | None = None) -> StudyConfig:
 
   Online objectives are paid, and online DPO is judged, by the gold reward itself: what keeps them
   from the optimum is then their own. DPO learns from 64,000 noisy comparisons. Arguments 'short'
-  (the default), 'distilled' and 'converged' say which arms; 'converged/dpo,rloo' takes some of them.
+  (the default), 'distilled' and 'converged' say which arms; 'converged/dpo,rloo' takes some.
   """
   arm, _, names = ('short' if arg is None else arg).partition('/')
   objectives = ARMS[arm]()

@@ -17,7 +17,7 @@ from rlhf_jax.common import processes
 from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import load_config
 from rlhf_jax.config_values import suggestion
-from rlhf_jax.hf_folder import HfFolder
+from rlhf_jax.hf_folder import open_source
 from rlhf_jax.runs import Run
 from rlhf_jax.stages import StoppedError
 
@@ -67,11 +67,10 @@ def _restore_none(config: Any) -> None:
 
 def run_or_model(run: str | None, model: str | None) -> Run:
   """What --run or --model names; raises UserError unless it is one of the two."""
-  if model is not None and run is None:
-    return HfFolder(model)
-  if run is None or model is not None:
+  source = run if model is None else model
+  if source is None or (run is not None and model is not None):
     raise UserError('--run, --model: give one of them: a finished run, or a checkpoint folder.')
-  return Run(run)
+  return open_source(source)
 
 
 def not_none(values: dict[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,15 @@ SHARD_GB = flags.DEFINE_float(
 )
 
 
+def host_mesh() -> jax.sharding.Mesh:
+  """The host's memory, where a model fits that was trained on many accelerators."""
+  try:
+    devices = jax.devices('cpu')
+  except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+    devices = jax.devices()
+  return make_mesh(MeshConfig(data=1), devices[:1])
+
+
 def main() -> int:
   source, target = open_source(SOURCE.value), pathlib.Path(TARGET.value)
   shard_bytes = int(SHARD_GB.value * 10**9)
@@ -114,7 +123,7 @@ def export(run: Run, target: pathlib.Path, shard_bytes: int) -> None:
       'score whole texts.'
     )
   settings: dict[str, Any] = dict(dtype=DTYPE.value or 'float32', shard_bytes=shard_bytes)
-  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  mesh = host_mesh()
   if role == 'policy':
     params = run.restore_role('policy', abstract_decoder(model, mesh), CHECKPOINT.value)
     hf_export.export_policy(target, model, params, assets_of(run), **settings)
@@ -132,17 +141,25 @@ def export(run: Run, target: pathlib.Path, shard_bytes: int) -> None:
 
 def merge(source: PeftFolder, target: pathlib.Path, shard_bytes: int) -> None:
   """Writes an adapter and its base as one model."""
-  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  mesh = host_mesh()
   params = source.restore_role('policy', abstract_decoder(source.model, mesh))
-  settings: dict[str, Any] = dict(dtype=DTYPE.value or 'float32', shard_bytes=shard_bytes)
-  hf_export.export_policy(target, source.model, params, assets_of(source), **settings)
+  dtype = DTYPE.value or source.stored_dtype
+  assets = assets_of(source)
+  hf_export.export_policy(
+    target, source.model, params, assets, dtype=dtype, shard_bytes=shard_bytes
+  )
 
 
 def export_adapter(run: Run, target: pathlib.Path) -> None:
   """Writes what a run trained of its policy."""
   run.require_result()
   config = run.config
-  if config.adapter.method != 'lora' or objective_of(config.objective).trains != 'policy':
+  if objective_of(config.objective).trains != 'policy':
+    raise UserError(
+      f'--adapter: {run.folder} trained a reward model; adapters of policies only can be written. '
+      'Leave it out: the whole model is written.'
+    )
+  if config.adapter.method != 'lora':
     raise UserError(
       f'--adapter: {run.folder} trained no low-rank matrices of a policy (adapter.method='
       f'{config.adapter.method!r}). Leave it out.'
@@ -150,14 +167,14 @@ def export_adapter(run: Run, target: pathlib.Path) -> None:
   parent = run.parents()['policy']
   base = BASE.value
   if base is None:
-    if not isinstance(parent, HfFolder):
+    if not isinstance(parent, HfFolder) or isinstance(parent, PeftFolder):
       raise UserError(
-        f'--adapter: {run.folder} started from {parent.folder}, which PEFT cannot read. Write that '
-        'as a folder first (--source), and name it with --base.'
+        f'--adapter: {run.folder} started from {parent.source}, which PEFT cannot take for a base. '
+        'Write that as a folder first (--source), and name it with --base.'
       )
     base = str(parent.folder)
   family = hf_export.family_of(target, run.model, assets_of(run))
-  trained = run.restore_adapter(make_mesh(MeshConfig(data=1), jax.devices()[:1]), CHECKPOINT.value)
+  trained = run.restore_adapter(host_mesh(), CHECKPOINT.value)
   with hf_export.new_folder(target) as folder:
     hf_peft.export_adapter(folder, family, run.model, config.adapter, trained, base=base)
 

@@ -90,13 +90,22 @@ JSON = flags.DEFINE_string('json', None, 'A file to write the numbers to.')
 _SUBSETS = 2
 
 
+def mesh_of(run: Run) -> MeshConfig:
+  """Models divided over fsdp and tensor as they were trained, where the devices allow it."""
+  trained = run.config.mesh
+  parts = trained.fsdp * trained.tensor
+  if min(trained.fsdp, trained.tensor) < 1 or jax.device_count() % parts:
+    return MeshConfig()
+  return MeshConfig(fsdp=trained.fsdp, tensor=trained.tensor)
+
+
 def main() -> int:
   path = cli.json_path(JSON.value)
   run = cli.run_or_model(RUN.value, MODEL.value)
   run.require_result()
   config, parents = configure(run)
-  mesh = make_mesh(MeshConfig())
-  devices = mesh.shape['data']
+  mesh = make_mesh(mesh_of(run))
+  devices = mesh.shape['data'] * mesh.shape['fsdp']
   if config.evaluation.batch_size % devices:
     raise UserError(
       f'--batch_size={config.evaluation.batch_size}: expected a multiple of the {devices} devices.'

@@ -29,7 +29,7 @@ from rlhf_jax.sharding.mesh import make_mesh
 
 CONFIG = cli.define_config('The stage: a file that defines get_config(), such as configs/dpo.py.')
 DEVICES = flags.DEFINE_integer(
-  'devices', None, 'How many devices; needed only where a size of the mesh is -1.'
+  'devices', None, 'How many devices; needed only where a size of the mesh is -1.', 1
 )
 ACCELERATOR = flags.DEFINE_string(
   'accelerator',
@@ -37,7 +37,7 @@ ACCELERATOR = flags.DEFINE_string(
   f'The device to judge by, one of {", ".join(ACCELERATORS)}; default: each of them.',
 )
 VOCAB_SIZE = flags.DEFINE_integer(
-  'vocab_size', 0, 'Ids of the tokenizer, where the decoder is a new one and its config says 0.'
+  'vocab_size', 0, 'Ids of the tokenizer, where the decoder is a new one and its config says 0.', 0
 )
 JSON = flags.DEFINE_string('json', None, 'Also write all numbers to this file.')
 

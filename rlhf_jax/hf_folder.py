@@ -14,7 +14,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.models import hf_export
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.hf_files import CONFIG, HUB
+from rlhf_jax.models.hf_files import CONFIG, DTYPES, HUB
 from rlhf_jax.models.hf_load import (
   is_checkpoint,
   load_decoder,
@@ -82,13 +82,18 @@ class HfFolder(Run):
 
     Reward models compute in bfloat16 if they are stored in it; policies as the stage asks.
     """
-    stored = self.opened.config.get('dtype', self.opened.config.get('torch_dtype'))
-    narrow = self.opened.scores and stored == 'bfloat16'
+    narrow = self.opened.scores and self.stored_dtype == 'bfloat16'
     return dataclasses.replace(
       self.opened.model,
       vocab_multiple=_VOCAB_MULTIPLE,
       dtype='bfloat16' if narrow else 'float32',
     )
+
+  @property
+  def stored_dtype(self) -> str:
+    """The type of its numbers; of several the widest."""
+    found = {DTYPES.get(header.dtype, 'float32') for header in self.opened.headers.values()}
+    return next(iter(found)) if len(found) == 1 else 'float32'
 
   def tokenizer(self) -> Tokenizer:
     """Its tokenizer; raises CheckpointError if that has more ids than there are embeddings."""
@@ -131,6 +136,11 @@ class PeftFolder(HfFolder):
     self.adapter = open_adapter(pathlib.Path(source))
     base = self.adapter.base
     super().__init__(base if pathlib.Path(base).is_dir() or base.startswith(HUB) else HUB + base)
+
+  @property
+  def source(self) -> pathlib.Path:
+    """The adapter's folder."""
+    return self.adapter.folder
 
   @property
   def params_sha256(self) -> str:

@@ -93,6 +93,11 @@ class Run:
     self.folder = pathlib.Path(folder)
 
   @property
+  def source(self) -> pathlib.Path:
+    """The folder that `open_source` makes this of again."""
+    return self.folder
+
+  @property
   def result(self) -> dict[str, Any] | None:
     """The content of result.json; None while the run is not finished."""
     path = self.folder / 'result.json'
@@ -146,7 +151,9 @@ class Run:
       config = self.config
       if config.adapter.method == 'none':
         return identity
-      return f'{identity} on {self.parents()["policy"].params_identity(config.policy.checkpoint)}'
+      parent = self.parents()['policy']
+      self._require(parent)
+      return f'{identity} on {parent.params_identity(config.policy.checkpoint)}'
     return f'{fingerprint(self._origin()["identity"])} at step {self.step(checkpoint)}'
 
   def parents(self) -> dict[str, 'Run']:
@@ -228,6 +235,14 @@ class Run:
     copied = demands_of(self.config.objective).value == 'reward_model'
     return self.parents()['reward_model'] if role == 'value_trunk' and copied else None
 
+  def _require(self, parent: 'Run') -> None:
+    """Raises RunError where the rest of a decoder that was trained in part is gone."""
+    if not parent.source.is_dir():
+      raise RunError(
+        f'{self.folder}: it holds only what it trained of its decoder; the rest is in '
+        f'{parent.source}, which is not there any more. Put it back.'
+      )
+
   def _model_of(self, role: str) -> ModelConfig:
     parent = self._value_parent(role)
     return self.model if parent is None else parent.model
@@ -236,10 +251,14 @@ class Run:
     """What a decoder that was trained in part started from, whole."""
     config, judge = self.config, self._value_parent(role)
     parent = self.parents()['policy'] if judge is None else judge
-    if not parent.folder.is_dir():
+    self._require(parent)
+    field = 'policy' if judge is None else 'reward_model'
+    recorded = self._origin()['identity']['config'][field]['init']
+    found = parent.params_identity(getattr(config, field).checkpoint)
+    if found != recorded:
       raise RunError(
-        f'{self.folder}: it holds only what it trained of its decoder; the rest is in '
-        f'{parent.folder}, which is not there any more. Put it back.'
+        f'{self.folder}: it holds only what it trained of its decoder; the rest was in '
+        f'{parent.source}, where other parameters lie now ({found}, not {recorded}). Put them back.'
       )
     if judge is None:
       return parent.restore_role('policy', abstract, config.policy.checkpoint)
@@ -310,5 +329,5 @@ class Run:
       self.folder.rename(doomed)
       shutil.rmtree(doomed)
     self.folder.mkdir(parents=True, exist_ok=True)
-    folders = {role: str(run.folder.absolute()) for role, run in parents.items()}
+    folders = {role: str(run.source.absolute()) for role, run in parents.items()}
     write_json(self.folder / 'config.json', {'identity': identity, 'parents': folders})

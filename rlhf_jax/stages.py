@@ -26,7 +26,7 @@ from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.origins import path_of
 from rlhf_jax.recipes import Built, build
-from rlhf_jax.recipes.parts import chat_template, check_devices
+from rlhf_jax.recipes.parts import chat_template, check_devices, check_role
 from rlhf_jax.recipes.rewards import reward_fingerprints
 from rlhf_jax.runs import Run, environment_record, fingerprint, git_revision, write_json
 from rlhf_jax.training.checkpoints import Checkpoints
@@ -142,6 +142,9 @@ def resolve(
   # Like all that can be wrong here, before the stages that it starts from take their time.
   online = objective_of(config.objective).data == 'prompts'
   rewards = reward_fingerprints(config.rollout) if online else {}
+  for role, (init, _) in config.inits().items():
+    if is_source(init):
+      check_role(role, open_source(init))
   parents = {
     role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()
   }

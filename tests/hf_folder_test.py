@@ -15,7 +15,8 @@ from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError, ConfigError, RunError
 from rlhf_jax.config import InitConfig, RewardModelInitConfig
 from rlhf_jax.hf_folder import HfFolder, open_source
-from rlhf_jax.models import hf_export, hf_load
+from rlhf_jax.models import adapters, decoder, hf_export, hf_load, hf_peft
+from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import SINGLE
 from rlhf_jax.recipes.parts import abstract_decoder, abstract_reward_model
@@ -138,3 +139,49 @@ def test_half_precision_judges_compute_in_it(folders: Path, tmp_path: Path) -> N
     opened = hf_load.open_checkpoint(folders / name)
     hf_export.convert(opened, tmp_path / name, dtype='bfloat16')
     assert HfFolder(tmp_path / name).model.dtype == dtype
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_from_an_adapter_keeps_it(folders: Path, tmp_path: Path) -> None:
+  """Base, adapter and what was trained on them; what lies there later must be the same."""
+  adapter, model = tmp_path / 'adapter', HfFolder(folders / 'policy').model
+  config = AdapterConfig(method='lora', rank=2, targets=('query', 'down'))
+  abstract = jax.eval_shape(
+    lambda: adapters.init(config, model, decoder.init(model, jax.random.key(0)), jax.random.key(0))
+  )
+  rng = np.random.default_rng(0)
+  trained = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), abstract)
+  adapter.mkdir()
+  family = HfFolder(folders / 'policy').opened.family
+  base = str(folders / 'policy')
+  hf_peft.export_adapter(adapter, family, model, config, trained, base=base)
+  stage = config_of('sft', folders)
+  stage.policy, stage.adapter = InitConfig(init=str(adapter)), config
+  with tiny.devices(1):
+    stages.run_stage(stage, tmp_path / 'run', root=tmp_path)
+  run, mesh = Run(tmp_path / 'run'), make_mesh(MESH, jax.devices()[:1])
+  assert run.parents()['policy'].source == adapter
+  found = run.restore_role('policy', abstract_decoder(run.model, mesh))
+  start = open_source(adapter).restore_role('policy', abstract_decoder(run.model, mesh))
+  own = run.restore_adapter(mesh)
+  expected = adapters.merge(
+    run.model, adapters.join(adapters.frozen_of(config, run.model, start), own)
+  )
+  leaves = trees.flatten(expected)
+  for name, leaf in trees.flatten(found).items():
+    np.testing.assert_allclose(leaf, leaves[name], atol=1e-6, err_msg=name)
+  hf_peft.export_adapter(adapter, family, model, config, own, base=base)
+  with pytest.raises(RunError, match='other parameters lie now'):
+    run.restore_role('policy', abstract_decoder(run.model, mesh))
+
+
+def test_a_model_of_another_kind_is_found_before_others_are_trained(
+  folders: Path, tmp_path: Path
+) -> None:
+  """A scorer as the policy, beside a reward model that would have to be trained first."""
+  config = config_of('ppo', folders)
+  config.policy = InitConfig(init=str(folders / 'scorer'))
+  config.reward_model = RewardModelInitConfig(init='configs/reward_model.py')
+  with pytest.raises(ConfigError, match='policy.init'), tiny.devices(1):
+    stages.run_stage(config, tmp_path / 'run', root=tmp_path)
+  assert not list(tmp_path.glob('stages/*'))

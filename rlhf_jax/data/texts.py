@@ -47,13 +47,13 @@ class EncodedReply(NamedTuple):
 def encode_contexts(
   contexts: Sequence[Context], tokenizer: Tokenizer, config: DataConfig
 ) -> list[EncodedPrompt]:
-  """Prompts cut to `config.prompt_length`; a text has `<bos>` in front if there is such a token.
+  """Prompts cut to `config.prompt_length`; a text has `<bos>` in front if the tokenizer says so.
 
   Raises:
     ConfigError: there are dialogues, and the tokenizer has no chat template.
     DataError: a prompt has no tokens at all, or the template refuses it.
   """
-  begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  begin = tokenizer.start
   room = config.prompt_length - len(begin)
   texts = [context for context in contexts if isinstance(context, str)]
   encoded = iter(tokenizer.encode_batch(texts))

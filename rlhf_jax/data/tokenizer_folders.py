@@ -41,6 +41,14 @@ def special_tokens(folder: pathlib.Path) -> dict[str, str | None]:
   return names
 
 
+def adds_bos(folder: pathlib.Path, backend: Any, bos_id: int | None) -> bool:
+  """Whether texts get the token in front: as the folder says, or as its post-processor does it."""
+  said = read_json(folder / CONFIG).get('add_bos_token')
+  if isinstance(said, bool):
+    return said
+  return bos_id is not None and backend.encode('a', add_special_tokens=True).ids[:1] == [bos_id]
+
+
 def _content(token: Any) -> str | None:
   """Hugging Face writes a token as a string, or as an object with its properties."""
   return token['content'] if isinstance(token, dict) else token

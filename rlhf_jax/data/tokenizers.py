@@ -42,13 +42,15 @@ class Tokenizer:
   Attributes:
     backend: a `tokenizers.Tokenizer`.
     pad_id: fills up rows; masks say where, so it may be `eos_id`.
-    bos_id: begins every prompt; None for tokenizers that have no such token.
+    bos_id: begins prompts; None for tokenizers that have no such token.
     eos_id: ends every finished response.
     literal: whether special tokens spelt out in a text are ordinary text (a tokenizer of ours) or
       special (a Hugging Face one, whose chat markup must work).
     template: the chat template, None without one.
     stops: ids that end a response beside `eos_id`: those that the folder's generation config names,
       and what the template writes after an answer.
+    begins: whether `bos_id` is put in front of texts. Some Hugging Face tokenizers, like GPT-2's,
+      have such a token and do not; templates write theirs themselves.
   """
 
   backend: Any
@@ -58,6 +60,12 @@ class Tokenizer:
   literal: bool
   template: str | None = None
   stops: tuple[int, ...] = ()
+  begins: bool = True
+
+  @property
+  def start(self) -> list[int]:
+    """What stands in front of a text."""
+    return [self.bos_id] if self.begins and self.bos_id is not None else []
 
   @property
   def vocab_size(self) -> int:
@@ -68,6 +76,7 @@ class Tokenizer:
   def fingerprint(self) -> str:
     """SHA-256 of the tokenizer and its special ids: what the ids of texts mean."""
     ids = json.dumps([self.pad_id, self.bos_id, self.eos_id, self.literal])
+    ids += '' if self.begins else ' alone'
     return hashlib.sha256((self.backend.to_str() + ids).encode()).hexdigest()
 
   @property
@@ -199,6 +208,8 @@ class Tokenizer:
       number = getattr(self, f'{name}_id')
       if number is not None:
         config[f'{name}_token'] = self.backend.id_to_token(number)
+    if self.bos_id is not None:
+      config['add_bos_token'] = self.begins
     files = {CONFIG: json.dumps(config, indent=2) + '\n'}
     if self.template is not None:
       files[TEMPLATE] = self.template
@@ -275,7 +286,8 @@ def load(folder: pathlib.Path) -> Tokenizer:
       f'{folder / GENERATION}: eos_token_id {missing[0]} is not in the vocabulary of '
       f'{found.vocab_size} ids. Mend one of them.'
     )
-  found = dataclasses.replace(found, stops=stops)
+  begins = literal or tokenizer_folders.adds_bos(folder, backend, found.bos_id)
+  found = dataclasses.replace(found, stops=stops, begins=begins)
   template = tokenizer_folders.chat_template(folder)
   return found if template is None else found.with_template(template)
 

@@ -140,9 +140,13 @@ def export_scorer(
     'problem_type': 'regression',
     OWN: {'score_bias': offset},
   }
-  if config.get('pad_token_id') == config.get('eos_token_id'):
-    # transformers reads the score at the last token that is not padding: it would miss the end.
-    config['pad_token_id'] = None
+  tokenizer = tokenizers.load(assets.tokenizer)
+  ends = config.get('eos_token_id')
+  ends = {*tokenizer.stop_ids, *(ends if isinstance(ends, list) else [ends])}
+  pad = config.get('pad_token_id')
+  pad = tokenizer.pad_id if pad is None else pad
+  # transformers reads the score at the last token that is not padding: it would miss the end.
+  config['pad_token_id'] = None if pad in ends else pad
   with new_folder(target) as folder:
     write_tensors(folder, entries, shard_bytes)
     write_json(folder / CONFIG, config)

@@ -17,6 +17,8 @@ DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 SHARD_BYTES = 5 * 10**9  # as transformers once had it
 
 _HUB_FILES = ('*.json', '*.safetensors', '*.jinja', 'tokenizer*', 'merges.txt', 'vocab*')
+# The same weights in the layouts of their authors, and in folders below.
+_NOT_HUB_FILES = ('*/*', 'consolidated*')
 
 
 class Header(NamedTuple):
@@ -60,7 +62,10 @@ def download(source: str) -> pathlib.Path:
   name, _, revision = source.removeprefix(HUB).partition('@')
   try:
     folder = huggingface_hub.snapshot_download(
-      name, revision=revision or None, allow_patterns=list(_HUB_FILES)
+      name,
+      revision=revision or None,
+      allow_patterns=list(_HUB_FILES),
+      ignore_patterns=list(_NOT_HUB_FILES),
     )
   except Exception as error:  # of many kinds: names, networks, permissions, disks
     first = str(error).strip().partition('\n')[0]

@@ -278,10 +278,13 @@ def _place(
   def get(index: hf_layout.Slices) -> np.ndarray:
     return tensor[index]
 
-  def part(index: Any) -> np.ndarray:
-    bounds = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
+  @functools.cache  # devices that hold the same part share what is read
+  def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
     slices = tuple(slice(start, stop) for start, stop in bounds)
     return hf_layout.read(layout, sizes, piece.tensor.part, slices, get)
+
+  def part(index: Any) -> np.ndarray:
+    return read(tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)))
 
   array = jax.make_array_from_callback(shape, sharding, part)
   if piece.layer is None:

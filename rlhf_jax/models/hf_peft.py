@@ -38,6 +38,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
   'bias': (None, 'none'),
   'modules_to_save': (None, []),
   'lora_bias': (None, False),
+  # Others change the base's weights before they put matrices beside them.
+  'init_lora_weights': (None, False, 'gaussian', 'eva', True),
   'use_qalora': (None, False),
   'use_bdlora': (None, False),
   'layer_replication': (None,),

@@ -100,10 +100,11 @@ def group_advantages(rewards: Array, *, scale: str, epsilon: float = 1e-4) -> Ar
 
     A_i = (R_i - mean R) / (std R + epsilon)     (Shao et al. 2024, section 4.1.2)
 
-  The standard deviation divides by K - 1, as in TRL.
+  The standard deviation divides by K - 1, as in TRL. A group of equal rewards has advantages of
+  exactly 0: what rounding leaves of it would be divided by little more than epsilon.
   """
   check_float(rewards=rewards)
-  centred = rewards - rewards.mean(1, keepdims=True)
+  centred = jnp.where(all_equal(rewards)[:, None], 0.0, rewards - rewards.mean(1, keepdims=True))
   if scale == 'group':
     return centred / (rewards.std(1, ddof=1, keepdims=True) + epsilon)
   if scale == 'batch':
@@ -113,15 +114,18 @@ def group_advantages(rewards: Array, *, scale: str, epsilon: float = 1e-4) -> Ar
   raise ValueError(f'scale {scale!r}: expected one of {SCALES}.')
 
 
+def all_equal(rewards: Array) -> Array:
+  """`[B, K]` -> `[B]` bool, the groups that teach nothing."""
+  return rewards.max(1) == rewards.min(1)
+
+
 def collect(config: GRPOConfig, experience: Experience, carry: Carry) -> Collected:
   """Standardises the scores of each prompt's responses; every token gets its response's."""
   groups = grouped(experience.scores, config.samples)
   advantages = group_advantages(groups, scale=config.scale, epsilon=config.epsilon).reshape(-1)
-  deviations = groups.std(1)
   metrics: Metrics = {
-    'group_std': Mean.of(deviations),
-    # Groups whose responses are all scored alike teach nothing.
-    'equal_groups': Mean.of(deviations == 0),
+    'group_std': Mean.of(groups.std(1)),
+    'equal_groups': Mean.of(all_equal(groups)),
   }
   return Collected(rollouts_of(experience, advantages), carry, metrics)
 

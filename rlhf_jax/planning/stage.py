@@ -104,11 +104,13 @@ class PlannedStage(NamedTuple):
     objective = objective_of(self.config.objective)
     online = objective.data == 'prompts'
     in_part = self.config.adapter.method != 'none'
-    needed = online or in_part or objective.reference(self.config.objective)
+    # Policies are evaluated on prompts along the run: against the reference, by the reward model.
+    asked = objective.trains == 'policy' and self.config.evaluation.prompts > 0
+    needed = online or asked or in_part or objective.reference(self.config.objective)
     frozen = {}
     if self.config.policy.init is not None and needed:
       frozen['reference'] = self._base()
-    for role, run in self.reward_models.items() if online else ():
+    for role, run in self.reward_models.items() if online or asked else ():
       frozen[role] = abstract_reward_model(run.model, self.mesh)
     return frozen
 
@@ -147,6 +149,11 @@ def plan_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, vocab_size: in
       'Layers are compiled as one scanned block; unrolled ones have the same parameters.'
     )
     model = dataclasses.replace(model, scan_layers=True)
+  if config.evaluation.prompts or config.evaluation.records:
+    notes.append(
+      'The programs of evaluations (evaluation.batch_size rows at a time) are not planned; the '
+      'models that they read are.'
+    )
   config = dataclasses.replace(config, model=model)
   check_rows(config, mesh)
   check_length(model, config)

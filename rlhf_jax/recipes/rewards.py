@@ -1,5 +1,6 @@
 """Who scores responses: reward models, alone or as an ensemble, tasks, and Python functions."""
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -77,14 +78,17 @@ def load_reward_model(parts: Parts) -> FrozenRewardModel | None:
 
 def load_member(parts: Parts, run: Run, checkpoint: str) -> FrozenRewardModel:
   """One reward model by itself."""
-  abstract = abstract_reward_model(run.model, parts.mesh)
+  # Judges are computed like the policy beside them, whatever they were trained with.
+  own = parts.model
+  model = dataclasses.replace(run.model, attention=own.attention, scan_layers=own.scan_layers)
+  abstract = abstract_reward_model(model, parts.mesh)
   params = run.restore_role('reward_model', abstract, checkpoint)
   objective = run.config.objective
   if reason := demands_of(objective).unpayable:
     raise ConfigError(
       'reward_model.init', str(run.folder), 'a reward model that can pay a policy', reason
     )
-  return FrozenRewardModel((run.model,), (params,), objective_of(objective).by_token)
+  return FrozenRewardModel((model,), (params,), objective_of(objective).by_token)
 
 
 def make_score(reward_model: FrozenRewardModel) -> Score:

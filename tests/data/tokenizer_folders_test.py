@@ -1,5 +1,7 @@
 """Folders of other tools are read for what they say, and refused for what they lack."""
 
+import json
+
 import pytest
 
 from rlhf_jax.common.errors import ConfigError, DataError
@@ -21,6 +23,25 @@ def test_texts_have_the_tokens_that_transformers_gives_them(tmp_path, make):
   loaded = tokenizers.load(tmp_path)
   assert loaded.encode_batch(texts) == theirs(texts, add_special_tokens=False)['input_ids']
   assert loaded.vocab_size == len(theirs)
+
+
+def test_texts_begin_as_transformers_begins_them(tmp_path):
+  """GPT-2 has a token for the beginning and does not use it; Llama does; the folder may say so."""
+  theirs = folders.gpt2(tmp_path / 'gpt2')
+  found = tokenizers.load(tmp_path / 'gpt2')
+  assert found.bos_id is not None and found.start == []
+  ids = found.start + found.encode_batch(['Be brief.'])[0]
+  assert ids == theirs('Be brief.')['input_ids']
+  saved = json.loads((tmp_path / 'gpt2' / 'tokenizer_config.json').read_text())
+  (tmp_path / 'gpt2' / 'tokenizer_config.json').write_text(
+    json.dumps({**saved, 'add_bos_token': True})
+  )
+  told = tokenizers.load(tmp_path / 'gpt2')
+  assert told.start == [told.bos_id] and told.fingerprint != found.fingerprint
+  for one in (found, told):
+    one.save(tmp_path / 'again')
+    again = tokenizers.load(tmp_path / 'again')
+    assert again.start == one.start and again.fingerprint == one.fingerprint
 
 
 @pytest.mark.parametrize('make', [folders.gpt2, folders.llama])

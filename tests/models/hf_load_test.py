@@ -15,8 +15,9 @@ from safetensors import numpy as safetensors
 
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError
-from rlhf_jax.models import decoder, hf_load
+from rlhf_jax.models import decoder, hf_layout, hf_load
 from rlhf_jax.models.hf_files import INDEX, SINGLE
+from rlhf_jax.recipes.parts import abstract_decoder
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from rlhf_jax.sharding.rules import param_shardings
 from tests.models import hf_golden
@@ -164,20 +165,42 @@ def test_a_policy_is_no_reward_model(folder: Path) -> None:
     hf_load.open_checkpoint(folder)
 
 
+def test_copies_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Devices with the same part of a tensor share it: the host reads each number once."""
+  golden = hf_golden.load('llama2')
+  mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))
+  seen = 0
+  real = hf_layout.read
+
+  def read(*arguments: Any) -> np.ndarray:
+    nonlocal seen
+    found = real(*arguments)
+    seen += found.size
+    return found
+
+  monkeypatch.setattr(hf_layout, 'read', read)
+  abstract = abstract_decoder(golden.model, mesh)
+  params = hf_load.load_decoder(golden.checkpoint, abstract)
+  assert seen < 1.1 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 def test_names_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   """They are downloaded, revision and all; without a network the message says what to do."""
   import huggingface_hub
 
   asked: dict[str, Any] = {}
 
-  def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-    asked.update(name=name, revision=revision, patterns=allow_patterns)
+  def download(
+    name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+  ) -> str:
+    asked.update(name=name, revision=revision, patterns=allow_patterns, never=ignore_patterns)
     return str(folder)
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
   assert hf_load.is_checkpoint('hf:owner/name')
   assert hf_load.open_checkpoint('hf:owner/name@v1').folder == folder
   assert (asked['name'], asked['revision']) == ('owner/name', 'v1')
+  assert 'consolidated*' in asked['never']  # the authors' copy of the same weights
   assert '*.safetensors' in asked['patterns'] and not any('bin' in p for p in asked['patterns'])
 
   def fail(*_: object, **__: object) -> str:

@@ -46,6 +46,17 @@ def test_groups_that_are_scored_alike_teach_nothing() -> None:
     group_advantages(jnp.array([[1.0, 2.0]]), scale='row')
 
 
+@pytest.mark.parametrize('samples', [3, 5, 7])
+def test_rounding_teaches_nothing_either(samples: int) -> None:
+  """The mean of equal numbers need not be that number: over epsilon it would be an advantage."""
+  rng = np.random.default_rng(0)
+  rewards = np.repeat(rng.normal(0, 3, (64, 1)).astype(np.float32), samples, axis=1)
+  assert (rewards != np.asarray(jnp.mean(rewards, 1, keepdims=True))).any()
+  for scale in ('group', 'batch', 'none'):
+    found = group_advantages(jnp.asarray(rewards), scale=scale, epsilon=1e-9)
+    np.testing.assert_array_equal(found, 0.0)
+
+
 def slow(config: GRPOConfig, batch: Any, logprobs: np.ndarray) -> float:
   """Equations 3 and 4, with the named ways to make one number of token losses."""
   rows = []

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from rlhf_jax.common.errors import ConfigError, UserError
-from rlhf_jax.config import InitConfig
+from rlhf_jax.config import InitConfig, RewardModelInitConfig
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
@@ -44,14 +44,23 @@ def make_config(case: str, parents: Path) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('case', 'adapter'),
-  [('ppo', 'none'), ('dpo', 'lora'), ('reward_model', 'none'), ('ilql', 'none')],
+  [
+    ('ppo', 'none'),
+    ('dpo', 'lora'),
+    ('reward_model', 'none'),
+    ('ilql', 'none'),
+    ('judged dpo', 'none'),
+  ],
 )
 def test_what_is_resident_is_what_lives_on_the_devices(
   case: str, adapter: str, parents: Path, quick_compilation: None
 ) -> None:
   """State, reference and reward model of a real stage: live bytes of every device within 10%."""
-  config = make_config(case, parents)
+  config = make_config(case.removeprefix('judged '), parents)
   config.adapter = AdapterConfig(method=adapter)
+  if case.startswith('judged'):  # evaluations along the run ask the reward model
+    config.evaluation.prompts = 8
+    config.reward_model = RewardModelInitConfig(init=str(parents / 'reward_model'))
   before = live_bytes()
   built = tiny.build_recipe(config, 8)
   with jax.set_mesh(built.mesh):
