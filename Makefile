@@ -9,8 +9,8 @@ VENV ?= .venv
 TESTS ?=
 # Arguments for `make parity`, e.g. PARITY="--draws=5 --seed=7 --write".
 PARITY ?=
-# Test processes. More than one gains next to nothing on two cores, since XLA compiles on both.
-WORKERS ?= 0
+# Test processes; 0: the tests run in the one that collects them.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 # --no-compile: Python writes bytecode for what is really imported when it is first imported, which
