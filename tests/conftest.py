@@ -15,7 +15,7 @@ os.environ['JAX_PLATFORMS'] = os.environ.get('RLHF_JAX_TEST_PLATFORM', 'cpu')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'xla'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
-# XLA ends a process when one of its simulated devices waits 40 s for another; on a busy machine that
+# XLA ends a process when a simulated device waits 40 s for another: on a busy machine that
 # is no sign of a deadlock.
 os.environ['XLA_FLAGS'] = ' '.join(
   (os.environ.get('XLA_FLAGS', ''), '--xla_cpu_collective_call_terminate_timeout_seconds=600')
