@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_jax.common import trees
 from rlhf_jax.objectives.best_of_n import BestOfNConfig
 from rlhf_jax.objectives.sft import SFTConfig
 from tests.objectives import tabular
@@ -20,7 +21,7 @@ def test_the_best_of_each_prompt_are_kept(samples: int, keep: int, rows: list[in
   """Whole, the best first."""
   experience = make_experience()
   kept, carry, metrics = collect(BestOfNConfig(samples=samples, keep=keep), experience)
-  for name, values in vars(experience.sequences).items():
+  for name, values in trees.flatten(experience.sequences).items():
     np.testing.assert_array_equal(getattr(kept, name), values[rows])
   np.testing.assert_allclose(metrics['kept_score'], SCORES[rows].mean())
   assert carry == {}

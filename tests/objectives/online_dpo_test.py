@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.common import trees
 from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.objectives.online_dpo import VARIANTS, OnlineDPOConfig
 from tests.objectives import tabular
@@ -19,7 +20,7 @@ def test_the_best_and_the_worst_make_a_pair(samples: int, rows: list[list[int]])
   """Tokens, masks and the reference's log-probs of either; the margin is what scores differ by."""
   experience = make_experience()
   pairs, carry, metrics = collect(OnlineDPOConfig(samples=samples), experience)
-  for name, values in vars(experience.sequences).items():
+  for name, values in trees.flatten(experience.sequences).items():
     np.testing.assert_array_equal(getattr(pairs.sequences, name), values[rows])
   np.testing.assert_array_equal(pairs.reference_logprobs, experience.reference_logprobs[rows])
   gaps = [SCORES[best] - SCORES[worst] for best, worst in rows]
