@@ -16,6 +16,7 @@ OBJECTIVES = (
   'orpo',
   'cpl',
   'cpl_dense',
+  'cpl_scored',
   'kto',
   'alol',
   'ilql',

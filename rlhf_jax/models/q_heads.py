@@ -98,13 +98,25 @@ def q_output(
   )
 
 
+def tilt(logprobs: Array, q: Array, v: Array, beta: float) -> Array:
+  """log pi + beta (Q - V), logits of the policy that ILQL decodes from (Snell et al. 2023, eq. 5).
+
+  Args:
+    logprobs: `[..., V]` float32, of every next token.
+    q: `[..., V]` float32, the lesser of both target Q.
+    v: `[...]` float32, of the state.
+    beta: strength of the tilt; 0 is the policy itself.
+  """
+  return logprobs + beta * (q - v[..., None])
+
+
 def tilted_logits(
   config: ModelConfig, params: Params, heads: Params, target: Params, beta: float, hidden: Array
 ) -> Array:
-  """log pi + beta (min target Q - V), `[..., width] -> [..., V]` (Snell et al. 2023, eq. 5)."""
+  """`tilt` of the policy by its heads: `[..., width]` hidden states to `[..., V]` logits."""
   logprobs = jax.nn.log_softmax(decoder.logits(config, params, hidden), axis=-1)
   q = jnp.minimum(*(_q_table(config, target[name], hidden) for name in ('q1', 'q2')))
-  return logprobs + beta * (q - _head(heads['v'], hidden))
+  return tilt(logprobs, q, _head(heads['v'], hidden)[..., 0], beta)
 
 
 def _q_scores(config: ModelConfig, params: Params, hidden: Array, tokens: Array) -> TokenScores:

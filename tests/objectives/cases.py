@@ -62,6 +62,7 @@ CASES: dict[str, Any] = {
   'cpl_dense kl, discounted, imitating': DenseCPLConfig(
     use_reference=True, gamma=0.9, lam=0.75, bc_coefficient=0.3
   ),
+  'cpl_scored': ScoredCPLConfig(),
   'cpl_scored in groups': ScoredCPLConfig(group_size=2, bc_coefficient=0.3),
   'cpl_scored kl, in groups': ScoredCPLConfig(group_size=2, use_reference=True),
   'kto': KTOConfig(desirable_weight=1.3),

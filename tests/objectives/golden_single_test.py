@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.common.types import QOutput, Ratings
+from rlhf_jax.models import q_heads
 from rlhf_jax.objectives.alol import ALoLConfig
 from rlhf_jax.objectives.ilql import ILQLConfig, ilql
 from rlhf_jax.objectives.kto import KTOConfig, ReferencedRatings, prepare
@@ -161,6 +162,18 @@ def test_the_values_of_ilql_are_its_authors(case: str, names: tuple[str, ...]) -
   terms = ilql(config, q_output(inputs, inputs), inputs['rewards'], mask)
   for name in names:
     assert_close(np.asarray(terms[name])[mask].mean(), fixture['outputs'][f'{name}_loss'], name)
+
+
+@pytest.mark.parametrize('case', ['trlx_decode', 'authors_decode'])
+def test_decoding_of_ilql(case: str) -> None:
+  """Scores of the first token, before any filter, in trlx and in the authors' code."""
+  found = golden.load('ilql')
+  inputs, fixture = found['inputs'], found['cases'][case]
+  logits, q, v = inputs['logits'][:, 0], inputs['target_qs'][:, :, 0].min(0), inputs['vs'][:, 0]
+  beta = fixture['hyperparameters']['beta']
+  ours = q_heads.tilt(jax.nn.log_softmax(logits), q, v, beta)
+  assert_close(ours, fixture['outputs']['scores'])
+  assert np.abs(ours - q_heads.tilt(jax.nn.log_softmax(logits), q, v, 0.0)).max() > 0.1
 
 
 def test_scalar_ratings() -> None:
