@@ -10,7 +10,13 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 
 def get_config(arg: str | None = None) -> ExperimentConfig:
   """Pairs of whole batches of 96 scored segments (released code); 'rankings' pairs within fours."""
-  objective = DenseCPLConfig() if arg == 'rankings' else ScoredCPLConfig()
+  if arg == 'rankings':
+    objective: DenseCPLConfig = DenseCPLConfig()
+    evaluation = EvaluationConfig(every=100, records=2000, batch_size=500)
+  else:
+    # A scored segment by itself makes no pair, so that there is no held-out loss.
+    objective = ScoredCPLConfig()
+    evaluation = EvaluationConfig(every=100, records=0)
   objective.alpha = objective.lam = 1.0
   return ExperimentConfig(
     name='lqr_cpl_dense',
@@ -21,5 +27,5 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
     steps=400,
     batch_size=96,
     optimizer=OptimizerConfig(learning_rate=0.1, schedule='cosine'),
-    evaluation=EvaluationConfig(every=100, records=2000, batch_size=500),
+    evaluation=evaluation,
   )

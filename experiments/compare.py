@@ -26,6 +26,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, cluster
+from experiments.reporting import evaluations as evaluations_lib
 from experiments.reporting import tables
 from experiments.reporting.files import write_report
 from experiments.reporting.summary import Completion, Study, summarise
@@ -97,9 +98,9 @@ def read_evaluations(stages: Stages) -> Iterator[dict[str, Any]]:
   for number, ((objective, seed), run) in enumerate(stages.objectives.items()):
     for row in read_rows(run.folder / 'evaluations.jsonl'):
       with np.load(run.folder / 'evaluations' / f'{row["step"]:08}.npz') as arrays:
-        measured = {
-          name: arrays[name] for name in ('gold_reward', 'proxy_reward', 'kl', 'win', 'length')
-        }
+        # The start is paid by nobody.
+        names = evaluations_lib.METRICS + (evaluations_lib.OPTIONAL if row['step'] else ())
+        measured = evaluations_lib.measured(arrays, names)
       if row['step']:
         yield {
           'objective': objective,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from rlhf_jax.common.errors import DataError
 from rlhf_jax.evaluation import statistics
 
 METRICS = ('gold_reward', 'proxy_reward', 'kl', 'win', 'length')
+OPTIONAL = ('reward',)  # of objectives that are paid something else than gold or proxy reward
 START = 'sft'  # the objective whose last step every other objective starts from
 
 
@@ -18,7 +19,8 @@ class Evaluation(TypedDict):
 
   The arrays are `[P]`, or `[P, K]` with K completions a prompt: gold and proxy reward of the
   completions, KL to the start in nats a sequence, win against the start's completion (1, 1/2 for a
-  tie, 0), and length in tokens. `tokens` and `seconds` are what training to this step took.
+  tie, 0), and length in tokens; `reward`, what the objective pays, where that is neither gold nor
+  proxy reward. `tokens` and `seconds` are what training to this step took.
   """
 
   objective: str
@@ -31,6 +33,7 @@ class Evaluation(TypedDict):
   kl: np.ndarray
   win: np.ndarray
   length: np.ndarray
+  reward: NotRequired[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Pool:
   tokens: float
   seconds: float
   values: Mapping[str, np.ndarray]
+
+
+def measured(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+  """The metrics of these names among a run's arrays; of `OPTIONAL` those that are there."""
+  return {name: arrays[name] for name in names if name in arrays or name not in OPTIONAL}
 
 
 def read(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -56,15 +64,16 @@ def read(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   seen: set[tuple[Any, ...]] = set()
   prompts: int | None = None
   for given in evaluations:
-    missing = [name for name in Evaluation.__annotations__ if name not in given]
+    missing = Evaluation.__required_keys__ - set(given)
     if missing:
-      raise DataError(f'evaluation {_name(given)}: expected the fields {", ".join(missing)}.')
+      named = ', '.join(name for name in Evaluation.__annotations__ if name in missing)
+      raise DataError(f'evaluation {_name(given)}: expected the fields {named}.')
     key = (given['objective'], given['seed'], given['step'])
     if key in seen:
       raise DataError(f'evaluation {_name(given)}: given twice.')
     seen.add(key)
     row = dict(given)
-    for metric in METRICS:
+    for metric in metrics_of([given]):
       try:
         row[metric] = statistics.per_prompt(given[metric])
       except ValueError as error:
@@ -101,10 +110,15 @@ def pools(evaluations: Sequence[Mapping[str, Any]], objective: str) -> list[Pool
           step,
           float(np.mean([row['tokens'] for row in there])),
           float(np.mean([row['seconds'] for row in there])),
-          {metric: np.stack([row[metric] for row in there]) for metric in METRICS},
+          {metric: np.stack([row[metric] for row in there]) for metric in metrics_of(there)},
         )
       )
   return pooled
+
+
+def metrics_of(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+  """The metrics that all of these have."""
+  return [*METRICS, *(name for name in OPTIONAL if all(name in row for row in evaluations))]
 
 
 def _name(given: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from rlhf_jax.common.errors import DataError
 
 VERSION = 1
 ESTIMATES = ('gold_reward', 'proxy_reward', 'kl', 'win_rate', 'length')
+OPTIONAL_ESTIMATES = ('reward',)
 
 
 def validate_summary(summary: Mapping[str, Any]) -> None:
@@ -15,8 +16,9 @@ def validate_summary(summary: Mapping[str, Any]) -> None:
 
   A summary has `schema`, `rows`, `optimum`, `reward_model` and `findings`. A row has `objective`,
   `seed` (null for pooled), `step`, `tokens`, `seconds` and an estimate `{mean, low, high}` for each
-  of `gold_reward`, `proxy_reward`, `kl`, `win_rate`, `length`; no two rows share objective, seed
-  and step. `optimum` has points `{kl, gold_reward}` by ascending KL. `reward_model` has `accuracy`
+  of `gold_reward`, `proxy_reward`, `kl`, `win_rate`, `length`, and of `reward` where the objective
+  is paid something else than gold or proxy reward; no two rows share objective, seed and step.
+  `optimum` has points `{kl, gold_reward}` by ascending KL. `reward_model` has `accuracy`
   and `bayes_accuracy` (null where the label noise is unknown), between 0 and 1.
   """
   _fields(summary, ('schema', 'rows', 'optimum', 'reward_model', 'findings'), 'summary')
@@ -54,7 +56,7 @@ def _check_row(row: Any, path: str) -> tuple[Any, ...]:
     raise _error(f'{path}.seed', row['seed'], 'an integer, or null for pooled seeds')
   if type(row['step']) is not int or row['step'] < 0:
     raise _error(f'{path}.step', row['step'], 'an integer of at least 0')
-  for name in ESTIMATES:
+  for name in (*ESTIMATES, *(name for name in OPTIONAL_ESTIMATES if name in row)):
     _estimate(row[name], f'{path}.{name}')
   for name in ('tokens', 'seconds'):
     _number(row[name], f'{path}.{name}', 0.0)

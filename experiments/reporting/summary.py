@@ -67,7 +67,7 @@ def summarise(
   rows: list[dict[str, Any]] = []
   for objective in evaluations_lib.objectives(checked):
     for row in (row for row in checked if row['objective'] == objective):
-      values = {metric: row[metric][None] for metric in evaluations_lib.METRICS}
+      values = {metric: row[metric][None] for metric in evaluations_lib.metrics_of([row])}
       rows.append(_row(objective, int(row['seed']), row, values))
     for pool in evaluations_lib.pools(checked, objective):
       counts = {'step': pool.step, 'tokens': pool.tokens, 'seconds': pool.seconds}
@@ -95,7 +95,7 @@ def _row(
 ) -> dict[str, Any]:
   """A row of the summary from `[S, P]` values."""
   row: dict[str, Any] = {'objective': objective, 'seed': seed, 'step': int(counts['step'])}
-  for metric in evaluations_lib.METRICS:
+  for metric in values:
     if metric == 'win':
       row['win_rate'] = statistics.proportion_interval(values[metric]).to_dict()
     else:

@@ -22,6 +22,7 @@ class Table:
 def final_table(summary: Mapping[str, Any], *, pooled: bool) -> Table:
   """The last step of each objective, over all its seeds or one row a seed."""
   optimum = [FrontierPoint.from_dict(point) for point in summary['optimum']]
+  paid = any('reward' in row for row in summary['rows'])
   header = [
     'Objective',
     'Seeds' if pooled else 'Seed',
@@ -30,6 +31,7 @@ def final_table(summary: Mapping[str, Any], *, pooled: bool) -> Table:
     *(['Optimum at its KL'] if optimum else []),
     'KL (nats)',
     'Proxy reward',
+    *(['Reward paid'] if paid else []),
     f'Win rate against {START}',
     'Length (tokens)',
     'Tokens seen',
@@ -42,7 +44,7 @@ def final_table(summary: Mapping[str, Any], *, pooled: bool) -> Table:
       found = rows_of(summary, objective, seed)
       if found:
         shown = str(len(seeds)) if seed is None else str(seed)
-        rows.append(_final_row(found[-1], shown, optimum))
+        rows.append(_final_row(found[-1], shown, optimum, paid))
   return Table(header, rows)
 
 
@@ -142,7 +144,9 @@ def _optimum_text(summary: Mapping[str, Any]) -> str:
   )
 
 
-def _final_row(row: Mapping[str, Any], seed: str, optimum: Sequence[FrontierPoint]) -> list[str]:
+def _final_row(
+  row: Mapping[str, Any], seed: str, optimum: Sequence[FrontierPoint], paid: bool
+) -> list[str]:
   cells = [row['objective'], seed, str(row['step']), text.interval(row['gold_reward'])]
   if optimum:
     best = frontier_lib.frontier_at(optimum, row['kl']['mean'])
@@ -152,6 +156,7 @@ def _final_row(row: Mapping[str, Any], seed: str, optimum: Sequence[FrontierPoin
     *cells,
     text.interval(row['kl']),
     text.interval(row['proxy_reward']),
+    *([text.interval(row['reward']) if 'reward' in row else '–'] if paid else []),
     text.percent_interval(row['win_rate']),
     text.interval(row['length'], 1),
     text.count(row['tokens']),

@@ -69,15 +69,16 @@ def device_batches(
 
 
 def pays_something_else(parts: Parts, reward_model: FrozenRewardModel | None) -> bool:
-  """Whether responses are paid, not the reward model's score as it is, and all judges are there.
+  """Whether responses are paid something that nobody else is asked for, and all judges are there.
 
+  Proxy and gold reward are measured anyway: what the reward model or the task says, as it is.
   (A checkpoint folder is asked the questions of a config without the stages that this starts from.)
   """
   rollout = parts.config.rollout
   uncut = rollout.missing_stop == 'none' and rollout.score_truncation_token < 0
   if objective_of(parts.config.objective).data != 'prompts':
     return False
-  if uncut and rollout.rewards == (RewardConfig(),):
+  if uncut and rollout.rewards in ((RewardConfig(),), (RewardConfig(source='task'),)):
     return False
   shared = sum(term.source == 'reward_model' and term.init is None for term in rollout.rewards)
   return shared <= (reward_model is not None)

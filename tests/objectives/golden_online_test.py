@@ -157,7 +157,13 @@ def test_reinforce_pp(case: str) -> None:
   assert_case('reinforce_pp', case, config, np.clip(found['inputs']['scores'], *clip))
 
 
-NORMALIZATION = {'grpo': 'sequence', 'bnpo': 'token', 'dapo': 'token', 'dr_grpo': 'constant'}
+NORMALIZATION = {
+  'grpo': 'sequence',
+  'bnpo': 'token',
+  'dapo': 'token',
+  'dr_grpo': 'constant',
+  'luspo': 'constant',
+}
 GRPO = (
   'grpo',
   'grpo_kl',
@@ -170,14 +176,16 @@ GRPO = (
   'dapo',
   'dapo_kl',
   'gspo',
+  'luspo',
 )
 
 
 @pytest.mark.parametrize('case', GRPO)
 def test_grpo(case: str) -> None:
-  """TRL's losses of the names; its batch is one optimizer step."""
+  """TRL's losses of the names; its batch is one optimizer step. LUSPO divides sums by nothing."""
   settings = golden.load('grpo')['cases'][case]['hyperparameters']
   normalization = NORMALIZATION[settings['loss_type']]
+  divisors = {'dr_grpo': settings['max_completion_length'], 'luspo': 1.0}
   config = GRPOConfig(
     samples=GROUP,
     clip=settings['epsilon_low'],
@@ -187,7 +195,7 @@ def test_grpo(case: str) -> None:
     ratio=settings['importance_sampling_level'],
     scale=settings['scale_rewards'],
     loss_normalization=normalization,
-    constant=settings['max_completion_length'] if normalization == 'constant' else 0.0,
+    constant=divisors.get(settings['loss_type'], 0.0),
   )
   assert_case('grpo', case, config)
 

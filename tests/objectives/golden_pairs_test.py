@@ -18,6 +18,7 @@ from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.objectives.online_dpo import OnlineDPOConfig
 from rlhf_jax.objectives.orpo import ORPOConfig, orpo
 from rlhf_jax.objectives.reward_listwise import ListwiseRewardConfig
+from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.objectives.simpo import SimPOConfig
 from rlhf_jax.objectives.unlikelihood import UnlikelihoodConfig
 from tests.golden import golden
@@ -82,6 +83,17 @@ def test_online_dpo(variant: str) -> None:
   assert_close(loss, case['outputs']['losses'][apart].mean())
   expected = np.where(apart[:, None, None], case['gradients']['policy_logprobs'], 0.0)
   assert_close(ordered(slopes['logprobs']), expected * len(apart) / apart.sum())
+
+
+def test_sft() -> None:
+  """TRL's loss of chosen responses, a mean over all tokens of the batch."""
+  found = golden.load('dpo_trl')
+  inputs, case = found['inputs'], found['cases']['sft']
+  outputs = {'logprobs': inputs['policy_logprobs'][:, 0]}
+  loss, slopes = tabular.direct_loss(SFTConfig(), outputs, sequences(inputs['mask'][:, 0]))
+  assert_close(loss, case['outputs']['loss'])
+  assert_close(slopes['logprobs'], case['gradients']['policy_logprobs'][:, 0])
+  assert not case['gradients']['policy_logprobs'][:, 1].any()
 
 
 CPL = ('cpl', 'cpl_bias_0.75', 'cpl_bias_1', 'cpl_kl')

@@ -35,6 +35,17 @@ def test_kto(reference: str, case: str) -> None:
   assert_loss(config, batch, inputs, fixture, logprobs='policy_logprobs')
 
 
+def test_kto_at_a_reference_point_of_zero() -> None:
+  """TRL's APO-zero of unpaired responses."""
+  found = golden.load('kto')
+  inputs, fixture = found['inputs'], found['cases']['trl_apo_zero_unpaired']
+  batch = ReferencedRatings(
+    ratings(inputs, np.where(inputs['desirable'], 1.0, -1.0)), jnp.zeros(len(inputs['mask']))
+  )
+  config = KTOConfig(**fixture['hyperparameters'])
+  assert_loss(config, batch, inputs, fixture, logprobs='policy_logprobs')
+
+
 @pytest.mark.parametrize('reference', ['halos', 'trl'])
 @pytest.mark.parametrize('case', KTO)
 def test_the_reference_point_of_kto(reference: str, case: str) -> None:

@@ -119,6 +119,20 @@ def test_the_reward_model_alone_is_the_proxy(weight: float, parents: pathlib.Pat
     np.testing.assert_allclose(arrays['reward'], weight * arrays['proxy_reward'], rtol=1e-5)
 
 
+@pytest.mark.parametrize('weight', [1.0, 2.0])
+def test_the_task_alone_is_the_gold_reward(weight: float, parents: pathlib.Path) -> None:
+  """It is not asked twice; with a weight what is paid is another number."""
+  evaluation = EvaluationConfig(prompts=tiny.ROWS, batch_size=tiny.ROWS)
+  config = make_config('rloo', 'task', parents, evaluation=evaluation)
+  config.rollout.rewards = (RewardConfig(source='task', weight=weight),)
+  built = tiny.build_recipe(config)
+  with jax.set_mesh(built.mesh):
+    arrays = built.recipe.evaluate(built.recipe.init().params, 0).arrays
+  assert ('reward' in arrays) == (weight != 1.0)
+  if weight != 1.0:
+    np.testing.assert_allclose(arrays['reward'], weight * arrays['gold_reward'], rtol=1e-5)
+
+
 def test_another_function_is_another_run(
   lexicon: pathlib.Path, parents: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -52,3 +52,27 @@ def test_only_steps_that_all_seeds_have_are_pooled(evaluation):
   pooled = evaluations_lib.pools(evaluations_lib.read(rows), 'dpo')
   assert [pool.step for pool in pooled] == [5]
   assert pooled[0].values['kl'].shape == (2, 60)
+
+
+def test_what_an_objective_is_paid_goes_along_where_it_is_known(evaluation):
+  """Checked and pooled like the others; whoever has none is not asked for it."""
+  paid, other = evaluation('rloo', 0, 5), evaluation('dpo', 0, 5)
+  paid['reward'] = paid['kl'] + 3.0
+  pools = {
+    name: evaluations_lib.pools(evaluations_lib.read([paid, other]), name)[0].values
+    for name in ('rloo', 'dpo')
+  }
+  np.testing.assert_allclose(pools['rloo']['reward'], paid['reward'][None])
+  assert set(pools['dpo']) == set(evaluations_lib.METRICS)
+  with pytest.raises(DataError, match='rloo, seed 0, step 5: reward: .* not finite'):
+    evaluations_lib.read([{**paid, 'reward': np.full(60, np.inf)}])
+
+
+def test_only_what_may_be_missing_may_be_missing(evaluation):
+  row = evaluation('dpo', 0, 5)
+  names = (*evaluations_lib.METRICS, *evaluations_lib.OPTIONAL)
+  assert list(evaluations_lib.measured(row, names)) == list(evaluations_lib.METRICS)
+  assert 'reward' in evaluations_lib.measured({**row, 'reward': row['kl']}, names)
+  del row['kl']
+  with pytest.raises(KeyError, match='kl'):
+    evaluations_lib.measured(row, names)

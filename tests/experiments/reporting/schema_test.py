@@ -71,3 +71,12 @@ def test_what_may_be_unknown_may_be_absent(summary):
       'of_a_later_version': 1,
     }
   )
+
+
+def test_what_objectives_are_paid_is_an_estimate_where_it_is_there(summary):
+  paid = copy.deepcopy(summary)
+  paid['rows'][1]['reward'] = {'mean': 1.0, 'low': 0.5, 'high': 1.5}
+  validate_summary(paid)
+  paid['rows'][1]['reward'] = 1.0
+  with pytest.raises(DataError, match=r'rows\[1\].reward: expected an object'):
+    validate_summary(paid)

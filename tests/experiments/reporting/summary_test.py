@@ -63,3 +63,17 @@ def test_a_study_without_optimum_or_start_is_summarised(evaluation, study):
     study=study,
   )
   assert made['optimum'] == [] and made['findings'] == []
+
+
+def test_what_an_objective_is_paid_is_in_its_rows_alone(evaluations, optimum, study):
+  rows = [
+    {**row, 'reward': 2 * row['length']} if row['objective'] == 'ppo' else row
+    for row in evaluations
+  ]
+  made = summarise(
+    rows, optimum=optimum, reward_model={'accuracy': 0.5, 'bayes_accuracy': 0.75}, study=study
+  )
+  for row in made['rows']:
+    assert ('reward' in row) == (row['objective'] == 'ppo')
+    if 'reward' in row:
+      assert row['reward']['mean'] == pytest.approx(2 * row['length']['mean'])

@@ -58,3 +58,18 @@ def test_the_method_says_what_was_matched_and_how_intervals_were_made(summary):
 def test_single_seeds_are_pointed_out(summary):
   rows = [row for row in summary['rows'] if row['seed'] != 1]
   assert dict(tables.method({**summary, 'rows': rows}))['One seed'].startswith('ppo, dpo ran with')
+
+
+def test_what_was_paid_has_a_column_if_anybody_was_paid_otherwise(summary):
+  """A dash stands where an objective was paid gold or proxy reward, or nothing."""
+  assert 'Reward paid' not in tables.final_table(summary, pooled=True).header
+  paid = copy.deepcopy(summary)
+  for row in paid['rows']:
+    if row['objective'] == 'ppo':
+      row['reward'] = {'mean': 5.0, 'low': 4.0, 'high': 6.0}
+  for pooled in (True, False):
+    table = tables.final_table(paid, pooled=pooled)
+    column = table.header.index('Reward paid')
+    assert all(len(row) == len(table.header) for row in table.rows)
+    for row in table.rows:
+      assert row[column] == ('5.00 [4.00, 6.00]' if row[0] == 'ppo' else '–')
