@@ -41,7 +41,10 @@ def short() -> dict[str, Any]:
 
 
 def distilled() -> dict[str, Any]:
-  """The optimal policy of BETA itself, imitated: what this decoder can be of it."""
+  """The optimal policy of BETA, imitated as 16 samples a prompt tell of it, which flattens it.
+
+  What it reaches, this decoder can be; more of it may be possible.
+  """
   objective = TiltedBCConfig(temperature=BETA, samples=16)
   changes: Any = {'steps': 200, 'batch_size': 32, 'objective': objective, 'rollout': GOLD}
   return {'distilled': slowly(tilted_bc.get_config(), 1e-3, 50, **changes)}

@@ -1,4 +1,4 @@
-"""Reward-weighted imitation of the reference's samples: towards the optimal policy, head on."""
+"""Reward-weighted imitation of the reference's samples, towards the optimal policy."""
 
 import dataclasses
 
@@ -25,12 +25,15 @@ Array = jax.Array
 
 @dataclasses.dataclass(kw_only=True)
 class TiltedBCConfig:
-  """Maximum likelihood of pi* ~ pi_ref exp(r / temperature), by importance weights."""
+  """Imitation of pi* ~ pi_ref exp(r / temperature), as self-normalised weights estimate it.
 
-  # beta of the optimal policy, in the units of the reward (Korbak et al. 2022, eq. 4).
+  What is imitated is pi* only in the limit of many samples; of K it is a flatter policy.
+  """
+
+  # beta of the optimal policy, in the units of the reward (Korbak et al. 2022).
   temperature: float = 1.0
-  # The reference's responses to each prompt, whose weights sum to their number: the more, the less
-  # the sum of so few in the place of the partition function biases.
+  # The reference's responses to each prompt, whose weights sum to their number. That sum stands in
+  # the place of the partition function, which flattens what is learnt: the fewer, the more.
   samples: int = 16
   # Passes over the responses of an iteration, and optimizer updates in each pass.
   epochs: int = 1
@@ -55,7 +58,11 @@ def collect(config: TiltedBCConfig, experience: Experience, carry: Carry) -> Col
 
 
 def loss(config: TiltedBCConfig, actors: Actors, params: Params, batch: Ratings) -> LossOutput:
-  """As `weighted_bc.loss`; its minimum over all policies is pi*, the nearest in KL(pi* || pi)."""
+  """As `weighted_bc.loss`.
+
+  Its expectation is least where pi(y) ~ pi_ref(y) E[w | y], with the weights w of `collect`. As
+  samples grow that is pi*, the nearest in KL(pi* || pi); with few it is between pi* and pi_ref.
+  """
   del config
   return weighted_bc.loss(weighted_bc.WeightedBCConfig(), actors, params, batch)
 
