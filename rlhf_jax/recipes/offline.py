@@ -119,7 +119,9 @@ def make_preparation(parts: StageParts, actors: Actors, splits: int = 1) -> Prep
   return Preparation(
     {'policy': parts.reference} if needed else None,
     jax.jit(score),
-    (lambda params, reference, batch: batch) if objective.prepare is None else jax.jit(prepare),
+    (lambda params, reference, batch: batch)
+    if demands_of(config.objective).prepares == 'nothing'
+    else jax.jit(prepare),
   )
 
 
@@ -279,7 +281,7 @@ def questions_of(parts: Parts, actors: Actors, preparation: Preparation) -> list
   alone = objective.curate is None and demands_of(config.objective).group == 1
   if config.evaluation.records and alone:
     held_out = encode(parts, 'held_out', config.evaluation.records)
-    if objective.prepare is not None:
+    if demands_of(config.objective).compares_rows:
       # Neighbours are compared with each other, and records of one prompt often stand together.
       held_out = held_out.select(np.random.default_rng(0).permutation(len(held_out)))
     ask_about = loss_question if objective.difference is None else preference_question
