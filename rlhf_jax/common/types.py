@@ -161,6 +161,8 @@ class Rollouts:
     old_values: value estimates before the update; None without a value function, as are the rest.
     returns: targets of the value function.
     value_mask: `[B, R]` bool, positions at which the value function is trained.
+    value_scale: `[B]` float32, the same number in every row: response tokens over trained positions
+      of the whole iteration; None unless an objective weighs its value term by it.
   """
 
   sequences: Sequences
@@ -170,6 +172,7 @@ class Rollouts:
   old_values: Array | None = None
   returns: Array | None = None
   value_mask: Array | None = None
+  value_scale: Array | None = None
 
 
 @struct.dataclass

@@ -80,6 +80,7 @@ CASES: dict[str, Any] = {
   'ilql weighted': ILQLConfig(awac_beta=0.5, gamma=0.9, expectile=0.8, cql_coefficient=0.5),
   'iql': IQLConfig(),
   'ppo': PPOConfig(value_coefficient=0.5),
+  'ppo, value loss by itself': PPOConfig(value_coefficient=0.5, value_normalization='own'),
   'rloo': RLOOConfig(),
   'rloo token': RLOOConfig(ratio='token'),
   'reinforce': ReinforceConfig(),

@@ -43,14 +43,12 @@ def test_a_microbatch_keeps_the_count_of_the_whole() -> None:
   """Counted anew, a part has another mean; without it there is none."""
   batch = make_batch('comparisons')
   logprobs, mask = make_outputs('comparisons')['logprobs'], batch.sequences.response_mask
-  whole = with_imitated_tokens(batch, mask)
-  assert whole.imitated_tokens.shape == (B,)
-  np.testing.assert_allclose(whole.imitated_tokens, mask.sum() / B)
-  first = jax.tree.map(lambda x: x[:1], batch)
-  anew = with_imitated_tokens(first, mask[:1])
-  assert float(anew.imitated_tokens[0]) != float(whole.imitated_tokens[0])
+  whole: Any = with_imitated_tokens(batch, mask).imitated_tokens
+  np.testing.assert_allclose(whole, np.full(B, mask.sum() / B))
+  anew: Any = with_imitated_tokens(jax.tree.map(lambda x: x[:1], batch), mask[:1]).imitated_tokens
+  assert anew[0] != whole[0]
   with pytest.raises(AssertionError, match='prepares whole batches'):
-    preferred_nll('token', logprobs, mask, batch)
+    preferred_nll('token', jnp.asarray(logprobs), mask, batch)
 
 
 def test_texts_are_responses_to_first_tokens() -> None:
