@@ -37,7 +37,7 @@ from rlhf_jax.recipes.probes import (
 )
 from rlhf_jax.recipes.rewards import load_reward_model
 from rlhf_jax.recipes.trainer import Trees, make_trainer
-from rlhf_jax.sharding.mesh import put_batch, share_of
+from rlhf_jax.sharding.mesh import constrain_batch, put_batch, share_of
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
 
@@ -113,7 +113,9 @@ def make_preparation(parts: StageParts, actors: Actors, splits: int = 1) -> Prep
       return map_rows(lambda rows: policy(params, rows), sequences, splits)
 
     split = actors._replace(policy=in_parts)
-    return objective.prepare(config.objective, split, params, reference, batch)
+    prepared = objective.prepare(config.objective, split, params, reference, batch)
+    # A number that is the same in every row would come out whole on every device.
+    return jax.tree.map(constrain_batch, prepared)
 
   needed = objective.reference(config.objective)
   return Preparation(
