@@ -66,7 +66,7 @@ OBJECTIVES: dict[str, Callable[[], ObjectiveConfig]] = {
   'cpl_dense': functools.partial(DenseCPLConfig, use_reference=True),
   'cpl_scored': functools.partial(ScoredCPLConfig, group_size=2),
   'simpo': SimPOConfig,
-  'orpo': ORPOConfig,
+  'orpo': functools.partial(ORPOConfig, nll_normalization='token', prompt_nll=True),
   'unlikelihood': UnlikelihoodConfig,
   'kto': KTOConfig,
   'alol': functools.partial(ALoLConfig, variant='token'),

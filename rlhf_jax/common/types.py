@@ -70,12 +70,15 @@ class Pairs:
     margin: `[B]` float32, how much better the first was said to be; 0 where nobody said.
     reference_logprobs: `[B, 2, R]` float32 per-token log-probs under the frozen reference, or None
       until an objective that needs them has asked for them.
+    imitated_tokens: `[B]` float32, the same number in every row: how many tokens a row of the whole
+      batch imitates on average; None until an objective that divides by it has counted.
   """
 
   sequences: Sequences
   preference: Array
   margin: Array
   reference_logprobs: Array | None = None
+  imitated_tokens: Array | None = None
 
 
 @struct.dataclass
@@ -158,6 +161,8 @@ class Rollouts:
     old_values: value estimates before the update; None without a value function, as are the rest.
     returns: targets of the value function.
     value_mask: `[B, R]` bool, positions at which the value function is trained.
+    value_scale: `[B]` float32, the same number in every row: response tokens over trained positions
+      of the whole iteration; None unless an objective weighs its value term by it.
   """
 
   sequences: Sequences
@@ -167,6 +172,7 @@ class Rollouts:
   old_values: Array | None = None
   returns: Array | None = None
   value_mask: Array | None = None
+  value_scale: Array | None = None
 
 
 @struct.dataclass

@@ -110,6 +110,8 @@ class Demands(NamedTuple):
     q: Q and V heads beside the policy; None: there are none.
     cached_reference: whether the reference scores the whole dataset before the first step.
     compares_rows: whether a row is estimated from the other rows of its batch.
+    prepares: what the objective's `prepare` does: 'nothing' (it is not called), 'counts' the whole
+      batch, or 'reads' it with what is trained.
     group: how many rows of a batch the loss compares with each other: 1, each row stands alone; 0,
       all of them. Row b is in group b mod (the number of groups), so that microbatches hold whole
       groups (`common.rows.split_rows`).
@@ -127,6 +129,7 @@ class Demands(NamedTuple):
   q: QLearning | None = None
   cached_reference: bool = False
   compares_rows: bool = False
+  prepares: Literal['nothing', 'counts', 'reads'] = 'nothing'
   group: int = 1
   fixed_length: bool = False
   normalization: Normalization = Normalization()
@@ -163,8 +166,9 @@ class Objective(NamedTuple):
       response of a pair is preferred, as the trained model implies them; None where it implies
       none.
     prepare: `(config, actors, params, reference, batch) -> batch`: what is computed once a step,
-      without gradients, from the whole batch (a microbatch sees only its part). `params` and
-      `reference` are both by role; the reference's log-probs are in the batch already.
+      without gradients, from the whole batch (a microbatch sees only its part), where `demands`
+      ask for it. `params` and `reference` are both by role; the reference's log-probs are in the
+      batch already.
     curate: `(config, scores, baselines) -> Curated`, for objectives that eat ratings: from all
       scores `[N]` of the dataset; `baselines()` gives `[N]` estimates of the score that the
       reference's response to the same prompt would have had.
@@ -205,10 +209,7 @@ def flatten_rows(sequences: Sequences) -> Sequences:
 
 
 def of_preferred(values: Array, preference: Array) -> Array:
-  """What `values` `[B, 2]` say of the preferred response, `[B]`; at a tie the mean of both.
-
-  (The released code of Hejna et al. 2023 imitates both segments of a tie, each in full.)
-  """
+  """What `values` `[B, 2]` say of the preferred response, `[B]`; at a tie the mean of both."""
   first = 0.5 * (jnp.sign(preference - 0.5) + 1)
   return first * values[:, 0] + (1 - first) * values[:, 1]
 

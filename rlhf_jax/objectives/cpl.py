@@ -12,11 +12,18 @@ from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Pairs
 from rlhf_jax.objectives.base import (
   Actors,
+  Demands,
   LossOutput,
   Objective,
   Params,
-  of_preferred,
   pair_logprobs,
+)
+from rlhf_jax.objectives.imitation import (
+  check_normalization,
+  count_preferred,
+  preferred_nll,
+  token_nll,
+  with_imitated_tokens,
 )
 from rlhf_jax.objectives.reward_model import preference_metrics
 from rlhf_jax.ops.advantages import discounted_sum
@@ -44,6 +51,10 @@ class CPLConfig:
   bc_coefficient: float = 0.0
   # Which responses that term imitates: 'all' or 'chosen' (of a tie both).
   bc_responses: str = 'all'
+  # What that term is divided by: 'response', each response's tokens, then the mean over responses
+  # (of a tie both count half each with 'chosen'); 'token', all imitated tokens of the batch, those
+  # of a tie's both responses in full (the released code's `bc_data: pos`, and TRL's CPO).
+  bc_normalization: str = 'response'
   # CPL-KL: score log-ratios to the frozen initial policy instead of log-probs.
   use_reference: bool = False
 
@@ -58,6 +69,7 @@ class CPLConfig:
       raise ConfigError(f'{path}.bc_coefficient', self.bc_coefficient, 'a number >= 0')
     if self.bc_responses not in ('all', 'chosen'):
       raise ConfigError(f'{path}.bc_responses', self.bc_responses, "'all' or 'chosen'")
+    check_normalization(path, 'bc_normalization', self.bc_normalization)
 
 
 def cpl(scores: Array, preference: Array, *, lam: float) -> Array:
@@ -98,16 +110,19 @@ def segment_scores(config: CPLConfig, logprobs: Array, batch: Pairs) -> Array:
 def loss(config: CPLConfig, actors: Actors, params: Params, batch: Pairs) -> LossOutput:
   """CPL loss, mean over comparisons.
 
-  The behaviour-cloning term is the mean over responses of their mean token negative log-likelihood,
-  which for segments of one length is the released code's mean over all actions.
+  For segments of one length both normalizations of the behaviour-cloning term are the released
+  code's mean over all actions.
   """
   mask = batch.sequences.response_mask
   logprobs = pair_logprobs(actors, params, batch)
   scores = segment_scores(config, logprobs, batch)
   losses = cpl(scores, batch.preference, lam=config.lam)
-  nll = -masked_mean(logprobs, mask, axis=-1)
-  chosen_only = config.bc_responses == 'chosen'
-  cloned = of_preferred(nll, batch.preference) if chosen_only else nll.mean(-1)
+  if config.bc_responses == 'chosen':
+    cloned = preferred_nll(config.bc_normalization, logprobs, mask, batch)
+  elif config.bc_normalization == 'token':
+    cloned = token_nll(logprobs, mask, batch)
+  else:
+    cloned = -masked_mean(logprobs, mask, axis=-1).mean(-1)
   mean = Mean.of(losses + config.bc_coefficient * cloned)
   totals = masked_sum(logprobs, mask, axis=-1)
   return mean, {
@@ -126,6 +141,20 @@ def difference(config: CPLConfig, actors: Actors, params: Params, batch: Pairs) 
   return scores[:, 0] - scores[:, 1]
 
 
+def prepare(
+  config: CPLConfig, actors: Actors, params: Params, reference: Params | None, batch: Pairs
+) -> Pairs:
+  """Counts the tokens of the whole batch that are imitated."""
+  if config.bc_responses == 'chosen':
+    return count_preferred(config, actors, params, reference, batch)
+  return with_imitated_tokens(batch, batch.sequences.response_mask)
+
+
+def demands(config: CPLConfig) -> Demands:
+  """A mean over tokens needs their number in the whole batch."""
+  return Demands(prepares='counts' if config.bc_normalization == 'token' else 'nothing')
+
+
 OBJECTIVE = Objective(
   'cpl',
   CPLConfig,
@@ -133,5 +162,7 @@ OBJECTIVE = Objective(
   loss,
   lambda config: config.use_reference,
   difference,
+  prepare,
+  demands=demands,
   domains=('text', 'control'),
 )

@@ -17,9 +17,9 @@ from rlhf_jax.objectives.base import (
   Objective,
   Params,
   always,
-  of_preferred,
   pair_logprobs,
 )
+from rlhf_jax.objectives.imitation import check_normalization, count_preferred, preferred_nll
 from rlhf_jax.objectives.reward_model import preference_metrics
 
 Array = jax.Array
@@ -44,6 +44,10 @@ class DPOConfig:
   # Weight of the chosen response's mean token negative log-likelihood (Pang et al. 2024);
   # of a tie, both responses' mean.
   nll_coefficient: float = 0.0
+  # What that term is divided by: 'response', each response's tokens, then the mean over responses;
+  # 'token', all chosen tokens of the batch, so that long responses weigh more (TRL's 'sft' loss
+  # beside another).
+  nll_normalization: str = 'response'
   # 'online': the reference scores each batch; 'cached': it scores the whole dataset once, before
   # the first step. Same numbers, same order of data.
   reference: str = 'online'
@@ -70,6 +74,7 @@ class DPOConfig:
       )
     if not self.nll_coefficient >= 0:
       raise ConfigError(f'{path}.nll_coefficient', self.nll_coefficient, 'a number >= 0')
+    check_normalization(path, 'nll_normalization', self.nll_normalization)
 
 
 def dpo(
@@ -148,7 +153,7 @@ def loss(config: DPOConfig, actors: Actors, params: Params, batch: Pairs) -> Los
     variant=config.variant,
     label_smoothing=config.label_smoothing,
   )
-  nll = of_preferred(-masked_mean(logprobs, mask, axis=-1), batch.preference)
+  nll = preferred_nll(config.nll_normalization, logprobs, mask, batch)
   mean = Mean.of(losses + config.nll_coefficient * nll)
   totals = masked_sum(logprobs, mask, axis=-1)
   rewards = config.beta * logratios
@@ -171,8 +176,11 @@ def difference(config: DPOConfig, actors: Actors, params: Params, batch: Pairs) 
 
 
 def demands(config: DPOConfig) -> Demands:
-  """Who scores the dataset, and when."""
-  return Demands(cached_reference=config.reference == 'cached')
+  """Who scores the dataset, and when; a mean over tokens needs their number in the whole batch."""
+  return Demands(
+    cached_reference=config.reference == 'cached',
+    prepares='counts' if config.nll_normalization == 'token' else 'nothing',
+  )
 
 
 OBJECTIVE = Objective(
@@ -182,6 +190,7 @@ OBJECTIVE = Objective(
   loss,
   always,
   difference,
+  count_preferred,
   demands=demands,
   domains=('text', 'control'),
 )

@@ -148,7 +148,7 @@ def loss(config: KTOConfig, actors: Actors, params: Params, batch: ReferencedRat
 
 def demands(config: KTOConfig) -> Demands:
   """The KL is estimated from responses to other prompts of the batch."""
-  return Demands(compares_rows=True)
+  return Demands(compares_rows=True, prepares='reads')
 
 
 OBJECTIVE = Objective(

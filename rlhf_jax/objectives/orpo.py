@@ -1,6 +1,7 @@
 """ORPO: supervised fine-tuning with a penalty on the odds of rejected responses."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,19 @@ from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Pairs
 from rlhf_jax.objectives.base import (
   Actors,
+  Demands,
   LossOutput,
   Objective,
   Params,
-  of_preferred,
   pair_logprobs,
+  response_logprobs,
+)
+from rlhf_jax.objectives.imitation import (
+  as_responses,
+  check_normalization,
+  preferred,
+  preferred_nll,
+  with_imitated_tokens,
 )
 from rlhf_jax.objectives.reward_model import preference_metrics
 
@@ -33,11 +42,19 @@ class ORPOConfig:
   # Weight of the odds-ratio term (lambda; 0.1 for Mistral-ORPO-beta, and in TRL, where it is beta;
   # the released code's own default is 1).
   lam: float = 0.1
+  # What the likelihood term is divided by: 'response', each response's tokens, then the mean over
+  # responses; 'token', all imitated tokens of the batch, so that long responses weigh more (the
+  # released code and TRL).
+  nll_normalization: str = 'response'
+  # Whether that term imitates the prompt too, all of it but its first token (TRL always; the
+  # released code without --disable_prompt_loss). The odds are of responses alone.
+  prompt_nll: bool = False
 
   def validate(self, path: str) -> None:
     """Raises ConfigError for values that cannot work."""
     if not self.lam > 0:
       raise ConfigError(f'{path}.lam', self.lam, 'a number > 0')
+    check_normalization(path, 'nll_normalization', self.nll_normalization)
 
 
 def log_odds(means: Array) -> Array:
@@ -62,14 +79,34 @@ def orpo(means: Array, preference: Array) -> Array:
   return -(preference * jax.nn.log_sigmoid(ratio) + (1 - preference) * jax.nn.log_sigmoid(-ratio))
 
 
-def loss(config: ORPOConfig, actors: Actors, params: Params, batch: Pairs) -> LossOutput:
-  """NLL of the chosen response plus lam times the odds-ratio term, mean over pairs (eq. 6).
+class Read(NamedTuple):
+  """What is said, and imitated, of both texts of a pair.
 
-  The NLL is the mean over a response's tokens; of a tie both responses' mean. (The released code's
-  and TRL's is over the batch's tokens, those of prompts included unless the former is told not to.)
+  Attributes:
+    logprobs: `[B, 2, T]` float32, of responses (T = R), or of all tokens but the first.
+    response: `[B, 2, T]` bool, the tokens of responses.
+    imitated: `[B, 2, T]` bool, what the likelihood term is of.
   """
-  means = masked_mean(pair_logprobs(actors, params, batch), batch.sequences.response_mask, axis=-1)
-  nll = of_preferred(-means, batch.preference)
+
+  logprobs: Array
+  response: Array
+  imitated: Array
+
+
+def read(config: ORPOConfig, actors: Actors, params: Params, batch: Pairs) -> Read:
+  """One forward pass of both texts of each pair."""
+  if not config.prompt_nll:
+    mask = batch.sequences.response_mask
+    return Read(pair_logprobs(actors, params, batch), mask, mask)
+  texts, response = as_responses(batch.sequences)
+  return Read(response_logprobs(actors, params, texts), response, texts.response_mask)
+
+
+def loss(config: ORPOConfig, actors: Actors, params: Params, batch: Pairs) -> LossOutput:
+  """NLL of the chosen response plus lam times the odds-ratio term, mean over pairs (eq. 6)."""
+  logprobs, response, imitated = read(config, actors, params, batch)
+  means = masked_mean(logprobs, response, axis=-1)
+  nll = preferred_nll(config.nll_normalization, logprobs, imitated, batch)
   term = orpo(means, batch.preference)
   odds = log_odds(means)
   ratio = odds[:, 0] - odds[:, 1]
@@ -90,4 +127,28 @@ def difference(config: ORPOConfig, actors: Actors, params: Params, batch: Pairs)
   return odds[:, 0] - odds[:, 1]
 
 
-OBJECTIVE = Objective('orpo', ORPOConfig, 'comparisons', loss, difference=difference)
+def prepare(
+  config: ORPOConfig, actors: Actors, params: Params, reference: Params | None, batch: Pairs
+) -> Pairs:
+  """Counts the tokens of the whole batch that are imitated."""
+  del actors, params, reference
+  mask = batch.sequences.response_mask
+  if config.prompt_nll:
+    mask = as_responses(batch.sequences)[0].response_mask
+  return with_imitated_tokens(batch, preferred(batch.preference)[..., None] & mask)
+
+
+def demands(config: ORPOConfig) -> Demands:
+  """A mean over tokens needs their number in the whole batch."""
+  return Demands(prepares='counts' if config.nll_normalization == 'token' else 'nothing')
+
+
+OBJECTIVE = Objective(
+  'orpo',
+  ORPOConfig,
+  'comparisons',
+  loss,
+  difference=difference,
+  prepare=prepare,
+  demands=demands,
+)

@@ -49,6 +49,10 @@ class PPOConfig:
   clip: float = 0.2
   value_clip: float = 0.2
   value_coefficient: float = 0.1
+  # What the value loss is divided by: 'response_tokens', as the policy loss is, or 'own', the
+  # positions it is a sum over (Huang et al. 2024 and TRL, whose 'after_stop' has one more a
+  # response), counted over an iteration.
+  value_normalization: str = 'response_tokens'
   # The per-token penalty -beta k1.
   kl: KLPenaltyConfig = dataclasses.field(default_factory=KLPenaltyConfig)
   # Rewards are scaled to unit variance and keep their mean; advantages lose theirs.
@@ -78,6 +82,7 @@ class PPOConfig:
     self.kl.validate(f'{path}.kl')
     for name, kinds in (
       ('score_placement', PLACEMENTS),
+      ('value_normalization', ('response_tokens', 'own')),
       ('value_model', ('shared', 'separate', 'reward_model')),
     ):
       if getattr(self, name) not in kinds:
@@ -123,6 +128,9 @@ def collect(config: PPOConfig, experience: Experience, carry: Carry) -> Collecte
     returns=returns,
     value_mask=shaped.value_mask,
   )
+  if config.value_normalization == 'own':
+    scale = mask.sum(dtype=jnp.float32) / shaped.value_mask.sum(dtype=jnp.float32)
+    rollouts = dataclasses.replace(rollouts, value_scale=jnp.full(experience.scores.shape, scale))
   errors = returns - experience.values
   explained = 1 - masked_variance(errors, shaped.value_mask) / jnp.maximum(
     masked_variance(returns, shaped.value_mask), 1e-8
@@ -142,9 +150,9 @@ def collect(config: PPOConfig, experience: Experience, carry: Carry) -> Collecte
 def loss(config: PPOConfig, actors: Actors, params: Params, batch: Rollouts) -> LossOutput:
   """Policy loss plus `value_coefficient` times the value loss, per response token.
 
-  Both terms are totals over their own masks, divided by the number of response tokens. (With
-  'after_stop' the value mask is one step longer; the paper's code divides that term by its own
-  count, a factor of n / (n + rows) on the coefficient.)
+  Both terms are totals over their own masks, divided by the number of response tokens. With
+  `value_normalization='own'` the second is multiplied by n / n_value, the two masks' sums over the
+  whole iteration (with 'after_stop' the value mask is one step longer).
   """
   mask = batch.sequences.response_mask
   assert actors.policy is not None
@@ -164,9 +172,11 @@ def loss(config: PPOConfig, actors: Actors, params: Params, batch: Rollouts) -> 
   clips = {'clip_low': config.clip, 'clip_high': config.clip}
   policy_losses = clipped_surrogate(logprobs, batch.old_logprobs, batch.advantages, **clips)
   value_losses = value_loss(values, batch.old_values, batch.returns, clip=config.value_clip)
-  total = masked_sum(policy_losses, mask) + config.value_coefficient * masked_sum(
-    value_losses, batch.value_mask
-  )
+  weighted = config.value_coefficient * value_losses
+  if config.value_normalization == 'own':
+    assert batch.value_scale is not None
+    weighted = weighted * batch.value_scale[:, None]
+  total = masked_sum(policy_losses, mask) + masked_sum(weighted, batch.value_mask)
   return Mean(total, mask.sum().astype(jnp.float32)), {
     'policy_loss': Mean.of(policy_losses, mask),
     'value_loss': Mean.of(value_losses, batch.value_mask),

@@ -12,12 +12,13 @@ from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Pairs
 from rlhf_jax.objectives.base import (
   Actors,
+  Demands,
   LossOutput,
   Objective,
   Params,
-  of_preferred,
   pair_logprobs,
 )
+from rlhf_jax.objectives.imitation import check_normalization, count_preferred, preferred_nll
 from rlhf_jax.objectives.reward_model import preference_metrics
 
 Array = jax.Array
@@ -37,8 +38,12 @@ class SimPOConfig:
   # Assumed probability that a label is flipped, in [0, 0.5); 'sigmoid' only.
   label_smoothing: float = 0.0
   # Weight of the chosen response's mean token negative log-likelihood (`sft_weight` in the released
-  # code, `cpo_alpha` in TRL, both of which average over the batch's tokens instead).
+  # code, `cpo_alpha` in TRL).
   nll_coefficient: float = 0.0
+  # What that term is divided by: 'response', each response's tokens, then the mean over responses;
+  # 'token', all chosen tokens of the batch, so that long responses weigh more (the
+  # released code and TRL).
+  nll_normalization: str = 'response'
 
   def validate(self, path: str) -> None:
     """Raises ConfigError for values that cannot work."""
@@ -53,6 +58,7 @@ class SimPOConfig:
       raise ConfigError(f'{path}.label_smoothing', self.label_smoothing, 'a number in [0, 0.5)')
     if self.label_smoothing > 0 and self.variant == 'hinge':
       raise ConfigError(f'{path}.label_smoothing', self.label_smoothing, "0 with variant 'hinge'")
+    check_normalization(path, 'nll_normalization', self.nll_normalization)
 
 
 def simpo(
@@ -97,7 +103,8 @@ def simpo(
 
 def loss(config: SimPOConfig, actors: Actors, params: Params, batch: Pairs) -> LossOutput:
   """SimPO loss, mean over comparisons."""
-  means = masked_mean(pair_logprobs(actors, params, batch), batch.sequences.response_mask, axis=-1)
+  logprobs, mask = pair_logprobs(actors, params, batch), batch.sequences.response_mask
+  means = masked_mean(logprobs, mask, axis=-1)
   losses = simpo(
     means,
     batch.preference,
@@ -106,7 +113,7 @@ def loss(config: SimPOConfig, actors: Actors, params: Params, batch: Pairs) -> L
     variant=config.variant,
     label_smoothing=config.label_smoothing,
   )
-  nll = of_preferred(-means, batch.preference)
+  nll = preferred_nll(config.nll_normalization, logprobs, mask, batch)
   rewards = config.beta * means
   margin = rewards[:, 0] - rewards[:, 1]
   return Mean.of(losses + config.nll_coefficient * nll), {
@@ -124,6 +131,18 @@ def difference(config: SimPOConfig, actors: Actors, params: Params, batch: Pairs
   return config.beta * (means[:, 0] - means[:, 1])
 
 
+def demands(config: SimPOConfig) -> Demands:
+  """A mean over tokens needs their number in the whole batch."""
+  return Demands(prepares='counts' if config.nll_normalization == 'token' else 'nothing')
+
+
 OBJECTIVE = Objective(
-  'simpo', SimPOConfig, 'comparisons', loss, difference=difference, domains=('text', 'control')
+  'simpo',
+  SimPOConfig,
+  'comparisons',
+  loss,
+  difference=difference,
+  prepare=count_preferred,
+  demands=demands,
+  domains=('text', 'control'),
 )

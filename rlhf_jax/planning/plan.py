@@ -168,7 +168,7 @@ def _flops(
     flops['generation'] = {'policy': arithmetic.generation_flops(stage.model, read)}
   if 'scoring' in compiled.programs:
     scoring = flops['scoring'] = {}
-    if online or objective_of(stage.config.objective).prepare is not None:
+    if online or demands.prepares == 'reads':
       for role, model in decoders.items():
         scoring[role] = arithmetic.forward_flops(model, read, scored=role == 'policy')
     for role in compiled.frozen:

@@ -164,7 +164,7 @@ def _offline(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
   def score(state: TrainState, batch: Any) -> Any:
     return preparation(trees.whole(state.by_role), batch)
 
-  needed = 'reference' in frozen or objective.prepare is not None
+  needed = 'reference' in frozen or demands_of(config.objective).prepares != 'nothing'
   return _Pieces(make_trainer(parts, trees, loss), {'scoring': score} if needed else {})
 
 

@@ -37,7 +37,7 @@ from rlhf_jax.recipes.probes import (
 )
 from rlhf_jax.recipes.rewards import load_reward_model
 from rlhf_jax.recipes.trainer import Trees, make_trainer
-from rlhf_jax.sharding.mesh import put_batch, share_of
+from rlhf_jax.sharding.mesh import constrain_batch, put_batch, share_of
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
 
@@ -113,13 +113,17 @@ def make_preparation(parts: StageParts, actors: Actors, splits: int = 1) -> Prep
       return map_rows(lambda rows: policy(params, rows), sequences, splits)
 
     split = actors._replace(policy=in_parts)
-    return objective.prepare(config.objective, split, params, reference, batch)
+    prepared = objective.prepare(config.objective, split, params, reference, batch)
+    # A number that is the same in every row would come out whole on every device.
+    return jax.tree.map(constrain_batch, prepared)
 
   needed = objective.reference(config.objective)
   return Preparation(
     {'policy': parts.reference} if needed else None,
     jax.jit(score),
-    (lambda params, reference, batch: batch) if objective.prepare is None else jax.jit(prepare),
+    (lambda params, reference, batch: batch)
+    if demands_of(config.objective).prepares == 'nothing'
+    else jax.jit(prepare),
   )
 
 
@@ -279,7 +283,7 @@ def questions_of(parts: Parts, actors: Actors, preparation: Preparation) -> list
   alone = objective.curate is None and demands_of(config.objective).group == 1
   if config.evaluation.records and alone:
     held_out = encode(parts, 'held_out', config.evaluation.records)
-    if objective.prepare is not None:
+    if demands_of(config.objective).compares_rows:
       # Neighbours are compared with each other, and records of one prompt often stand together.
       held_out = held_out.select(np.random.default_rng(0).permutation(len(held_out)))
     ask_about = loss_question if objective.difference is None else preference_question

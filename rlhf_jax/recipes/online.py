@@ -31,7 +31,7 @@ from rlhf_jax.recipes.rewards import FrozenRewardModel, load_reward_model, make_
 from rlhf_jax.recipes.trainer import Trainer, Trees, make_trainer
 from rlhf_jax.rollout.rollout import Judges, Sampled, Scored, assemble
 from rlhf_jax.rollout.shaping import truncate_for_scoring
-from rlhf_jax.sharding.mesh import put_batch, share_of
+from rlhf_jax.sharding.mesh import constrain_batch, put_batch, share_of
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
 
@@ -186,7 +186,10 @@ def make_completion(
     experience, metrics = assemble(
       config.rollout, judges, params, frozen, sampled, scored, config.accumulation
     )
-    return collect(config.objective, experience, carry), metrics
+    collected = collect(config.objective, experience, carry)
+    # A number that is the same in every row would come out whole on every device.
+    batch = jax.tree.map(constrain_batch, collected.batch)
+    return collected._replace(batch=batch), metrics
 
   return complete
 

@@ -93,7 +93,11 @@ def make_batch(kind: str, seed: int = 0) -> Any:
   assert kind == 'valued_rollouts', kind
   last = mask.sum(-1, keepdims=True)
   return dataclasses.replace(
-    rollouts, old_values=normal(B, R), returns=normal(B, R), value_mask=np.arange(R) <= last
+    rollouts,
+    old_values=normal(B, R),
+    returns=normal(B, R),
+    value_mask=np.arange(R) <= last,
+    value_scale=np.full(B, 0.7, np.float32),
   )
 
 

@@ -46,17 +46,24 @@ CASES: dict[str, Any] = {
   'robust': DPOConfig(variant='robust', label_smoothing=0.1),
   'ipo': DPOConfig(variant='ipo'),
   'ipo mean': DPOConfig(variant='ipo', reduction='mean', nll_coefficient=0.5),
+  'dpo, nll of tokens': DPOConfig(nll_coefficient=0.5, nll_normalization='token'),
   'hinge': DPOConfig(variant='hinge', beta=0.7),
   'simpo': SimPOConfig(),
   'simpo smoothed, nll': SimPOConfig(label_smoothing=0.1, nll_coefficient=0.3),
+  'simpo, nll of tokens': SimPOConfig(nll_coefficient=0.3, nll_normalization='token'),
   'simpo hinge': SimPOConfig(variant='hinge', gamma=0.5),
   'orpo': ORPOConfig(),
+  'orpo, nll of tokens': ORPOConfig(nll_normalization='token'),
   'unlikelihood': UnlikelihoodConfig(),
   'unlikelihood token': UnlikelihoodConfig(variant='token', alpha=0.5),
   'cpl': CPLConfig(),
   'cpl discounted, imitating chosen': CPLConfig(
     gamma=0.9, lam=0.75, bc_coefficient=0.3, bc_responses='chosen'
   ),
+  'cpl imitating chosen tokens': CPLConfig(
+    bc_coefficient=0.3, bc_responses='chosen', bc_normalization='token'
+  ),
+  'cpl imitating tokens': CPLConfig(bc_coefficient=0.3, bc_normalization='token'),
   'cpl-kl, imitating all': CPLConfig(use_reference=True, bc_coefficient=1.0),
   'cpl_dense': DenseCPLConfig(),
   'cpl_dense kl, discounted, imitating': DenseCPLConfig(
@@ -74,6 +81,7 @@ CASES: dict[str, Any] = {
   'ilql weighted': ILQLConfig(awac_beta=0.5, gamma=0.9, expectile=0.8, cql_coefficient=0.5),
   'iql': IQLConfig(),
   'ppo': PPOConfig(value_coefficient=0.5),
+  'ppo, value loss by itself': PPOConfig(value_coefficient=0.5, value_normalization='own'),
   'rloo': RLOOConfig(),
   'rloo token': RLOOConfig(ratio='token'),
   'reinforce': ReinforceConfig(),

@@ -210,6 +210,7 @@ def test_integers_and_wrong_shapes_are_refused() -> None:
     ('gamma', 1.01),
     ('bc_coefficient', -0.1),
     ('bc_responses', 'rejected'),
+    ('bc_normalization', 'batch'),
   ],
 )
 def test_impossible_settings_are_named(field: str, value: Any) -> None:

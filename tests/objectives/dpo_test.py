@@ -222,6 +222,7 @@ def test_integers_and_wrong_shapes_are_refused() -> None:
     ({'label_smoothing': 0.1, 'variant': 'ipo'}, 'label_smoothing'),
     ({'label_smoothing': 0.1, 'variant': 'hinge'}, 'label_smoothing'),
     ({'nll_coefficient': -1.0}, 'nll_coefficient'),
+    ({'nll_normalization': 'batch'}, 'nll_normalization'),
   ],
 )
 def test_impossible_settings_are_named(settings: dict[str, Any], field: str) -> None:

@@ -59,16 +59,13 @@ def ppo_config(settings: dict[str, Any], **options: Any) -> PPOConfig:
   'case', ['nplus', 'nplus_whitened', 'nplus_discounted', 'trl', 'trl_whitened']
 )
 def test_ppo_with_scores_after_the_stop(case: str) -> None:
-  """The code of Huang et al. 2024, and TRL's, which whitens with the unbiased variance.
-
-  Both divide the value term by its own count: the factor on our coefficient.
-  """
+  """The code of Huang et al. 2024, and TRL's, which whitens with the unbiased variance."""
   found = golden.load('ppo')
   settings, outputs = (found['cases'][case][x] for x in ('hyperparameters', 'outputs'))
-  counts = found['inputs']['mask'].sum() / outputs['mask_p1'].sum()
   config = ppo_config(
     settings,
-    value_coefficient=float(settings['vf_coef'] * counts),
+    value_coefficient=settings['vf_coef'],
+    value_normalization='own',
     score_placement='after_stop',
     unbiased_variance=case.startswith('trl'),
   )

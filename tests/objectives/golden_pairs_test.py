@@ -16,7 +16,7 @@ from rlhf_jax.objectives.cpl_dense import DenseCPLConfig
 from rlhf_jax.objectives.cpl_scored import ScoredCPLConfig
 from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.objectives.online_dpo import OnlineDPOConfig
-from rlhf_jax.objectives.orpo import ORPOConfig, orpo
+from rlhf_jax.objectives.orpo import ORPOConfig
 from rlhf_jax.objectives.reward_listwise import ListwiseRewardConfig
 from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.objectives.simpo import SimPOConfig
@@ -47,6 +47,21 @@ def test_dpo(fixture: str, case: str) -> None:
   inputs = found['inputs']
   config = DPO[fixture, case]
   assert_loss(config, pairs(inputs), inputs, found['cases'][case], logprobs='policy_logprobs')
+
+
+def test_dpo_with_imitation() -> None:
+  """TRL adds up losses: here `loss_type=['sigmoid', 'sft']` with weights 1 and 0.5."""
+  found = golden.load('dpo_trl')
+  inputs, cases = found['inputs'], found['cases']
+  both = {
+    kind: {
+      name: cases['sigmoid'][kind][name] + 0.5 * cases['sft'][kind][name]
+      for name in cases['sft'][kind]
+    }
+    for kind in ('outputs', 'gradients')
+  }
+  config = DPOConfig(beta=0.1, nll_coefficient=0.5, nll_normalization='token')
+  assert_loss(config, pairs(inputs), inputs, both, logprobs='policy_logprobs')
 
 
 @pytest.mark.parametrize('case', ['sigmoid', 'cdpo', 'ipo'])
@@ -112,40 +127,30 @@ def test_cpl(case: str) -> None:
   assert_loss(config, batch, inputs, fixture, logprobs='policy_logprobs')
 
 
-def test_cpl_imitating_all() -> None:
-  """The authors' term is a mean over all positions of segments of one length, as ours is there."""
+IMITATING = {
+  'all': ('cpl_bc_all', CPLConfig(bc_coefficient=0.5)),
+  'all, by token': ('cpl_bc_all', CPLConfig(bc_coefficient=0.5, bc_normalization='token')),
+  'chosen': (
+    'cpl_bc_pos',
+    CPLConfig(bc_coefficient=0.5, bc_responses='chosen', bc_normalization='token'),
+  ),
+}
+
+
+@pytest.mark.parametrize(('case', 'config'), IMITATING.values(), ids=IMITATING)
+def test_cpl_with_imitation(case: str, config: CPLConfig) -> None:
+  """The authors' term, of segments of one length: of all, or of preferred ones and ties in full."""
   found = golden.load('cpl')
-  mask, fixture = found['inputs']['mask'], found['cases']['cpl_bc_all']
-  whole = {
-    **found['inputs'],
-    'mask': np.ones_like(mask),
-    'policy_logprobs': found['inputs']['policy_logprobs'] * mask,
-  }
-  config = CPLConfig(alpha=0.1, lam=0.5, bc_coefficient=0.5)
-  outputs = {'logprobs': whole['policy_logprobs']}
-  loss, slopes = tabular.direct_loss(config, outputs, pairs(whole, whole['preference']))
+  mask, fixture = found['inputs']['mask'], found['cases'][case]
+  assert {0.0, 0.5, 1.0} <= set(found['inputs']['preference'])
+  whole = {'mask': np.ones_like(mask)}
+  outputs = {'logprobs': found['inputs']['policy_logprobs'] * mask}
+  batch = tabular.prepared(config, pairs(whole, found['inputs']['preference']))
+  loss, slopes = tabular.direct_loss(config, outputs, batch)
   assert_close(loss, fixture['outputs']['loss'])
   assert_close(slopes['logprobs'] * mask, fixture['gradients']['policy_logprobs'])
-
-
-def test_cpl_imitating_chosen() -> None:
-  """The same of preferred segments alone, on the comparisons that are no ties.
-
-  The authors count both segments of a tie in full, we count them half each.
-  """
-  found = golden.load('cpl')
-  inputs, fixture = found['inputs'], found['cases']['cpl_bc_pos']
-  labels = inputs['preference']
-  totals = (inputs['policy_logprobs'] * inputs['mask']).astype(np.float64).mean(-1)
-  imitated = np.concatenate([totals[labels >= 0.5, 0], totals[labels <= 0.5, 1]])
-  assert_close(-imitated.mean(), fixture['outputs']['bc_loss'])
-  whole = {'mask': np.ones_like(inputs['mask'])[labels != 0.5]}
-  config = CPLConfig(alpha=0.1, lam=0.5, bc_coefficient=0.5, bc_responses='chosen')
-  outputs = {'logprobs': (inputs['policy_logprobs'] * inputs['mask'])[labels != 0.5]}
-  evaluate = tabular.evaluator(config, tabular.DIRECT)
-  _, metrics, _ = evaluate(outputs, pairs(whole, labels[labels != 0.5]))
-  ours = np.where(labels == 1.0, totals[:, 0], totals[:, 1])[labels != 0.5]
-  assert_close(metrics['bc_nll'].value(), -ours.mean())
+  _, metrics, _ = tabular.evaluator(config, tabular.DIRECT)(outputs, batch)
+  assert_close(metrics['bc_nll'].value(), fixture['outputs']['bc_loss'])
 
 
 @pytest.mark.parametrize('case', ['dense', 'dense_bias_0.75', 'dense_bias_1', 'dense_kl'])
@@ -184,76 +189,60 @@ SIMPO: dict[str, Any] = {
   'simpo_hinge': SimPOConfig(beta=2.5, gamma=2.5 * 0.55, variant='hinge'),
   'simpo_smoothed': SimPOConfig(beta=2.0, gamma=1.0, label_smoothing=0.1),
   'trl_simpo': SimPOConfig(beta=2.0, gamma=0.5),
+  'simpo_sft': SimPOConfig(beta=2.0, nll_coefficient=0.3, nll_normalization='token'),
+  'trl_simpo_nll': SimPOConfig(gamma=0.5, nll_coefficient=1.0, nll_normalization='token'),
+  # CPO's preference term is CPL's without bias and reference.
+  'trl_cpo': CPLConfig(
+    alpha=0.1, lam=1.0, bc_coefficient=1.0, bc_responses='chosen', bc_normalization='token'
+  ),
 }
 
 
 @pytest.mark.parametrize('case', SIMPO)
 def test_simpo(case: str) -> None:
-  """The authors' trainer and TRL's."""
+  """The authors' trainer, TRL's SimPO and its CPO; the latter two imitate unless told not to."""
   found = golden.load('simpo')
   batch = pairs(found['inputs'])
   assert_loss(SIMPO[case], batch, found['inputs'], found['cases'][case], logprobs='policy_logprobs')
 
 
-@pytest.mark.parametrize(
-  ('case', 'config', 'weight'),
-  [
-    ('simpo_sft', SimPOConfig(beta=2.0, gamma=1.0), 0.3),
-    ('trl_simpo_nll', SimPOConfig(beta=2.0, gamma=0.5), 1.0),
-    ('trl_cpo', CPLConfig(alpha=0.1, lam=1.0), 1.0),
-  ],
-)
-def test_simpo_and_cpo_with_a_likelihood_term(case: str, config: Any, weight: float) -> None:
-  """The preference terms are ours (CPO's is CPL's without bias and reference).
-
-  The references' likelihood is a mean over the chosen tokens of the batch, ours over those of each
-  response, then over responses.
-  """
-  found = golden.load('simpo')
-  inputs, fixture = found['inputs'], found['cases'][case]
-  mask = inputs['mask'][:, 0]
-  nll = -inputs['policy_logprobs'][:, 0][mask].astype(np.float64).mean()
-  slope = np.zeros(inputs['mask'].shape)
-  slope[:, 0] = np.where(mask, -1 / mask.sum(), 0.0)
-  outputs = {'logprobs': inputs['policy_logprobs']}
-  loss, slopes = tabular.direct_loss(config, outputs, pairs(inputs))
-  assert_close(loss + weight * nll, fixture['outputs']['loss'])
-  assert_close(slopes['logprobs'] + weight * slope, fixture['gradients']['policy_logprobs'])
+ORPO = {
+  'trl_beta': (ORPOConfig(nll_normalization='token', prompt_nll=True), False),
+  'full_authors_beta': (ORPOConfig(nll_normalization='token', prompt_nll=True), True),
+  'full_authors_beta response_nll': (ORPOConfig(nll_normalization='token'), True),
+  # Of responses of one length, both normalizations are the same.
+  'full_authors_beta response_nll by response': (ORPOConfig(), True),
+}
 
 
 @pytest.mark.parametrize('lam', [0.1, 1.0])
-def test_orpo(lam: float) -> None:
-  """The authors' loss of responses of one length, without the likelihood of the prompt.
+@pytest.mark.parametrize('name', ORPO)
+def test_orpo(name: str, lam: float) -> None:
+  """TRL's whole loss, and the authors' of responses of one length, with and without the prompts'.
 
-  (With other lengths it averages a padding token in; it can also imitate prompts.)
+  (Of other lengths the authors average a padding token in.)
   """
   found = golden.load('orpo')
+  config, full = ORPO[name]
+  config = dataclasses.replace(config, lam=lam)
+  case, _, suffix = name.partition(' ')
+  suffix = suffix.removesuffix(' by response')
+  fixture = found['cases'][f'{case}_{lam:g}' + f'_{suffix}' * bool(suffix)]
+  names = ('prompt_logprobs', 'policy_logprobs') if config.prompt_nll else ('policy_logprobs',)
   inputs = found['inputs']
-  batch = pairs({'mask': np.ones_like(inputs['mask'])})
-  case = found['cases'][f'full_authors_beta_{lam:g}_response_nll']
-  assert_loss(ORPOConfig(lam=lam), batch, inputs, case, logprobs='policy_logprobs')
-
-
-@pytest.mark.parametrize('lam', [0.1, 1.0])
-def test_the_odds_of_orpo(lam: float) -> None:
-  """TRL's odds ratio of ragged responses, as loss and gradient; its likelihood is of prompts too.
-
-  TRL rounds the ratio to float32.
-  """
-  found = golden.load('orpo')
-  inputs, fixture = found['inputs'], found['cases'][f'trl_beta_{lam:g}']
-  mask, logprobs = inputs['mask'], inputs['policy_logprobs']
-
-  def odds_loss(logprobs: Any) -> Any:
-    means = jax.numpy.where(mask, logprobs, 0.0).sum(-1) / mask.sum(-1)
-    return lam * orpo(means, jax.numpy.ones(len(mask))).mean()
-
-  loss, slope = jax.jit(jax.value_and_grad(odds_loss))(logprobs)
-  assert_close(loss, fixture['outputs']['loss'] - fixture['outputs']['nll'])
-  tokens = mask[:, 0].sum() + inputs['prompt_logprobs'][:, 0].size
-  imitated = np.zeros(mask.shape)
-  imitated[:, 0] = np.where(mask[:, 0], -1 / tokens, 0.0)
-  assert_close(slope + imitated, fixture['gradients']['policy_logprobs'])
+  rows = pairs({'mask': np.ones_like(inputs['mask'])} if full else inputs)
+  # Three tokens; the first is not imitated.
+  prompt = np.ones((*inputs['mask'].shape[:2], 1 + inputs['prompt_logprobs'].shape[-1]), bool)
+  texts = dataclasses.replace(rows.sequences, prompt=prompt.astype(np.int32), prompt_mask=prompt)
+  batch = tabular.prepared(config, dataclasses.replace(rows, sequences=texts))
+  outputs = {'logprobs': np.concatenate([inputs[name] for name in names], axis=-1)}
+  loss, slopes = tabular.direct_loss(config, outputs, batch)
+  assert_close(loss, fixture['outputs']['loss'])
+  expected = np.concatenate([fixture['gradients'][name] for name in names], axis=-1)
+  assert_close(slopes['logprobs'], expected)
+  if 'nll' in fixture['outputs']:
+    _, metrics, _ = tabular.evaluator(config, tabular.DIRECT)(outputs, batch)
+    assert_close(metrics['chosen_nll'].value(), fixture['outputs']['nll'])
 
 
 def test_token_unlikelihood() -> None:

@@ -172,6 +172,7 @@ def test_a_value_mask_of_another_shape_is_refused() -> None:
     ({'kl': KLPenaltyConfig(target=6.0, coefficient=0.0)}, 'kl.coefficient'),
     ({'score_placement': 'first_token'}, 'score_placement'),
     ({'value_model': 'own'}, 'value_model'),
+    ({'value_normalization': 'tokens'}, 'value_normalization'),
   ],
 )
 def test_impossible_settings_are_named(settings: dict[str, Any], field: str) -> None:

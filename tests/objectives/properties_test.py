@@ -44,7 +44,7 @@ def evaluator(case: str, actors: Actors) -> Evaluate:
 
 def batch_of(case: str) -> Any:
   """What a case eats."""
-  return batches.make_batch(kind_of(CASES[case]))
+  return tabular.prepared(CASES[case], batches.make_batch(kind_of(CASES[case])))
 
 
 def outputs_of(case: str) -> dict[str, np.ndarray]:

@@ -78,7 +78,7 @@ def assert_loss(
     **names: our outputs, by the names of the inputs that are given for them.
   """
   outputs = {ours: inputs[theirs] for ours, theirs in names.items()}
-  loss, slopes = tabular.direct_loss(config, outputs, batch)
+  loss, slopes = tabular.direct_loss(config, outputs, tabular.prepared(config, batch))
   assert_close(loss, case['outputs']['loss'], 'loss')
   for ours, theirs in names.items():
     assert_close(slopes[ours], case['gradients'][theirs], ours)

@@ -105,6 +105,7 @@ def test_metrics_are_rewards() -> None:
     ({'label_smoothing': 0.5}, 'label_smoothing'),
     ({'label_smoothing': 0.1, 'variant': 'hinge'}, 'label_smoothing'),
     ({'nll_coefficient': -1.0}, 'nll_coefficient'),
+    ({'nll_normalization': 'batch'}, 'nll_normalization'),
   ],
 )
 def test_impossible_settings_are_named(settings: dict[str, Any], field: str) -> None:

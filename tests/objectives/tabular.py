@@ -150,6 +150,15 @@ def evaluator(config: ObjectiveConfig, actors: Actors) -> Evaluate:
   return _EVALUATORS[key]
 
 
+def prepared(config: ObjectiveConfig, batch: Any) -> Any:
+  """What the loss eats: the batch after its objective has counted it, where it does."""
+  objective = objective_of(config)
+  if objective.demands(config).prepares != 'counts':
+    return batch
+  assert objective.prepare is not None
+  return objective.prepare(config, Actors(), {}, None, batch)
+
+
 def direct_loss(config: ObjectiveConfig, outputs: Any, batch: Any) -> tuple[float, dict[str, Any]]:
   """The mean loss of given outputs, and its gradients by each of them."""
   mean, _, slopes = evaluator(config, DIRECT)(outputs, batch)

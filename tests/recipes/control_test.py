@@ -253,7 +253,9 @@ def test_a_policy_is_no_reward_model(tmp_path: pathlib.Path) -> None:
 # of pairs of 4 stay whole in 4 microbatches of 16 rows.
 SPLIT: dict[str, Any] = {
   'lqr_sft': {},
-  'lqr_cpl': {'objective': CPLConfig(alpha=1.0, lam=0.5, bc_coefficient=0.1)},
+  'lqr_cpl': {
+    'objective': CPLConfig(alpha=1.0, lam=0.5, bc_coefficient=0.1, bc_normalization='token')
+  },
   'lqr_cpl_dense groups': {
     'objective': ScoredCPLConfig(alpha=1.0, group_size=4, bc_coefficient=0.1)
   },

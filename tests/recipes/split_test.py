@@ -12,7 +12,7 @@ from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common import trees
 from rlhf_jax.config import EvaluationConfig
 from rlhf_jax.recipes import Built
-from rlhf_jax.sharding.mesh import MeshConfig, put_batch
+from rlhf_jax.sharding.mesh import MeshConfig, batch_sharding, put_batch
 from rlhf_jax.training.optimizer import OptimizerConfig
 from rlhf_jax.training.state import TrainState
 from tests import tiny
@@ -84,6 +84,10 @@ def take_step(built: Built, prepared: Any = None) -> Step:
   with jax.set_mesh(built.mesh):
     state = moved(recipe.init(), 0)
     own = recipe.prepare(state, recipe.batch(0))
+    # As the update takes it: every leaf's rows are cut, the numbers that are alike in all among them.
+    cut = batch_sharding(built.mesh)
+    for leaf in jax.tree.leaves(own.batch):
+      assert leaf.sharding.is_equivalent_to(cut, leaf.ndim)
     state = moved(state, 1)
     batch = own.batch if prepared is None else put_batch(prepared, built.mesh)
     host = jax.device_get(own.batch)
