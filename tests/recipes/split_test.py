@@ -84,7 +84,7 @@ def take_step(built: Built, prepared: Any = None) -> Step:
   with jax.set_mesh(built.mesh):
     state = moved(recipe.init(), 0)
     own = recipe.prepare(state, recipe.batch(0))
-    # As the update takes it: every leaf's rows are cut, the numbers that are alike in all among them.
+    # As the update takes it: the rows of every leaf are cut, of numbers alike in all rows too.
     cut = batch_sharding(built.mesh)
     for leaf in jax.tree.leaves(own.batch):
       assert leaf.sharding.is_equivalent_to(cut, leaf.ndim)
