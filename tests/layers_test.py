@@ -43,6 +43,7 @@ LAZY = (
   'matplotlib',
   'ml_collections',
   'ray',
+  'scipy',
   'submitit',
   'tensorboardX',
   'tensorflow',

@@ -10,7 +10,6 @@ import functools
 import math
 
 import numpy as np
-from scipy import linalg
 
 from rlhf_jax.common.errors import ConfigError
 
@@ -120,6 +119,8 @@ class LQR:
   """
 
   def __init__(self, config: LQRConfig):
+    from scipy import linalg
+
     dt = config.time_step
     self.gamma = config.gamma
     self.A = np.array([[1.0, dt], [0.0, 1.0]])
@@ -171,6 +172,8 @@ class LQR:
     X = initial + gamma (F X F' + std^2 B B' / (1 - gamma)), and the cost is
     tr((Q + gain' R gain) X) + std^2 tr R / (1 - gamma), in nats, without entropy.
     """
+    from scipy import linalg
+
     _check_gain(gain)
     closed = math.sqrt(self.gamma) * (self.A + self.B @ gain)
     if np.abs(np.linalg.eigvals(closed)).max() >= 1:

@@ -8,9 +8,15 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.95
+
+
+def t_quantile(probability: float, freedom: float) -> float:
+  """Quantile of Student's t distribution with that many degrees of freedom."""
+  from scipy import stats  # takes a second
+
+  return float(stats.t.ppf(probability, freedom))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +72,7 @@ def pooled_interval(samples: np.ndarray, level: float = LEVEL) -> Interval:
     raise ValueError(f'expected [S, P] with P >= 2 prompts, got shape {values.shape}.')
   variance, freedom = _variance_of_mean(values)
   mean = float(values.mean())
-  half = float(stats.t.ppf(0.5 + level / 2, freedom) * np.sqrt(variance)) if variance > 0 else 0.0
+  half = float(t_quantile(0.5 + level / 2, freedom) * np.sqrt(variance)) if variance > 0 else 0.0
   return Interval(mean, mean - half, mean + half)
 
 
@@ -89,7 +95,7 @@ def proportion_interval(samples: np.ndarray, level: float = LEVEL) -> Interval:
     count = min(rate * (1 - rate) / variance, float(values.size))
   else:
     count, freedom = float(values.shape[1]), float(values.shape[1] - 1)
-  z2 = float(stats.t.ppf(0.5 + level / 2, freedom)) ** 2
+  z2 = t_quantile(0.5 + level / 2, freedom) ** 2
   centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
   half = np.sqrt(z2 * (rate * (1 - rate) / count + z2 / (4 * count * count))) / (1 + z2 / count)
   return Interval(rate, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
@@ -110,7 +116,7 @@ def ratio_interval(totals: np.ndarray, counts: np.ndarray, level: float = LEVEL)
   ratio = float(totals.sum() / counts.sum())
   number = len(totals)
   variance = number / (number - 1) * np.square(totals - ratio * counts).sum() / counts.sum() ** 2
-  half = float(stats.t.ppf(0.5 + level / 2, number - 1) * np.sqrt(variance))
+  half = float(t_quantile(0.5 + level / 2, number - 1) * np.sqrt(variance))
   return Interval(ratio, ratio - half, ratio + half)
 
 
