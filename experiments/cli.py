@@ -101,6 +101,10 @@ def run(main: Callable[[], int], *, resumable: bool = False) -> None:
     if len(argv) > 1:
       fail(f'{argv[1]}: not understood; every option has the form --name=value (see --help).')
     logging.set_verbosity(logging.WARNING)
+    if int(os.environ.get('JAX_NUM_CPU_DEVICES') or 1) > 1:
+      # A simulated device holds a thread while it waits for another: with only as many threads as
+      # there are cores, programs that overlap can come to wait for each other without end.
+      os.environ.setdefault('PJRT_NPROC', '32')
     if flags.FLAGS.debug:
       jax.config.update('jax_debug_nans', True)
     if flags.FLAGS.cache_dir:

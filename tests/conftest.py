@@ -15,6 +15,9 @@ os.environ['JAX_PLATFORMS'] = os.environ.get('RLHF_JAX_TEST_PLATFORM', 'cpu')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'xla'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
+# A simulated device holds a thread while it waits for another: with only as many threads as there
+# are cores, programs that overlap can come to wait for each other without end.
+os.environ.setdefault('PJRT_NPROC', '32')
 # XLA ends a process when a simulated device waits 40 s for another: on a busy machine that
 # is no sign of a deadlock.
 os.environ['XLA_FLAGS'] = ' '.join(

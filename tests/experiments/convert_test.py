@@ -17,7 +17,7 @@ from rlhf_jax.models.hf_files import INDEX, SINGLE
 from tests import tiny
 from tests.experiments.programs import message, run_program
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
 
 
 def run(source: Path, target: Path, **given: Any) -> None:
