@@ -143,8 +143,8 @@ def resolve(
   online = objective_of(config.objective).data == 'prompts'
   rewards = reward_fingerprints(config.rollout) if online else {}
   for role, (init, _) in config.inits().items():
-    if is_source(init):
-      check_role(role, open_source(init))
+    if is_source(init) and (run := open_source(init)).result is not None:
+      check_role(role, run)
   parents = {
     role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()
   }
