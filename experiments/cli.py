@@ -1,6 +1,8 @@
 """What all programs share: flags, one clear message for the user's mistakes, exit codes."""
 
 import dataclasses
+import errno
+import logging as standard_logging
 import os
 import pathlib
 import signal
@@ -24,6 +26,18 @@ from rlhf_jax.stages import StoppedError
 DONE, USER_ERROR, STOPPED = 0, 1, 75
 INTERRUPTED = 130  # Ctrl-C in a program with nothing to go on from
 SHARED = ('config', 'cache_dir', 'debug')
+# What storage does to programs that are right.
+_STORAGE = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EROFS,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EIO,
+  errno.ESTALE,
+)
+_AGAIN = 'Mend the cause, and run the same command again to go on.'
 
 flags.DEFINE_bool('debug', False, 'Show tracebacks of errors, and check every operation for nan.')
 flags.DEFINE_string(
@@ -101,6 +115,8 @@ def run(main: Callable[[], int], *, resumable: bool = False) -> None:
     if len(argv) > 1:
       fail(f'{argv[1]}: not understood; every option has the form --name=value (see --help).')
     logging.set_verbosity(logging.WARNING)
+    if not flags.FLAGS.debug:  # it logs the tracebacks of errors that it raises as well
+      standard_logging.getLogger('absl').addFilter(lambda record: '/orbax/' not in record.pathname)
     if int(os.environ.get('JAX_NUM_CPU_DEVICES') or 1) > 1:
       # A simulated device holds a thread while it waits for another: with only as many threads as
       # there are cores, programs that overlap can come to wait for each other without end.
@@ -123,6 +139,10 @@ def run(main: Callable[[], int], *, resumable: bool = False) -> None:
       sys.exit(INTERRUPTED)
     except UserError as error:
       fail(str(error))
+    except OSError as error:
+      if error.errno not in _STORAGE or flags.FLAGS.debug:
+        raise
+      fail(f'{error.filename or "a file"}: {error.strerror}. {_AGAIN if resumable else ""}'.strip())
 
   # --help shows the flags of the program's own module: these belong to every program.
   for name in SHARED:

@@ -81,6 +81,19 @@ def on_main(function: Callable[[], T]) -> T:
   return answer
 
 
+def first_of(value: str | None) -> str | None:
+  """The value of the first process that has one, in every process; None if none has."""
+  if not several():
+    return value
+  key = f'rlhf_jax/{next(_order)}/first'
+  client().key_value_set(f'{key}/{jax.process_index()}', json.dumps(value))
+  told = (
+    json.loads(client().blocking_key_value_get(f'{key}/{process}', _FOREVER_MS))
+    for process in range(jax.process_count())
+  )
+  return next((value for value in told if value is not None), None)
+
+
 def check_same(what: str, value: str) -> None:
   """Raises RunError in a process whose value is not that of process 0; no other one goes on."""
   expected = on_main(lambda: value)

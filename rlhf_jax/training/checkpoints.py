@@ -1,14 +1,19 @@
-"""Checkpoints: asynchronous, atomic, the latest few and the best. The only user of orbax."""
+"""Checkpoints: asynchronous, atomic, verified, the latest few and the best. The only orbax user."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
+import logging
 import pathlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 import jax
 
-from rlhf_jax.common import trees
+from rlhf_jax.common import processes, trees
 from rlhf_jax.common.errors import ConfigError, RunError
+from rlhf_jax.training.checksums import checksums
 from rlhf_jax.training.state import TrainState
 
 _PARAMS, _REST = 'params_', 'rest'
@@ -38,15 +43,39 @@ class CheckpointConfig:
       raise ConfigError(f'{path}.best_mode', self.best_mode, "'max' or 'min'")
 
 
+class DamagedError(RunError):
+  """A checkpoint is not what was written."""
+
+
 class Checkpoints:
   """The checkpoints of one run directory."""
 
   def __init__(self, folder: pathlib.Path, config: CheckpointConfig):
     """Opens (and creates) the folder."""
+    self._config = config
+    self._folder = folder
+    folder.mkdir(parents=True, exist_ok=True)
+    unreadable = processes.on_main(self._unreadable)
+    if damaged := {int(step): DamagedError(text) for step, text in unreadable.items()}:
+      if len(damaged) == len(list(folder.glob('[0-9]*'))):
+        self._refuse(damaged)
+      self._set_aside(damaged)
+    self._checkpointer = self._open()
+
+  def _unreadable(self) -> dict[str, str]:
+    """Steps whose metrics would keep orbax from opening the folder, and what is wrong with them."""
+    found = {}
+    for path in self._folder.glob('[0-9]*/metrics/metrics'):
+      try:
+        json.loads(path.read_bytes())
+      except ValueError as error:
+        found[path.parts[-3]] = f'{path}: this checkpoint is damaged ({error}).'
+    return found
+
+  def _open(self) -> Any:
     from orbax.checkpoint import v1 as ocp
 
-    policies = ocp.training.preservation_policies
-    self._config = config
+    policies, config = ocp.training.preservation_policies, self._config
     preserve: Any = policies.LatestN(config.keep)
     if config.best_metric:
       best = policies.BestN(
@@ -56,10 +85,8 @@ class Checkpoints:
         keep_checkpoints_without_metrics=False,
       )
       preserve = policies.AnyPreservationPolicy([preserve, best])
-    folder.mkdir(parents=True, exist_ok=True)
-    self._folder = folder
-    self._checkpointer = ocp.training.Checkpointer(
-      folder.absolute(),
+    return ocp.training.Checkpointer(
+      self._folder.absolute(),
       preservation_policy=preserve,
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       cleanup_tmp_directories=True,
@@ -78,10 +105,14 @@ class Checkpoints:
       )
 
   @property
+  def _steps(self) -> list[int]:
+    """The steps that were written completely, in order."""
+    return [info.step for info in self._checkpointer.checkpoints]
+
+  @property
   def latest_step(self) -> int | None:
     """The last step that was written completely."""
-    latest = self._checkpointer.latest
-    return None if latest is None else latest.step
+    return max(self._steps, default=None)
 
   @property
   def best_step(self) -> int | None:
@@ -110,25 +141,48 @@ class Checkpoints:
       state: the state of the run.
       progress: small JSON facts that belong to it (tokens seen, seconds).
       metrics: evaluation metrics at this step, for `best_metric`.
+
+    Raises:
+      RunError: this checkpoint, or the one before, could not be written.
     """
     if self.latest_step == step:
       return
     name = self._config.best_metric
     kept = {name: metrics[name]} if metrics and name and name in metrics else None
+    sums = {part: checksums(leaves) for part, leaves in _by_part(state).items()}
     if jax.default_backend() == 'cpu':
       # Here host arrays are views of buffers that the next update may reuse: write from a copy.
       state = jax.tree.map(lambda x: x.copy(), state)
-    self._checkpointer.save_checkpointables_async(
-      step, _by_part(state), metrics=kept, custom_metadata=progress
-    )
+    with self._writing():
+      self._checkpointer.save_checkpointables_async(
+        step, _by_part(state), metrics=kept, custom_metadata=_sealed(progress, kept, sums)
+      )
 
   def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The latest state, in the shapes and shardings of `abstract`, and its progress facts."""
-    step = self.latest_step
-    if step is None:
-      raise RunError(f'{self._folder}: there is no checkpoint to resume from.')
-    loaded = self._load(step, _by_part(abstract))
-    progress = self._checkpointer.checkpointables_metadata(step).custom_metadata
+    """The newest whole state, in the shapes and shardings of `abstract`, and its progress facts.
+
+    Damaged checkpoints are set aside, which is said, and the one before them is taken.
+
+    Raises:
+      RunError: there is no checkpoint, none is whole, or they are of another state.
+    """
+    damaged: dict[int, DamagedError] = {}
+    for step in reversed(self._steps):
+      try:
+        loaded, progress = self._load(step, _by_part(abstract))
+      except DamagedError as error:
+        damaged[step] = error
+        continue
+      if damaged:
+        self._checkpointer.close()
+        self._set_aside(damaged)
+        self._checkpointer = self._open()
+        processes.say(f'{self._folder}: falling back to step {step}')
+      break
+    else:
+      if not damaged:
+        raise RunError(f'{self._folder}: there is no checkpoint to resume from.')
+      self._refuse(damaged)
 
     def roles(like: dict[str, Any]) -> dict[str, Any]:
       return {role: trees.unflatten(tree, loaded[_PARAMS + role]) for role, tree in like.items()}
@@ -138,38 +192,102 @@ class Checkpoints:
       targets=roles(abstract.targets),
       **trees.unflatten(_rest(abstract), loaded[_REST]),
     )
-    return state, dict(progress) if isinstance(progress, dict) else {}
+    return state, progress
 
   def restore_role(self, role: str, abstract: Any, step: int) -> Any:
-    """One role's parameters or targets alone, in the shapes and shardings of `abstract`."""
-    part = _PARAMS + role
-    return trees.unflatten(abstract, self._load(step, {part: trees.flatten(abstract)})[part])
+    """One role's parameters or targets alone, in the shapes and shardings of `abstract`.
 
-  def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-    """orbax casts dtypes silently and reports wrong shapes misleadingly: compare beforehand."""
-    if step not in [info.step for info in self._checkpointer.checkpoints]:
+    Raises RunError where there is no such step or role, or it is damaged or of another model.
+    """
+    part = _PARAMS + role
+    try:
+      loaded, _ = self._load(step, {part: trees.flatten(abstract)})
+    except DamagedError as error:
+      raise DamagedError(
+        f'{error} Delete {self._folder.parent} and run its command again, or start from another.'
+      ) from error
+    return trees.unflatten(abstract, loaded[part])
+
+  def _load(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parts of a step and its progress facts, held against what was noted when it was written.
+
+    orbax casts dtypes silently, reports wrong shapes misleadingly, and hardly checks values.
+    """
+    where = f'{self._folder}/{step}'
+    if step not in self._steps:
       raise RunError(f'{self._folder}: there is no checkpoint of step {step}.')
-    saved = self._checkpointer.checkpointables_metadata(step).metadata
+    with self._reading(where):
+      metadata = self._checkpointer.checkpointables_metadata(step)
+      progress, sums = _unsealed(metadata.custom_metadata, metadata.metrics)
     for part, leaves in abstract.items():
-      if part not in saved:
-        raise RunError(
-          f'{self._folder}/{step}: there are no {part!r} in this checkpoint; it has '
-          f'{", ".join(sorted(saved))}.'
-        )
-      found = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in saved[part].items()}
-      wanted = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
-      for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-          raise RunError(
-            f'{self._folder}/{step}: {part} {name!r} is {found.get(name, "absent")} in the '
-            f'checkpoint, expected {wanted.get(name, "absent")}: it was written by a run with '
-            'another model, objective or optimizer.'
-          )
-    return self._checkpointer.load_checkpointables(step, abstract)
+      _check_fits(where, part, leaves, sums)
+    with self._reading(where):
+      loaded = self._checkpointer.load_checkpointables(step, abstract)
+      for part in abstract:
+        found = checksums(loaded[part])
+        if changed := [name for name in found if found[name] != sums[part][name]]:
+          more = f' and {len(changed) - 1} others' if len(changed) > 1 else ''
+          raise ValueError(f'{part}: {changed[0]!r}{more} differ from what was written')
+    return loaded, progress
+
+  @contextlib.contextmanager
+  def _reading(self, where: str) -> Iterator[None]:
+    """Raises DamagedError, in every process, for whatever goes wrong inside in one of them."""
+    reason = None
+    # orbax and asyncio print pages about what is said in a line here.
+    loggers = [logging.getLogger(name) for name in ('absl', 'asyncio')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+      logger.setLevel(logging.CRITICAL + 1)
+    try:
+      yield
+    except Exception as error:  # there is no telling what a damaged file makes libraries raise
+      reason = _innermost(error)
+    finally:
+      for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    reason = processes.first_of(reason)
+    if reason is not None:
+      raise DamagedError(f'{where}: this checkpoint is damaged ({reason}).')
+
+  def _refuse(self, damaged: dict[int, DamagedError]) -> NoReturn:
+    found = ' '.join(str(error) for error in damaged.values())
+    raise DamagedError(
+      f'{found} There is no other one to go on from: delete {self._folder} and run the same '
+      'command again to start from the beginning.'
+    )
+
+  def _set_aside(self, damaged: dict[int, DamagedError]) -> None:
+    """Moves damaged checkpoints out of the way of those that will be written anew."""
+    aside = self._folder.with_name('damaged')
+
+    def move() -> None:
+      aside.mkdir(exist_ok=True)
+      for step in damaged:
+        number = len(list(aside.glob(f'{step}.*')))
+        (self._folder / str(step)).rename(aside / f'{step}.{number}')
+
+    processes.on_main(move)
+    for error in damaged.values():
+      processes.say(f'warning: {error} It was moved to {aside}.')
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Says in one line what went wrong with writing, and what there is to go on from."""
+    try:
+      yield
+    except Exception as error:  # of orbax and tensorstore, for one full disk, several
+      steps = [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
+      last = f'step {max(steps)}' if steps else 'none'
+      raise RunError(
+        f'{self._folder}: a checkpoint could not be written ({_innermost(error)}). The last whole '
+        f'one: {last}. Mend the cause, and run the same command again to go on from there.'
+      ) from error
 
   def close(self) -> None:
-    """Waits for the writing that is under way."""
-    self._checkpointer.close()
+    """Waits for the writing that is under way; raises RunError if it fails."""
+    with self._writing():
+      self._checkpointer.close()
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -180,3 +298,51 @@ def _by_part(state: TrainState) -> dict[str, Any]:
   """Each role's parameters apart, so that another stage can load one; flat, canonically named."""
   params = {_PARAMS + role: trees.flatten(tree) for role, tree in state.by_role.items()}
   return {**params, _REST: trees.flatten(_rest(state))}
+
+
+def _sealed(
+  progress: dict[str, Any], metrics: dict[str, float] | None, sums: dict[str, dict[str, str]]
+) -> dict[str, Any]:
+  """What is noted beside the arrays, with a digest of its own."""
+  return {'progress': progress, 'arrays': sums, 'sha256': _digest(progress, metrics, sums)}
+
+
+def _unsealed(noted: Any, metrics: Any) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+  """Progress facts and checksums; raises ValueError if they are not what was noted."""
+  if not isinstance(noted, dict) or not {'progress', 'arrays', 'sha256'} <= noted.keys():
+    raise ValueError('its _CHECKPOINT_METADATA has no checksums')
+  if _digest(noted['progress'], metrics, noted['arrays']) != noted['sha256']:
+    raise ValueError('its _CHECKPOINT_METADATA or metrics differ from what was written')
+  return noted['progress'], noted['arrays']
+
+
+def _digest(progress: Any, metrics: Any, sums: Any) -> str:
+  noted = [progress, metrics or None, sums]
+  return hashlib.sha256(json.dumps(noted, sort_keys=True).encode()).hexdigest()
+
+
+def _check_fits(where: str, part: str, leaves: dict[str, Any], sums: dict[str, Any]) -> None:
+  """Raises RunError unless a part was written with these names, shapes and dtypes."""
+  if part not in sums:
+    raise RunError(
+      f'{where}: there are no {part!r} in this checkpoint; it has {", ".join(sorted(sums))}.'
+    )
+  found = {name: text.partition(':')[0] for name, text in sums[part].items()}
+  wanted = {name: f'{leaf.dtype.name}{list(leaf.shape)}' for name, leaf in leaves.items()}
+  for name in sorted(found.keys() | wanted.keys()):
+    if found.get(name) != wanted.get(name):
+      raise RunError(
+        f'{where}: {part} {name!r} is {found.get(name, "absent")} in the checkpoint, expected '
+        f'{wanted.get(name, "absent")}: it was written by a run with another model, objective or '
+        'optimizer.'
+      )
+
+
+def _innermost(error: BaseException) -> str:
+  """What an error says first of all, in a line."""
+  while (inner := error.__cause__ or error.__context__) is not None:
+    error = inner
+  text = ' '.join(str(error).partition('[tensorstore_spec')[0].split())
+  if len(text) < 30:  # as KeyError has it
+    text = f'{type(error).__name__}: {text}'
+  return text if len(text) <= 300 else text[:300] + '...'

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -152,16 +153,16 @@ def test_an_unfinished_checkpoint_is_not_there(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
   ('wrong', 'words'),
   [
-    ({'kernel': jax.ShapeDtypeStruct((4, 8), jnp.float32)}, ('kernel', '(8, 8)', '(4, 8)')),
+    ({'kernel': jax.ShapeDtypeStruct((4, 8), jnp.float32)}, ('kernel', '[8, 8]', '[4, 8]')),
     ({'kernel': jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)}, ('kernel', 'float32', 'bfloat16')),
     (
       {
         'kernel': jax.ShapeDtypeStruct((8, 8), jnp.float32),
         'bias': jax.ShapeDtypeStruct((8,), jnp.float32),
       },
-      ('bias', 'absent', '(8,)'),
+      ('bias', 'absent', '[8]'),
     ),
-    ({}, ('kernel', '(8, 8)', 'absent')),
+    ({}, ('kernel', '[8, 8]', 'absent')),
   ],
 )
 def test_what_does_not_fit_is_refused(wrong: Any, words: Any, tmp_path: pathlib.Path) -> None:
@@ -203,3 +204,107 @@ def test_a_best_metric_must_be_measured(tmp_path: pathlib.Path) -> None:
 def test_impossible_settings_are_named(field: str, value: Any) -> None:
   with pytest.raises(ConfigError, match=f'checkpoint.{field}'):
     CheckpointConfig(**{field: value}).validate('checkpoint')
+
+
+def written(folder: pathlib.Path) -> pathlib.Path:
+  """The checkpoints of steps 2 and 3, and the metric that keeps the best."""
+  checkpoints = opened(folder, best_metric='reward')
+  for step in (2, 3):
+    checkpoints.save(step, make_state(step), {'tokens': step}, {'reward': float(step)})
+  checkpoints.close()
+  return folder
+
+
+def truncate(path: pathlib.Path) -> None:
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: pathlib.Path) -> None:
+  content = bytearray(path.read_bytes())
+  content[len(content) * 2 // 3] ^= 1
+  path.write_bytes(content)
+
+
+def test_whatever_file_is_damaged_the_step_before_is_taken(
+  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """Each file that counts, in turn; the damage is named, and the place is free for the step."""
+  whole = written(tmp_path / 'whole')
+  data = next((whole / '3' / 'rest' / 'd').iterdir()).name
+  for name, damage in (
+    ('_CHECKPOINT_METADATA', truncate),
+    ('_CHECKPOINT_METADATA', flip),
+    ('metrics/metrics', truncate),
+    ('metrics/metrics', flip),
+    ('params_policy/_METADATA', pathlib.Path.unlink),
+    ('params_policy/manifest.ocdbt', truncate),
+    (f'rest/d/{data}', truncate),
+    (f'rest/d/{data}', flip),
+    (f'rest/d/{data}', pathlib.Path.unlink),
+  ):
+    folder = tmp_path / 'run' / 'checkpoints'
+    shutil.copytree(whole, folder)
+    damage(folder / '3' / name)
+    checkpoints = opened(folder, best_metric='reward')
+    state, facts = checkpoints.restore(abstract_of(make_state()))
+    assert int(state.step) == 2 and facts == {'tokens': 2}
+    assert checkpoints.latest_step == checkpoints.best_step == 2
+    expected = jax.tree.leaves(make_state(2))
+    for leaf, wanted in zip(jax.tree.leaves(state), expected, strict=True):
+      np.testing.assert_array_equal(leaf, wanted)
+    said = capsys.readouterr().out
+    assert f'{folder}/3' in said and 'this checkpoint is damaged' in said
+    assert (tmp_path / 'run' / 'damaged' / '3.0').is_dir()
+    checkpoints.save(3, make_state(3), {'tokens': 3}, {'reward': 3.0})
+    checkpoints.close()
+    shutil.rmtree(tmp_path / 'run')
+
+
+def test_values_that_only_the_checksums_tell_are_noticed(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Storage that gives back zeros, say: orbax itself holds no checksum of values."""
+  folder = written(tmp_path / 'checkpoints')
+  checkpoints = opened(folder)
+  load = checkpoints._checkpointer.load_checkpointables
+
+  def zeroed(step: int, abstract: Any) -> Any:
+    loaded = load(step, abstract)
+    part = loaded['params_policy']
+    return {**loaded, 'params_policy': {**part, 'kernel': part['kernel'].at[-1].set(0)}}
+
+  monkeypatch.setattr(checkpoints._checkpointer, 'load_checkpointables', zeroed)
+  abstract = abstract_of(make_state())
+  with pytest.raises(RunError, match="3: .*damaged.*params_policy: 'kernel' differ.*Delete"):
+    checkpoints.restore_role('policy', abstract.params['policy'], 3)
+  with pytest.raises(RunError, match='/3: .*damaged.*/2: .*damaged.*no other one.*delete'):
+    checkpoints.restore(abstract)
+  assert sorted(path.name for path in folder.iterdir()) == ['2', '3']  # nothing was touched
+  checkpoints.close()
+
+
+def test_the_only_checkpoint_is_not_thrown_away(tmp_path: pathlib.Path) -> None:
+  folder = written(tmp_path / 'checkpoints')
+  shutil.rmtree(folder / '2')
+  (folder / '3' / 'metrics' / 'metrics').write_text('{"rew')
+  with pytest.raises(RunError, match='/3/metrics/metrics: .*damaged.*delete'):
+    opened(folder, best_metric='reward')
+  assert (folder / '3').is_dir()
+
+
+def test_a_full_disk_is_named_and_the_last_whole_checkpoint(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The writing fails behind the next steps: the next save, or closing, tells of it."""
+  checkpoints = opened(tmp_path)
+  checkpoints.save(1, make_state(1), {})
+  checkpoints.close()
+  checkpoints = opened(tmp_path)
+
+  def full(*unused: Any, **unused_too: Any) -> Any:
+    raise ValueError('RESOURCE_EXHAUSTED: Failed writing: No space left on device')
+
+  monkeypatch.setattr(checkpoints._checkpointer, 'save_checkpointables_async', full)
+  with pytest.raises(RunError, match='No space left on device.*last whole one: step 1.*again'):
+    checkpoints.save(2, make_state(2), {})
+  checkpoints.close()
