@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -214,4 +215,9 @@ def fail(message: str) -> NoReturn:
   if flags.FLAGS.is_parsed() and flags.FLAGS.debug:
     traceback.print_exc()
   print(f'error: {message}', file=sys.stderr)
+  if any(not thread.daemon for thread in threading.enumerate()[1:]):
+    # What failed may have left threads that wait without end, which an orderly exit would wait for.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(USER_ERROR)
   sys.exit(USER_ERROR)

@@ -1,0 +1,142 @@
+"""Lets a stage or a study go through faults: the same command must end with the same bits.
+
+  python -m experiments.drill --config=configs/dpo.py --workdir=runs/drill --trials=10
+  python -m experiments.drill --config=configs/quickstart.py --drills=kill --workdir=runs/drill
+
+The config is run undisturbed first. Then each drill runs it again and again, as experiments.train
+or experiments.compare in a process of its own, and disturbs it: kill -9 at random moments, and
+while a checkpoint is being written; signals; a damaged checkpoint; a full disk; a read-only
+folder; a clock that jumps; one of two processes killed. Each time the same command must go on, and
+every run's end is compared with the undisturbed one: parameters, metrics, samples, reports.
+
+Any field can be set, as for experiments.train: take few steps and frequent checkpoints. The table
+goes to the terminal and to drills.json in --workdir.
+
+Exit codes: 0 all survived with equal bits, 1 something did not, or something given is wrong.
+"""
+
+import dataclasses
+import json
+import pathlib
+import random
+import shutil
+import sys
+import time
+
+from absl import flags
+
+from experiments import cli
+from experiments.drilling import faults
+from experiments.drilling.bits import differences
+from experiments.drilling.program import Program
+from rlhf_jax.common.errors import UserError
+from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.runs import write_json
+from rlhf_jax.study import StudyConfig
+
+CONFIG = cli.define_config('The stage or the study that is drilled.')
+WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of all its runs.', required=True)
+TRIALS = flags.DEFINE_integer('trials', 5, 'How often each fault happens.', 1)
+DRILLS = flags.DEFINE_list('drills', None, f'Some of {", ".join(faults.DRILLS)}; default: all.')
+SEED = flags.DEFINE_integer('seed', 0, 'Draws the moments and the places of faults.')
+
+COLUMNS = ('drill', 'trials', 'survived', 'runs', 'bits equal', 'seconds')
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What became of one drill."""
+
+  drill: str
+  outcome: faults.Outcome
+  seconds: float
+  broken: str | None = None
+
+  @property
+  def passed(self) -> bool:
+    return self.broken is None and self.outcome.equal == self.outcome.finished
+
+  def cells(self) -> tuple[str, ...]:
+    outcome = self.outcome
+    counts = (outcome.trials, outcome.survived, outcome.finished, outcome.equal)
+    return (self.drill, *(str(count) for count in counts), f'{self.seconds:.0f}')
+
+
+def chosen() -> list[str]:
+  """The drills to go through; raises UserError for those there are not, or not here."""
+  names = list(faults.DRILLS) if DRILLS.value is None else DRILLS.value
+  if unknown := [name for name in names if name not in faults.DRILLS]:
+    raise UserError(f'--drills={",".join(unknown)}: expected some of {", ".join(faults.DRILLS)}.')
+  mounting = [name for name in names if name in faults.MOUNTING]
+  if mounting and not faults.storage_faults():
+    if DRILLS.value is not None:
+      raise UserError(
+        f'--drills={",".join(mounting)}: this machine does not let you mount a file system of your '
+        'own (`unshare -rm`). Leave them out.'
+      )
+    print(f'not here, as it needs `unshare -rm`: {", ".join(mounting)}', flush=True)
+    names = [name for name in names if name not in mounting]
+  return names
+
+
+def prepare(folder: pathlib.Path) -> faults.Ground:
+  """Runs the config undisturbed, twice: the second time its programs are compiled."""
+  config = cli.given(CONFIG)
+  if not isinstance(config, ExperimentConfig | StudyConfig):
+    raise UserError(f'--config: expected a stage or a study, got {type(config).__name__}.')
+  given = tuple(text for text in sys.argv[1:] if text.startswith('--config'))
+  study = isinstance(config, StudyConfig)
+  root = () if study else (f'--root={folder}',)
+  cache = (f'--cache_dir={flags.FLAGS.cache_dir}',)
+  program = Program('compare' if study else 'train', (*given, *root, *cache))
+  runs = [folder / 'undisturbed', folder / 'undisturbed_again']
+  for run in runs:
+    shutil.rmtree(run, ignore_errors=True)
+    began = time.monotonic()
+    running = program.start(run)
+    if running.end():
+      raise UserError(f'undisturbed, it fails: {faults.last_words(running)}')
+    seconds = time.monotonic() - began
+    print(f'{run.name}: {seconds:.1f} s', flush=True)
+  if lines := differences(runs[1], runs[0]):
+    raise UserError(f'undisturbed, it is not the same twice, as drills need it: {lines[0]}')
+  shutil.rmtree(runs[1])
+  return faults.Ground(program, folder, runs[0], seconds, random.Random(SEED.value))
+
+
+def table(rows: list[Row]) -> str:
+  """The rows in Markdown."""
+  lines = ['| ' + ' | '.join(COLUMNS) + ' |', '| :-- |' + ' --: |' * (len(COLUMNS) - 1)]
+  lines += ['| ' + ' | '.join(row.cells()) + ' |' for row in rows]
+  return '\n'.join(lines)
+
+
+def main() -> int:
+  names = chosen()
+  folder = pathlib.Path(WORKDIR.value).absolute()
+  folder.mkdir(parents=True, exist_ok=True)
+  ground = prepare(folder)
+  rows = []
+  for name in names:
+    began, broken, outcome = time.monotonic(), None, faults.Outcome()
+    try:
+      outcome = faults.DRILLS[name](ground, TRIALS.value)
+    except (faults.BrokenError, TimeoutError) as error:
+      broken = str(error)
+    row = Row(name, outcome, time.monotonic() - began, broken)
+    rows.append(row)
+    print(
+      f'{name}: {outcome.trials} trials, {outcome.equal} of {outcome.finished} runs equal, '
+      f'{row.seconds:.0f} s',
+      flush=True,
+    )
+    for note in [*outcome.notes, *([f'BROKEN: {broken}'] if broken else [])]:
+      print(f'  {note}', flush=True)
+  print(table(rows))
+  write_json(folder / 'drills.json', [json.loads(json.dumps(dataclasses.asdict(r))) for r in rows])
+  return cli.DONE if all(row.passed for row in rows) else cli.USER_ERROR
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('config')
+  cli.run(main)
