@@ -18,17 +18,16 @@ Exit codes: 0 all survived with equal bits, 1 something did not, or something gi
 import dataclasses
 import json
 import pathlib
-import random
-import shutil
 import sys
 import time
 
 from absl import flags
 
 from experiments import cli
-from experiments.drilling import faults
-from experiments.drilling.bits import differences
+from experiments.drilling.drills import DRILLS, MOUNTING
+from experiments.drilling.ground import BrokenError, Outcome, prepare
 from experiments.drilling.program import Program
+from experiments.drilling.storage import storage_faults
 from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.runs import write_json
@@ -37,7 +36,7 @@ from rlhf_jax.study import StudyConfig
 CONFIG = cli.define_config('The stage or the study that is drilled.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of all its runs.', required=True)
 TRIALS = flags.DEFINE_integer('trials', 5, 'How often each fault happens.', 1)
-DRILLS = flags.DEFINE_list('drills', None, f'Some of {", ".join(faults.DRILLS)}; default: all.')
+NAMES = flags.DEFINE_list('drills', None, f'Some of {", ".join(DRILLS)}; default: all.')
 SEED = flags.DEFINE_integer('seed', 0, 'Draws the moments and the places of faults.')
 
 COLUMNS = ('drill', 'trials', 'survived', 'runs', 'bits equal', 'seconds')
@@ -48,13 +47,18 @@ class Row:
   """What became of one drill."""
 
   drill: str
-  outcome: faults.Outcome
+  outcome: Outcome
   seconds: float
   broken: str | None = None
 
   @property
   def passed(self) -> bool:
-    return self.broken is None and self.outcome.equal == self.outcome.finished
+    outcome = self.outcome
+    return (
+      self.broken is None
+      and outcome.survived == outcome.trials
+      and outcome.equal == outcome.finished
+    )
 
   def cells(self) -> tuple[str, ...]:
     outcome = self.outcome
@@ -64,12 +68,12 @@ class Row:
 
 def chosen() -> list[str]:
   """The drills to go through; raises UserError for those there are not, or not here."""
-  names = list(faults.DRILLS) if DRILLS.value is None else DRILLS.value
-  if unknown := [name for name in names if name not in faults.DRILLS]:
-    raise UserError(f'--drills={",".join(unknown)}: expected some of {", ".join(faults.DRILLS)}.')
-  mounting = [name for name in names if name in faults.MOUNTING]
-  if mounting and not faults.storage_faults():
-    if DRILLS.value is not None:
+  names = list(DRILLS) if NAMES.value is None else NAMES.value
+  if unknown := [name for name in names if name not in DRILLS]:
+    raise UserError(f'--drills={",".join(unknown)}: expected some of {", ".join(DRILLS)}.')
+  mounting = [name for name in names if name in MOUNTING]
+  if mounting and not storage_faults():
+    if NAMES.value is not None:
       raise UserError(
         f'--drills={",".join(mounting)}: this machine does not let you mount a file system of your '
         'own (`unshare -rm`). Leave them out.'
@@ -79,29 +83,16 @@ def chosen() -> list[str]:
   return names
 
 
-def prepare(folder: pathlib.Path) -> faults.Ground:
-  """Runs the config undisturbed, twice: the second time its programs are compiled."""
+def program(folder: pathlib.Path) -> Program:
+  """What is drilled, with the config as given; its stages are shared below `folder`."""
   config = cli.given(CONFIG)
   if not isinstance(config, ExperimentConfig | StudyConfig):
     raise UserError(f'--config: expected a stage or a study, got {type(config).__name__}.')
   given = tuple(text for text in sys.argv[1:] if text.startswith('--config'))
-  study = isinstance(config, StudyConfig)
-  root = () if study else (f'--root={folder}',)
-  cache = (f'--cache_dir={flags.FLAGS.cache_dir}',)
-  program = Program('compare' if study else 'train', (*given, *root, *cache))
-  runs = [folder / 'undisturbed', folder / 'undisturbed_again']
-  for run in runs:
-    shutil.rmtree(run, ignore_errors=True)
-    began = time.monotonic()
-    running = program.start(run)
-    if running.end():
-      raise UserError(f'undisturbed, it fails: {faults.last_words(running)}')
-    seconds = time.monotonic() - began
-    print(f'{run.name}: {seconds:.1f} s', flush=True)
-  if lines := differences(runs[1], runs[0]):
-    raise UserError(f'undisturbed, it is not the same twice, as drills need it: {lines[0]}')
-  shutil.rmtree(runs[1])
-  return faults.Ground(program, folder, runs[0], seconds, random.Random(SEED.value))
+  cache = f'--cache_dir={flags.FLAGS.cache_dir}'
+  if isinstance(config, StudyConfig):
+    return Program('compare', (*given, cache))
+  return Program('train', (*given, cache, f'--root={folder}'))
 
 
 def table(rows: list[Row]) -> str:
@@ -115,13 +106,13 @@ def main() -> int:
   names = chosen()
   folder = pathlib.Path(WORKDIR.value).absolute()
   folder.mkdir(parents=True, exist_ok=True)
-  ground = prepare(folder)
+  ground = prepare(program(folder), folder, SEED.value)
   rows = []
   for name in names:
-    began, broken, outcome = time.monotonic(), None, faults.Outcome()
+    began, broken, outcome = time.monotonic(), None, Outcome()
     try:
-      outcome = faults.DRILLS[name](ground, TRIALS.value)
-    except (faults.BrokenError, TimeoutError) as error:
+      DRILLS[name](ground, TRIALS.value, outcome)
+    except (BrokenError, TimeoutError) as error:
       broken = str(error)
     row = Row(name, outcome, time.monotonic() - began, broken)
     rows.append(row)

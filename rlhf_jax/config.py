@@ -135,6 +135,9 @@ class ExperimentConfig:
   batch_size: int = 64
   # Microbatches a minibatch is split into, to save memory; the gradients are the same.
   accumulation: int = 1
+  # Whether a GPU may use only kernels that give the same bits each time, as CPUs and TPUs do; some
+  # are slower (docs/reproducibility.md).
+  deterministic: bool = True
   objective: ObjectiveConfig = dataclasses.field(default_factory=SFTConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   # The decoder, if policy.init names none; a stage that starts from another has that one's decoder.

@@ -1,9 +1,9 @@
 """Run directories: what is in them, whom they belong to, and how finished ones are read.
 
-config.json     the resolved config, what it depends on, and their fingerprint
-record.json     package versions, git revision, data fingerprint, seeds, command
+config.json     the resolved config, what it depends on, and the mesh
+record.json     package versions, git revision, devices, data fingerprint, seeds, command
 tokenizer/      the tokenizer the run's token ids mean
-checkpoints/    one folder a step
+checkpoints/    one folder a step; damaged/ holds those that could not be read
 metrics.jsonl   training metrics; evaluations.jsonl and evaluations/ hold answers
 result.json     written last: final metrics and the SHA-256 of the final parameters
 hf/             what the checkpoint folder it started from says of itself, for its export
@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 from rlhf_jax import __version__
+from rlhf_jax.common import determinism, processes
 from rlhf_jax.common.errors import RunError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import KINDS, canonical_json, differences, from_dict
@@ -36,6 +37,16 @@ from rlhf_jax.training.checkpoints import Checkpoints
 # Of a run that goes back to a checkpoint folder: its config.json, tokenizer files and so on.
 ASSETS = 'hf'
 
+# Of a record: what may change the last bits of a result.
+_BITS_DEPEND_ON = (
+  'git_revision',
+  'packages',
+  'backend',
+  'devices',
+  'processes',
+  'mesh',
+  'deterministic',
+)
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'transformers')
 
 
@@ -82,6 +93,8 @@ def environment_record() -> dict[str, Any]:
     'python': platform.python_version(),
     'backend': jax.default_backend(),
     'devices': [device.device_kind for device in jax.devices()],
+    'processes': jax.process_count(),
+    'deterministic': determinism.holds(),
     'command': sys.argv,
   }
 
@@ -121,7 +134,8 @@ class Run:
   def config(self) -> ExperimentConfig:
     """The config the run was made with; its `init` fields name the parents' directories."""
     origin = self._origin()
-    return from_dict(ExperimentConfig, origin['identity']['config']).with_inits(origin['parents'])
+    values = {**origin['identity']['config'], 'mesh': origin['mesh']}
+    return from_dict(ExperimentConfig, values).with_inits(origin['parents'])
 
   @property
   def params_sha256(self) -> str:
@@ -320,7 +334,9 @@ class Run:
         f'  {lines}\nName another --workdir, or pass --overwrite to delete it and start over.'
       )
 
-  def claim(self, identity: dict[str, Any], parents: dict[str, 'Run']) -> None:
+  def claim(
+    self, identity: dict[str, Any], parents: dict[str, 'Run'], mesh: dict[str, Any]
+  ) -> None:
     """Makes a directory that passed `check` this run's own; another run's content is deleted."""
     if (self.folder / 'config.json').exists() and self._origin()['identity'] != identity:
       # Renamed first: an interrupted deletion must not leave half a run under its name.
@@ -330,4 +346,21 @@ class Run:
       shutil.rmtree(doomed)
     self.folder.mkdir(parents=True, exist_ok=True)
     folders = {role: str(run.source.absolute()) for role, run in parents.items()}
-    write_json(self.folder / 'config.json', {'identity': identity, 'parents': folders})
+    origin = {'identity': identity, 'parents': folders, 'mesh': mesh}
+    write_json(self.folder / 'config.json', origin)
+
+  def add_record(self, record: dict[str, Any]) -> None:
+    """Writes record.json; what it said before, if a run goes on elsewhere, stays in 'earlier'."""
+    path = self.folder / 'record.json'
+    earlier = []
+    if path.is_file():
+      before = json.loads(path.read_text(encoding='utf-8'))
+      earlier = before.pop('earlier')
+      if changed := sorted(name for name in record if record[name] != before.get(name)):
+        earlier.append(before)
+        if self._learnt and any(name in _BITS_DEPEND_ON for name in changed):
+          processes.say(
+            f'{self.folder}: goes on with another {", ".join(changed)}; its bits may differ from '
+            'those of an undisturbed run'
+          )
+    write_json(path, {**record, 'earlier': earlier})

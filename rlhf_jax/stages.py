@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rlhf_jax.common import processes, trees
+from rlhf_jax.common import determinism, processes, trees
 from rlhf_jax.common.errors import ConfigError, RunError
 from rlhf_jax.config import ExperimentConfig, load_config
 from rlhf_jax.config_values import canonical_json, from_dict, to_dict
@@ -135,6 +135,8 @@ def resolve(
   `chain` holds the config files that led here, so that a circle of them is refused.
   """
   config.validate()
+  if config.deterministic:
+    determinism.require()
   feedback = load_data(config.data, root)
   check_devices(config)
   for kind in _needed(config):
@@ -188,6 +190,8 @@ def _identity(
   checkpoints = {role: init.checkpoint for role, init in config.inits().items()}
   sources = {role: run.params_identity(checkpoints[role]) for role, run in parents.items()}
   values = to_dict(config.with_inits(sources))
+  # On another mesh a run goes on, or is found finished: it is the same to float error.
+  del values['mesh']
   tokenizer = None
   own = 'policy' not in parents and config.data.source != CONTROL
   if own and config.data.tokenizer not in TRAINED_TOKENIZERS:
@@ -297,15 +301,16 @@ def _execute(stage: Stage, run: Run) -> StageOutcome:
 def _begin(stage: Stage, run: Run, built: Built) -> None:
   """Makes the directory the run's own, and writes what is known beforehand."""
   config = stage.config
-  run.claim(stage.identity, stage.parents)
+  run.claim(stage.identity, stage.parents, to_dict(config.mesh))
   record = {
     **environment_record(),
+    'mesh': dict(built.mesh.shape),
     'data_fingerprint': stage.feedback.fingerprint,
     'quarantined_records': stage.feedback.quarantined,
     'training_rows': built.recipe.rows,
     'seeds': {'run': config.seed, 'evaluation': config.evaluation.seed},
   }
-  write_json(run.folder / 'record.json', record)
+  run.add_record(record)
   if built.tokenizer is not None:
     built.tokenizer.save(run.folder / 'tokenizer')
   if 'policy' in stage.parents:

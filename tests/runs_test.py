@@ -10,6 +10,7 @@ from rlhf_jax import runs
 from rlhf_jax.common.errors import RunError
 from rlhf_jax.config_values import to_dict
 from rlhf_jax.runs import Run, fingerprint, write_json
+from rlhf_jax.sharding.mesh import MeshConfig
 from tests import tiny
 
 
@@ -35,7 +36,11 @@ def test_json_files_are_whole_or_absent(
 
 def claimed(folder: pathlib.Path, **parents: Run) -> Run:
   run = Run(folder)
-  run.claim({'config': to_dict(tiny.make_config('dpo', 'x')), 'data': 'd'}, parents)
+  run.claim(
+    {'config': to_dict(tiny.make_config('dpo', 'x')), 'data': 'd'},
+    parents,
+    to_dict(MeshConfig(fsdp=2)),
+  )
   return run
 
 
@@ -44,6 +49,7 @@ def test_a_run_gives_its_config_with_its_parents_filled_in(tmp_path: pathlib.Pat
   config = Run(tmp_path / 'dpo').config
   assert config.policy.init == str(tmp_path / 'sft') and config.reward_model.init is None
   assert config.objective == tiny.make_config('dpo').objective
+  assert config.mesh == MeshConfig(fsdp=2)
   assert [parent.folder for parent in run.parents().values()] == [tmp_path / 'sft']
 
 
@@ -61,12 +67,31 @@ def test_what_is_no_run_or_not_finished_is_named(tmp_path: pathlib.Path) -> None
     _ = run.config
 
 
+def test_a_record_keeps_what_it_said_where_a_run_goes_on_elsewhere(
+  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  run = claimed(tmp_path / 'dpo')
+  path = run.folder / 'record.json'
+  record = {'packages': {'jax': '1'}, 'mesh': {'data': 8}, 'command': ['a']}
+  run.add_record(record)
+  run.add_record(record)
+  assert json.loads(path.read_text()) == {**record, 'earlier': []}
+  (run.folder / 'metrics.jsonl').write_text('{"step": 1}\n')
+  other = {**record, 'command': ['b']}
+  run.add_record(other)
+  assert not capsys.readouterr().out
+  moved = {**other, 'packages': {'jax': '2'}, 'mesh': {'data': 1}}
+  run.add_record(moved)
+  assert 'goes on with another mesh, packages; its bits may differ' in capsys.readouterr().out
+  assert json.loads(path.read_text()) == {**moved, 'earlier': [record, other]}
+
+
 def test_a_directory_that_is_free_or_its_own_passes(tmp_path: pathlib.Path) -> None:
   run = claimed(tmp_path / 'dpo')
   identity = {'config': to_dict(tiny.make_config('dpo', 'x')), 'data': 'd'}
   run.check(identity, overwrite=False)
   (tmp_path / 'dpo' / 'metrics.jsonl').write_text('{"step": 1}\n')
-  run.claim(identity, {})
+  run.claim(identity, {}, {})
   assert (tmp_path / 'dpo' / 'metrics.jsonl').exists(), 'its own content is kept'
   (tmp_path / 'empty').mkdir()
   Run(tmp_path / 'empty').check(identity, overwrite=False)

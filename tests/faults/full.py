@@ -1,0 +1,69 @@
+"""All drills at full size, and their table for docs/reliability.md; hours on a small machine.
+
+  python -m tests.faults.full --workdir=runs/drills
+
+Fifty kills for each of SFT, DPO, PPO and a study, thirty while checkpoints are written, and ten of
+every other fault; the same command again takes what is there and goes on with what is not.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+from absl import app, flags
+
+from rlhf_jax.runs import write_json
+
+WORKDIR = flags.DEFINE_string('workdir', 'runs/drills', 'Where its runs are.')
+
+HERE = pathlib.Path(__file__).parent
+DOCUMENT = HERE.parents[1] / 'docs' / 'reliability.md'
+BEGIN, END = '<!-- drills -->', '<!-- end of drills -->'
+# (case, drill) -> trials
+TRIALS = {
+  **{(case, 'kill'): 50 for case in ('sft', 'dpo', 'ppo', 'compare')},
+  **{(case, 'kill_saving'): 30 for case in ('sft', 'dpo', 'ppo', 'compare')},
+  **{('ppo', drill): 20 for drill in ('terminate', 'interrupt_twice', 'damage')},
+  **{('ppo', drill): 10 for drill in ('full', 'read_only', 'clock')},
+  ('sft', 'process'): 10,
+}
+HEADER = """| Run | Drill | Trials | Survived | Runs led to their end | Bits equal |
+| :-- | :-- | --: | --: | --: | --: |"""
+
+
+def result(case: str, drill: str, trials: int, folder: pathlib.Path) -> dict:
+  """What a drill came to, from an earlier time if it is there."""
+  workdir = folder / f'{case}_{drill}'
+  path = workdir / 'result_of_drill.json'
+  if not path.exists():
+    subprocess.run(
+      [
+        *(sys.executable, '-m', 'experiments.drill', f'--config={HERE / "stages.py"}:{case}'),
+        *(f'--drills={drill}', f'--trials={trials}', f'--workdir={workdir}'),
+      ],
+      check=True,
+    )
+    (row,) = json.loads((workdir / 'drills.json').read_text())
+    write_json(path, row)
+  return json.loads(path.read_text())
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  folder = pathlib.Path(WORKDIR.value)
+  lines = [HEADER]
+  for (case, drill), trials in TRIALS.items():
+    outcome = result(case, drill, trials, folder)['outcome']
+    counts = (outcome[name] for name in ('trials', 'survived', 'finished', 'equal'))
+    lines.append(f'| {case} | {drill} | ' + ' | '.join(str(count) for count in counts) + ' |')
+  text = DOCUMENT.read_text(encoding='utf-8')
+  before, _, rest = text.partition(BEGIN)
+  after = rest.partition(END)[2]
+  table = '\n'.join(lines)
+  DOCUMENT.write_text(f'{before}{BEGIN}\n{table}\n{END}{after}', encoding='utf-8')
+  print(table)
+
+
+if __name__ == '__main__':
+  app.run(main)
