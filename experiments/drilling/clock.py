@@ -27,7 +27,7 @@ def jumping(read: Callable[[], Any], unit: int) -> Callable[[], Any]:
 def main() -> None:
   time.time = jumping(time.time, 1)
   time.time_ns = jumping(time.time_ns, 10**9)
-  module, sys.argv[:] = sys.argv[1], sys.argv[1:]
+  module, sys.argv[:] = sys.argv[3], sys.argv[3:]
   runpy.run_module(module, run_name='__main__', alter_sys=True)
 
 

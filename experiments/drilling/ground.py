@@ -72,6 +72,10 @@ class Ground:
     ]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
+  def can_fall_back(self, workdir: pathlib.Path) -> bool:
+    """Whether there is a checkpoint before the last one."""
+    return len(self.checkpoints(workdir)) > 1
+
   def saving(self, workdir: pathlib.Path) -> bool:
     """Whether a checkpoint is being written."""
     return any('tmp' in name for run in _runs(workdir) for name in _names(run / 'checkpoints'))
@@ -80,6 +84,10 @@ class Ground:
     """Bytes of metrics, which grow while a run trains."""
     files = [run / 'metrics.jsonl' for run in _runs(workdir)]
     return sum(file.stat().st_size for file in files if file.exists())
+
+  def training(self, workdir: pathlib.Path) -> bool:
+    """Whether a fresh run has made its first steps."""
+    return self.logged(workdir) > 0
 
 
 def _names(folder: pathlib.Path) -> list[str]:

@@ -37,16 +37,16 @@ class Program:
     self,
     workdir: pathlib.Path,
     *,
-    through: Callable[[list[str]], list[str]] = lambda command: command,
+    through: Sequence[str] = (),
     more: Sequence[str] = (),
   ) -> 'Running':
-    """Starts it; `through` may wrap the command in another one, `more` are further flags."""
+    """Starts it, by the command `through` if it is given; `more` are further flags."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     log = workdir.with_name(workdir.name + '.log')
     with log.open('ab') as file:
       position = file.tell()
       process = subprocess.Popen(
-        through([*self.command(workdir), *more]),
+        [*through, *self.command(workdir), *more],
         stdin=subprocess.DEVNULL,
         stdout=file,
         stderr=subprocess.STDOUT,

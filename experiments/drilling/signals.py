@@ -1,6 +1,7 @@
 """Drills from outside: kills, signals, another clock, one of two processes that dies."""
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 import signal
@@ -133,11 +134,10 @@ def clock(ground: Ground, trials: int, outcome: Outcome) -> None:
   Waiting for a checkpoint may then be given up too early, which is said; the next start goes on.
   """
   gave_up = 0
-  module = [sys.executable, '-m', 'experiments.drilling.clock']
 
   def start(workdir: pathlib.Path) -> Running:
-    # `python -m experiments.train ...`, by the module that changes the clock.
-    return ground.program.start(workdir, through=lambda command: [*module, *command[2:]])
+    module = (sys.executable, '-m', 'experiments.drilling.clock')
+    return ground.program.start(workdir, through=module)
 
   for workdir, _ in zip(laps(ground, 'clock'), range(trials), strict=False):
     _kill(ground, start(workdir), workdir)
@@ -183,16 +183,13 @@ def process(ground: Ground, trials: int, outcome: Outcome) -> None:
   ground = dataclasses.replace(ground, undisturbed=alone)
   for workdir, _ in zip(laps(ground, 'process'), range(trials), strict=False):
     runnings = pair(workdir)
-    before = ground.logged(workdir)
-    victim = ground.chance.randrange(2)
-    came = runnings[victim].wait_until(
-      lambda folder=workdir, before=before: ground.logged(folder) > before
-    )
-    runnings[victim].signal(signal.SIGKILL)
-    code = runnings[1 - victim].end(_NOTICED_SECONDS)
+    victim, other = ground.chance.sample(runnings, 2)
+    came = victim.wait_until(functools.partial(ground.training, workdir))
+    victim.signal(signal.SIGKILL)
+    code = other.end(_NOTICED_SECONDS)
     outcome.trials += 1
     if came and code == 0:
-      raise BrokenError(f'the other process went on alone: {last_words(runnings[1 - victim])}')
+      raise BrokenError(f'the other process went on alone: {last_words(other)}')
     end(pair(workdir))
     outcome.survived += 1
     compare(ground, workdir, outcome)

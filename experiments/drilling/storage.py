@@ -1,5 +1,6 @@
 """Drills of storage: damaged checkpoints, a full disk, a folder that cannot be written to."""
 
+import functools
 import pathlib
 import random
 import shutil
@@ -23,7 +24,7 @@ def damage(ground: Ground, trials: int, outcome: Outcome) -> None:
   refused = fell_back = 0
   for workdir in laps(ground, 'damage'):
     running = ground.program.start(workdir)
-    came = running.wait_until(lambda folder=workdir: len(ground.checkpoints(folder)) > 1)
+    came = running.wait_until(functools.partial(ground.can_fall_back, workdir))
     running.signal(signal.SIGKILL)
     found = ground.checkpoints(workdir)
     if not came or not found:
@@ -106,16 +107,9 @@ def _mounted(
     for suffix in ('.codes', '.kept'):
       _remove(workdir.with_name(workdir.name + suffix))
     workdir.mkdir(parents=True)
-    settings = [f'{int(room(size))}', str(workdir)]
-    killed = f'KILLED={ground.moment():.1f}'
-    running = ground.program.start(
-      workdir,
-      through=lambda command, settings=settings, killed=killed: [
-        *('env', killed, 'unshare', '-rm', 'sh', '-c', script, 'sh'),
-        *settings,
-        *command,
-      ],
-    )
+    before = ('env', f'KILLED={ground.moment():.1f}', 'unshare', '-rm', 'sh', '-c', script, 'sh')
+    settings = (f'{int(room(size))}', str(workdir))
+    running = ground.program.start(workdir, through=(*before, *settings))
     running.end()
     codes = workdir.with_name(workdir.name + '.codes').read_text().split()
     outcome.trials += 1
