@@ -14,7 +14,8 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.models import hf_export
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.hf_files import CONFIG, DTYPES, HUB
+from rlhf_jax.models.hf_files import CONFIG, DTYPES
+from rlhf_jax.models.hf_hub import HUB, download
 from rlhf_jax.models.hf_load import (
   is_checkpoint,
   load_decoder,
@@ -39,7 +40,7 @@ class HfFolder(Run):
   """
 
   def __init__(self, source: str | pathlib.Path):
-    """Reads config.json, after a download if need be; raises CheckpointError."""
+    """Reads config.json, of the hub too; raises CheckpointError."""
     self.opened = open_checkpoint(source)
     super().__init__(self.opened.folder)
 
@@ -80,9 +81,12 @@ class HfFolder(Run):
   def model(self) -> ModelConfig:
     """The decoder; embedding tables have some rows more, which nothing reads.
 
-    Reward models compute in bfloat16 if they are stored in it; policies as the stage asks.
+    Reward models compute in the type of their config.json (that of their tensors if it names none)
+    if that is bfloat16; policies as the stage asks.
     """
-    narrow = self.opened.scores and self.stored_dtype == 'bfloat16'
+    config = self.opened.config
+    said = config.get('dtype', config.get('torch_dtype'))
+    narrow = self.opened.scores and (said or self.stored_dtype) == 'bfloat16'
     return dataclasses.replace(
       self.opened.model,
       vocab_multiple=_VOCAB_MULTIPLE,
@@ -134,8 +138,7 @@ class PeftFolder(HfFolder):
   def __init__(self, source: str | pathlib.Path):
     """Reads both configs; raises CheckpointError."""
     self.adapter = open_adapter(pathlib.Path(source))
-    base = self.adapter.base
-    super().__init__(base if pathlib.Path(base).is_dir() or base.startswith(HUB) else HUB + base)
+    super().__init__(self.adapter.base)
 
   @property
   def source(self) -> pathlib.Path:
@@ -162,6 +165,8 @@ class PeftFolder(HfFolder):
 
 def open_source(source: str | pathlib.Path) -> Run:
   """The run, finished or not, in a directory; or the checkpoint folder, of the hub too."""
+  if str(source).startswith(HUB) and is_adapter(folder := download(str(source))):
+    source = folder
   if is_adapter(source):
     return PeftFolder(source)
   return HfFolder(source) if is_checkpoint(source) else Run(source)

@@ -23,7 +23,8 @@ from rlhf_jax.common.errors import CheckpointError
 from rlhf_jax.models import hf_layout, hf_model
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_families import Family, Tensor
-from rlhf_jax.models.hf_files import CONFIG, DTYPES, HUB, Header, download, files_of, headers_of
+from rlhf_jax.models.hf_files import CONFIG, DTYPES, Header, headers_of
+from rlhf_jax.models.hf_hub import HUB, download, tensor_files
 from rlhf_jax.models.hf_model import Piece
 
 Params = dict[str, Any]
@@ -48,6 +49,7 @@ class Checkpoint:
       count as tied.
     scores: whether it is a reward model or value function (a sequence classifier with one label),
       not a policy.
+    hub: the name of the hub that the folder was downloaded for; None: a folder of the user's own.
   """
 
   folder: pathlib.Path
@@ -55,11 +57,16 @@ class Checkpoint:
   family: Family
   model: ModelConfig
   scores: bool
+  hub: str | None = None
 
   @functools.cached_property
   def headers(self) -> dict[str, Header]:
-    """All tensors in its files, by name. Raises CheckpointError for files that cannot be read."""
-    return {name: header for file in files_of(self.folder) for name, header in headers_of(file)}
+    """All tensors in its files, by name; those of the hub are downloaded if they are not here yet.
+
+    Raises CheckpointError for files that cannot be read.
+    """
+    files = tensor_files(self.folder, self.hub)
+    return {name: header for file in files for name, header in headers_of(file)}
 
   @property
   def score_bias(self) -> float:
@@ -90,12 +97,13 @@ def is_checkpoint(source: str | pathlib.Path) -> bool:
 
 
 def open_checkpoint(source: str | pathlib.Path) -> Checkpoint:
-  """Reads the config of a folder, or of `hf:owner/name` once it is downloaded.
+  """Reads the config of a folder, or of `hf:owner/name`, of which no tensors are downloaded yet.
 
   Raises:
     CheckpointError: there is no such checkpoint, or no decoder of ours equals it.
   """
-  folder = download(str(source)) if str(source).startswith(HUB) else pathlib.Path(source)
+  hub = str(source) if str(source).startswith(HUB) else None
+  folder = pathlib.Path(source) if hub is None else download(hub)
   path = folder / CONFIG
   if not path.is_file():
     raise CheckpointError(
@@ -120,7 +128,7 @@ def open_checkpoint(source: str | pathlib.Path) -> Checkpoint:
         f'{path}: a classifier with {labels} labels: expected 1 (num_labels=1), the score.'
       )
     model = dataclasses.replace(model, tied_embeddings=True)
-  return Checkpoint(folder, config, family, model, scores)
+  return Checkpoint(folder, config, family, model, scores, hub)
 
 
 def load_decoder(checkpoint: Checkpoint, abstract: Params) -> Params:

@@ -23,6 +23,7 @@ from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_families import Family
 from rlhf_jax.models.hf_files import Entry, Header, headers_of, write_file, write_json
+from rlhf_jax.models.hf_hub import HUB
 from rlhf_jax.models.hf_load import Checkpoint
 from rlhf_jax.models.hf_model import Piece
 from rlhf_jax.models.layers import PROJECTIONS
@@ -65,8 +66,11 @@ class PeftAdapter:
 
   @property
   def base(self) -> str:
-    """The checkpoint it was trained on: a folder, or a name of the hub."""
-    return str(self.config['base_model_name_or_path'])
+    """The checkpoint it was trained on: a folder, or `hf:owner/name[@revision]`."""
+    base, revision = str(self.config['base_model_name_or_path']), self.config.get('revision')
+    if pathlib.Path(base).is_dir() or base.startswith(HUB):
+      return base
+    return f'{HUB}{base}' + (f'@{revision}' if revision else '')
 
   def scale(self, module: str, rank: int) -> float:
     """The factor on B A: alpha / rank, or with rsLoRA alpha / sqrt(rank)."""

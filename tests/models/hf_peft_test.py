@@ -68,11 +68,11 @@ def test_ours_as_theirs_and_back(name: str, targets: tuple[str, ...], tmp_path: 
     lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
     jax.eval_shape(lambda base: adapters.init(config, model, base, jax.random.key(0)), base),
   )
-  hf_peft.export_adapter(tmp_path, family, model, config, trained, base='somewhere')
+  hf_peft.export_adapter(tmp_path, family, model, config, trained, base='owner/name')
   joined = adapters.join(adapters.frozen_of(config, model, base), trained)
   expected = trees.flatten(jax.device_get(adapters.merge(model, joined)))
   adapter = hf_peft.open_adapter(tmp_path)
-  assert adapter.base == 'somewhere' and adapter.config['fan_in_fan_out'] == (name == 'gpt2')
+  assert adapter.base == 'hf:owner/name' and adapter.config['fan_in_fan_out'] == (name == 'gpt2')
   for leaf, found in trees.flatten(hf_peft.add_adapter(adapter, golden.checkpoint, base)).items():
     np.testing.assert_allclose(found, expected[leaf], atol=1e-5, err_msg=leaf)
 
