@@ -53,7 +53,10 @@ def main() -> int:
 
   transformers.utils.logging.set_verbosity_error()
   torch.set_num_threads(2)
-  lines = ['| family | model_type | ' + ' | '.join(COLUMNS) + ' |', '|---|---|' + '---|' * len(COLUMNS)]
+  lines = [
+    '| family | model_type | ' + ' | '.join(COLUMNS) + ' |',
+    '|---|---|' + '---|' * len(COLUMNS),
+  ]
   worst = 0.0
   for row, family in enumerate(FAMILIES):
     errors: Errors = dict.fromkeys(COLUMNS, 0.0)
