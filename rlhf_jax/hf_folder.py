@@ -22,7 +22,7 @@ from rlhf_jax.models.hf_load import (
   load_scorer,
   open_checkpoint,
 )
-from rlhf_jax.models.hf_peft import ADAPTER, ADAPTER_CONFIG, add_adapter, is_adapter, open_adapter
+from rlhf_jax.models.hf_peft import FILES, add_adapter, is_adapter, open_adapter, read_score
 from rlhf_jax.objectives.reward_model import RewardModelConfig
 from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.runs import ASSETS, Run
@@ -133,12 +133,19 @@ class HfFolder(Run):
 
 
 class PeftFolder(HfFolder):
-  """A LoRA adapter of PEFT and the checkpoint that it names, merged into one policy."""
+  """A LoRA adapter of PEFT and the checkpoint that it names, merged into one model."""
 
   def __init__(self, source: str | pathlib.Path):
     """Reads both configs; raises CheckpointError."""
     self.adapter = open_adapter(pathlib.Path(source))
     super().__init__(self.adapter.base)
+    if self.adapter.scores and not self.opened.scores:
+      if self.adapter.score is None:
+        raise CheckpointError(
+          f'{self.source}: an adapter of a classifier without its score, on {self.folder}, which '
+          "has none either. Train it with modules_to_save=['score']."
+        )
+      self.opened = self.opened.as_scorer()
 
   @property
   def source(self) -> pathlib.Path:
@@ -149,17 +156,20 @@ class PeftFolder(HfFolder):
   def params_sha256(self) -> str:
     """Of the base and of the adapter's files."""
     digest = hashlib.sha256(super().params_sha256.encode())
-    for name in (ADAPTER_CONFIG, ADAPTER):
-      path = self.adapter.folder / name
-      status = path.stat()
-      digest.update(_sha256(path, status.st_size, status.st_mtime_ns).encode())
+    for path in (self.source / name for name in FILES):
+      if path.is_file():
+        status = path.stat()
+        digest.update(_sha256(path, status.st_size, status.st_mtime_ns).encode())
     return digest.hexdigest()
 
   def restore_role(self, role: str, abstract: Any, checkpoint: str = 'final') -> Any:
-    """The policy's parameters, in the shardings of `abstract`."""
+    """The parameters of its role, in the shardings of `abstract`."""
+    if role == 'reward_model' and self.opened.scores:
+      self.step(checkpoint)
+      score = read_score(self.adapter, self.opened.model.width)
+      base = load_scorer(self.opened, abstract, score)
+      return {**base, 'trunk': add_adapter(self.adapter, self.opened, base['trunk'])}
     base = super().restore_role(role, abstract, checkpoint)
-    if role != 'policy':
-      raise RunError(f'{self.adapter.folder}: adapters of policies only can be read.')
     return add_adapter(self.adapter, self.opened, base)
 
 
