@@ -9,8 +9,9 @@ r"""Writes a finished run, or a checkpoint folder, as a folder that transformers
 A run's policy becomes an AutoModelForCausalLM; a reward model, or the value function of a policy,
 an AutoModelForSequenceClassification with one label (docs/models.md says what becomes of its bias).
 A run that trained low-rank matrices becomes a whole model, or with --adapter a folder of PEFT (a
-reward model's has its score too) for the checkpoint folder it started from; --base names another place of that, or the folder that its
-parent was written to. A folder of PEFT as --source is merged into its model.
+reward model's has its score too) for the checkpoint folder it started from; --base names another
+place of that, or the folder that its parent was written to. A folder of PEFT as --source is merged
+into its model.
 A checkpoint folder, or one of the hub, is written again in another type or other shards; tensors
 keep their bits where the type is kept. The target must be empty or absent, and appears when all is
 written.
