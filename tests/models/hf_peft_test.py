@@ -133,7 +133,7 @@ def test_scores_as_theirs_and_back(name: str, tmp_path: Path) -> None:
   )
   trained = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
   kernel = rng.normal(size=(model.width, 1)).astype(np.float32)
-  head = {'kernel': kernel, 'bias': np.float32([0.25])}
+  head = {'kernel': kernel, 'bias': np.full(1, 0.25, np.float32)}
   normalizer = {'gain': np.float32(2.0), 'bias': np.float32(-3.0)}
   score = hf_export.score_of({'head': head, 'normalizer': normalizer})
   hf_peft.export_adapter(
