@@ -8,9 +8,10 @@ r"""Writes a finished run, or a checkpoint folder, as a folder that transformers
 
 A run's policy becomes an AutoModelForCausalLM; a reward model, or the value function of a policy,
 an AutoModelForSequenceClassification with one label (docs/models.md says what becomes of its bias).
-A run that trained low-rank matrices becomes a whole model, or with --adapter a folder of PEFT for
-the checkpoint folder it started from; --base names another place of that, or the folder that its
-parent was written to. A folder of PEFT as --source is merged into its model.
+A run that trained low-rank matrices becomes a whole model, or with --adapter a folder of PEFT (a
+reward model's has its score too) for the checkpoint folder it started from; --base names another
+place of that, or the folder that its parent was written to. A folder of PEFT as --source is merged
+into its model.
 A checkpoint folder, or one of the hub, is written again in another type or other shards; tensors
 keep their bits where the type is kept. The target must be empty or absent, and appears when all is
 written.
@@ -57,7 +58,9 @@ DTYPE = flags.DEFINE_enum(
   tuple(DTYPES.values()),
   "In which numbers are stored. Default: a run's in float32, a folder's as they are.",
 )
-ADAPTER = flags.DEFINE_bool('adapter', False, 'Write the low-rank matrices of a run, for PEFT.')
+ADAPTER = flags.DEFINE_bool(
+  'adapter', False, "Write the low-rank matrices of a run, and a reward model's score, for PEFT."
+)
 BASE = flags.DEFINE_string(
   'base',
   None,
@@ -104,24 +107,11 @@ def main() -> int:
 
 def export(run: Run, target: pathlib.Path, shard_bytes: int) -> None:
   """Writes one model of a finished run."""
-  run.require_result()
-  model = run.model
-  if not isinstance(model, ModelConfig):
-    raise RunError(f'{run.folder}: a policy for control, which transformers has no place for.')
+  model = model_of(run)
   objective, demands = objective_of(run.config.objective), demands_of(run.config.objective)
   role = objective.trains if ROLE.value is None else ROLE.value
   if (role == 'reward_model') != (objective.trains == 'reward_model'):
     raise UserError(f'--role={role}: {run.folder} trained a {objective.trains.replace("_", " ")}.')
-  if demands.q is not None:
-    raise RunError(
-      f'{run.folder}: what it learnt is the tilt of its Q heads, which transformers has no place '
-      'for.'
-    )
-  if objective.by_token:
-    raise RunError(
-      f'{run.folder}: a process reward model scores every token; the classifiers of transformers '
-      'score whole texts.'
-    )
   settings: dict[str, Any] = dict(dtype=DTYPE.value or 'float32', shard_bytes=shard_bytes)
   mesh = host_mesh()
   if role == 'policy':
@@ -139,30 +129,50 @@ def export(run: Run, target: pathlib.Path, shard_bytes: int) -> None:
     hf_export.export_scorer(target, origin.model, params, assets_of(origin), **settings)
 
 
+def model_of(run: Run) -> ModelConfig:
+  """The decoder of a finished run; raises RunError for what transformers has no place for."""
+  run.require_result()
+  model = run.model
+  if not isinstance(model, ModelConfig):
+    raise RunError(f'{run.folder}: a policy for control, which transformers has no place for.')
+  if demands_of(run.config.objective).q is not None:
+    raise RunError(
+      f'{run.folder}: what it learnt is the tilt of its Q heads, which transformers has no place '
+      'for.'
+    )
+  if objective_of(run.config.objective).by_token:
+    raise RunError(
+      f'{run.folder}: a process reward model scores every token; the classifiers of transformers '
+      'score whole texts.'
+    )
+  return model
+
+
 def merge(source: PeftFolder, target: pathlib.Path, shard_bytes: int) -> None:
   """Writes an adapter and its base as one model."""
-  mesh = host_mesh()
-  params = source.restore_role('policy', abstract_decoder(source.model, mesh))
-  dtype = DTYPE.value or source.stored_dtype
-  assets = assets_of(source)
-  hf_export.export_policy(
-    target, source.model, params, assets, dtype=dtype, shard_bytes=shard_bytes
-  )
+  mesh, model, assets = host_mesh(), source.model, assets_of(source)
+  settings: dict[str, Any] = dict(dtype=DTYPE.value or source.stored_dtype, shard_bytes=shard_bytes)
+  if source.opened.scores:
+    params = source.restore_role('reward_model', abstract_reward_model(model, mesh))
+    hf_export.export_scorer(target, model, params, assets, **settings)
+  else:
+    params = source.restore_role('policy', abstract_decoder(model, mesh))
+    hf_export.export_policy(target, model, params, assets, **settings)
 
 
 def export_adapter(run: Run, target: pathlib.Path) -> None:
-  """Writes what a run trained of its policy."""
-  run.require_result()
-  config = run.config
-  if objective_of(config.objective).trains != 'policy':
-    raise UserError(
-      f'--adapter: {run.folder} trained a reward model; adapters of policies only can be written. '
-      'Leave it out: the whole model is written.'
-    )
+  """Writes what a run trained of its policy, or of its reward model."""
+  model, config = model_of(run), run.config
   if config.adapter.method != 'lora':
     raise UserError(
-      f'--adapter: {run.folder} trained no low-rank matrices of a policy (adapter.method='
+      f'--adapter: {run.folder} trained no low-rank matrices (adapter.method='
       f'{config.adapter.method!r}). Leave it out.'
+    )
+  trained = objective_of(config.objective).trains
+  if ROLE.value not in (None, trained) or DTYPE.value is not None:
+    raise UserError(
+      f'--adapter: it writes what {run.folder} trained, a {trained.replace("_", " ")}, in float32. '
+      'Leave --role and --dtype out.'
     )
   parent = run.parents()['policy']
   base = BASE.value
@@ -173,10 +183,13 @@ def export_adapter(run: Run, target: pathlib.Path) -> None:
         'Write that as a folder first (--source), and name it with --base.'
       )
     base = str(parent.folder)
-  family = hf_export.family_of(target, run.model, assets_of(run))
-  trained = run.restore_adapter(host_mesh(), CHECKPOINT.value)
+  scores = trained == 'reward_model'
+  family = hf_export.family_of(target, model, assets_of(run), scores=scores)
+  params = run.restore_adapter(host_mesh(), CHECKPOINT.value)
+  score = hf_export.score_of(params) if scores else None
+  matrices = params['trunk'] if scores else params
   with hf_export.new_folder(target) as folder:
-    hf_peft.export_adapter(folder, family, run.model, config.adapter, trained, base=base)
+    hf_peft.export_adapter(folder, family, model, config.adapter, matrices, base=base, score=score)
 
 
 def value_function(run: Run, model: ModelConfig, kind: str, mesh: jax.sharding.Mesh) -> Any:

@@ -4,6 +4,7 @@
   python -m experiments.evaluate --run=runs/dpo --reward_model=runs/other_rm --json=dpo.json
   python -m experiments.evaluate --run=runs/rm --data_path=harmless_base_test.jsonl.gz
   python -m experiments.evaluate --model=folders/policy --config=configs/sft.py --prompts=1000
+  python -m experiments.evaluate --run=runs/dpo --fsdp=4 --tensor=2   # on eight devices
 
 A reward model, DPO or CPL: does it prefer what people preferred, on held-out comparisons? SFT: how
 likely are held-out demonstrations? Every policy answers held-out prompts: KL to its reference, in
@@ -84,18 +85,37 @@ BEST_OF_N = flags.DEFINE_list(
   'Sizes, e.g. 4,16,64: what the best of so many responses by the reward model would be worth.',
 )
 JSON = flags.DEFINE_string('json', None, 'A file to write the numbers to.')
-
+FSDP = flags.DEFINE_integer(
+  'fsdp',
+  None,
+  'Parts that parameters are cut into, each for its own rows. With one of --fsdp and --tensor the '
+  'other is 1, and the product must divide the devices. Default: both as the run was trained where '
+  'the devices allow it, else the whole model on each.',
+  1,
+)
+TENSOR = flags.DEFINE_integer(
+  'tensor', None, "Devices that share the model's matrices; it must divide its heads.", 1
+)
 
 # Best-of-n is averaged over subsets of so many times the largest n responses.
 _SUBSETS = 2
 
 
 def mesh_of(run: Run) -> MeshConfig:
-  """Models divided over fsdp and tensor as they were trained, where the devices allow it."""
+  """Models divided as flags say, or over fsdp and tensor as they were trained where that can be."""
+  given = cli.not_none({'fsdp': FSDP.value, 'tensor': TENSOR.value})
+  mesh, devices = MeshConfig(**given), jax.device_count()
+  if given:
+    if devices % (mesh.fsdp * mesh.tensor):
+      raise UserError(
+        f'--fsdp={mesh.fsdp} --tensor={mesh.tensor}: expected a product that divides the {devices} '
+        'devices.'
+      )
+    return mesh
   trained = run.config.mesh
   parts = trained.fsdp * trained.tensor
-  if min(trained.fsdp, trained.tensor) < 1 or jax.device_count() % parts:
-    return MeshConfig()
+  if min(trained.fsdp, trained.tensor) < 1 or devices % parts:
+    return mesh
   return MeshConfig(fsdp=trained.fsdp, tensor=trained.tensor)
 
 
@@ -108,7 +128,8 @@ def main() -> int:
   devices = mesh.shape['data'] * mesh.shape['fsdp']
   if config.evaluation.batch_size % devices:
     raise UserError(
-      f'--batch_size={config.evaluation.batch_size}: expected a multiple of the {devices} devices.'
+      f'--batch_size={config.evaluation.batch_size}: expected a multiple of the {devices} devices '
+      'that share the rows.'
     )
   opened = open_run(
     run, config, load_data(run, config), mesh, parents=parents, checkpoint=CHECKPOINT.value

@@ -3,10 +3,11 @@
   python -m experiments.plan --config=configs/plan_llama_70b.py --accelerator=H100 \\
     --config.mesh.data=1 --config.mesh.fsdp=32 --config.mesh.tensor=8
 
-The stage's programs (update, scoring, generation) are compiled ahead of time for as many simulated
-devices as the mesh has, from shapes alone: no weights, no data, no accelerator. It prints the
-memory of a device by role, operations and traffic of a step, the largest arrays, and whether that
-fits. Models that the stage starts from may be run directories or configs that were never run.
+The stage's programs (update, scoring, generation, evaluations) are compiled ahead of time for as
+many simulated devices as the mesh has, from shapes alone: no weights, no data, no accelerator. It
+prints the memory of a device by role, operations and traffic of a step, the largest arrays, and
+whether that fits. Models that the stage starts from may be run directories, checkpoint folders (of
+the hub too: nothing but their config is downloaded) or configs that were never run.
 
 Exit codes: 0 done (whether it fits or not), 1 something given is wrong (one message says what).
 """

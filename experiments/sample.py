@@ -92,6 +92,13 @@ REWARD_MODEL = flags.DEFINE_string(
 )
 NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Responses to each prompt.', 1)
 JSON = flags.DEFINE_string('json', None, 'A file to write the responses to; needs --prompt.')
+FSDP = flags.DEFINE_integer(
+  'fsdp',
+  1,
+  'Parts that parameters are cut into, for models that --tensor alone cannot make fit. So many '
+  'devices work, times --tensor; others are idle.',
+  1,
+)
 TENSOR = flags.DEFINE_integer(
   'tensor', 1, "Devices that share the model's matrices; it must divide its heads.", 1
 )
@@ -121,15 +128,7 @@ def main() -> int:
       f'{run.folder}: a reward model scores responses and cannot write any. Name a run of SFT, '
       'PPO, DPO or CPL; experiments.evaluate says what this one is worth.'
     )
-  devices = jax.devices()
-  if TENSOR.value > len(devices):
-    raise UserError(f'--tensor={TENSOR.value}: there are {len(devices)} devices.')
-  if processes.several() and (TENSOR.value < len(devices) or not PROMPT.value):
-    raise UserError(
-      f'--tensor={TENSOR.value}: several processes answer --prompt, on all of their {len(devices)} '
-      'devices; a terminal has but one.'
-    )
-  mesh = make_mesh(MeshConfig(data=1, tensor=TENSOR.value), devices[: TENSOR.value])
+  mesh = mesh_of_flags()
   nothing = Feedback('--prompt', Split(), Split())
   opened = open_run(run, config, nothing, mesh, parents=judges(run), checkpoint=CHECKPOINT.value)
   completer = make_completer(opened)
@@ -146,6 +145,20 @@ def main() -> int:
   if path is not None:
     write_json(path, to_json(run, config, completions))
   return cli.DONE
+
+
+def mesh_of_flags() -> jax.sharding.Mesh:
+  """As many of the devices as flags say; of several processes all."""
+  devices, used = jax.devices(), FSDP.value * TENSOR.value
+  given = f'--fsdp={FSDP.value} --tensor={TENSOR.value}'
+  if used > len(devices):
+    raise UserError(f'{given}: there are {len(devices)} devices.')
+  if processes.several() and (used < len(devices) or not PROMPT.value):
+    raise UserError(
+      f'{given}: several processes answer --prompt, on all of their {len(devices)} devices; a '
+      'terminal has but one.'
+    )
+  return make_mesh(MeshConfig(data=1, fsdp=FSDP.value, tensor=TENSOR.value), devices[:used])
 
 
 def judges(run: Run) -> dict[str, Run]:

@@ -14,14 +14,15 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.models import hf_export
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.hf_files import CONFIG, DTYPES, HUB
+from rlhf_jax.models.hf_files import CONFIG, DTYPES
+from rlhf_jax.models.hf_hub import HUB, download
 from rlhf_jax.models.hf_load import (
   is_checkpoint,
   load_decoder,
   load_scorer,
   open_checkpoint,
 )
-from rlhf_jax.models.hf_peft import ADAPTER, ADAPTER_CONFIG, add_adapter, is_adapter, open_adapter
+from rlhf_jax.models.hf_peft import FILES, add_adapter, is_adapter, open_adapter, read_score
 from rlhf_jax.objectives.reward_model import RewardModelConfig
 from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.runs import ASSETS, Run
@@ -39,7 +40,7 @@ class HfFolder(Run):
   """
 
   def __init__(self, source: str | pathlib.Path):
-    """Reads config.json, after a download if need be; raises CheckpointError."""
+    """Reads config.json, of the hub too; raises CheckpointError."""
     self.opened = open_checkpoint(source)
     super().__init__(self.opened.folder)
 
@@ -80,9 +81,12 @@ class HfFolder(Run):
   def model(self) -> ModelConfig:
     """The decoder; embedding tables have some rows more, which nothing reads.
 
-    Reward models compute in bfloat16 if they are stored in it; policies as the stage asks.
+    Reward models compute in the type of their config.json (that of their tensors if it names none)
+    if that is bfloat16; policies as the stage asks.
     """
-    narrow = self.opened.scores and self.stored_dtype == 'bfloat16'
+    config = self.opened.config
+    said = config.get('dtype', config.get('torch_dtype'))
+    narrow = self.opened.scores and (said or self.stored_dtype) == 'bfloat16'
     return dataclasses.replace(
       self.opened.model,
       vocab_multiple=_VOCAB_MULTIPLE,
@@ -129,13 +133,19 @@ class HfFolder(Run):
 
 
 class PeftFolder(HfFolder):
-  """A LoRA adapter of PEFT and the checkpoint that it names, merged into one policy."""
+  """A LoRA adapter of PEFT and the checkpoint that it names, merged into one model."""
 
   def __init__(self, source: str | pathlib.Path):
     """Reads both configs; raises CheckpointError."""
     self.adapter = open_adapter(pathlib.Path(source))
-    base = self.adapter.base
-    super().__init__(base if pathlib.Path(base).is_dir() or base.startswith(HUB) else HUB + base)
+    super().__init__(self.adapter.base)
+    if self.adapter.scores and not self.opened.scores:
+      if self.adapter.score is None:
+        raise CheckpointError(
+          f'{self.source}: an adapter of a classifier without its score, on {self.folder}, which '
+          "has none either. Train it with modules_to_save=['score']."
+        )
+      self.opened = self.opened.as_scorer()
 
   @property
   def source(self) -> pathlib.Path:
@@ -146,22 +156,27 @@ class PeftFolder(HfFolder):
   def params_sha256(self) -> str:
     """Of the base and of the adapter's files."""
     digest = hashlib.sha256(super().params_sha256.encode())
-    for name in (ADAPTER_CONFIG, ADAPTER):
-      path = self.adapter.folder / name
-      status = path.stat()
-      digest.update(_sha256(path, status.st_size, status.st_mtime_ns).encode())
+    for path in (self.source / name for name in FILES):
+      if path.is_file():
+        status = path.stat()
+        digest.update(_sha256(path, status.st_size, status.st_mtime_ns).encode())
     return digest.hexdigest()
 
   def restore_role(self, role: str, abstract: Any, checkpoint: str = 'final') -> Any:
-    """The policy's parameters, in the shardings of `abstract`."""
+    """The parameters of its role, in the shardings of `abstract`."""
+    if role == 'reward_model' and self.opened.scores:
+      self.step(checkpoint)
+      score = read_score(self.adapter, self.opened.model.width)
+      base = load_scorer(self.opened, abstract, score)
+      return {**base, 'trunk': add_adapter(self.adapter, self.opened, base['trunk'])}
     base = super().restore_role(role, abstract, checkpoint)
-    if role != 'policy':
-      raise RunError(f'{self.adapter.folder}: adapters of policies only can be read.')
     return add_adapter(self.adapter, self.opened, base)
 
 
 def open_source(source: str | pathlib.Path) -> Run:
   """The run, finished or not, in a directory; or the checkpoint folder, of the hub too."""
+  if str(source).startswith(HUB) and is_adapter(folder := download(str(source))):
+    source = folder
   if is_adapter(source):
     return PeftFolder(source)
   return HfFolder(source) if is_checkpoint(source) else Run(source)

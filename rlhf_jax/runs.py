@@ -30,7 +30,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.models import adapters, attending, roles
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import demands_of
+from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.sharding.rules import placed
 from rlhf_jax.training.checkpoints import Checkpoints
 
@@ -231,9 +231,16 @@ class Run:
     return {**trained, name: self._merged(role, whole, base, trained[name])}
 
   def restore_adapter(self, mesh: jax.sharding.Mesh, checkpoint: str = 'final') -> Any:
-    """The tree of `adapters.init` of a policy that was trained in part."""
-    part = adapters.abstract(self.config.adapter, self.model, mesh)
-    return self._restore('policy', part, checkpoint)
+    """What was trained of a decoder in part: the tree of `adapters.init`.
+
+    Of a policy it is all; of a reward model, with that tree for its trunk, head and normaliser too.
+    """
+    model = self.model
+    part = adapters.abstract(self.config.adapter, model, mesh)
+    if objective_of(self.config.objective).trains == 'policy':
+      return self._restore('policy', part, checkpoint)
+    whole = _abstract_reward_model(model, mesh)
+    return self._restore('reward_model', {**whole, 'trunk': part}, checkpoint)
 
   def _restore(self, role: str, abstract: Any, checkpoint: str) -> Any:
     """What this run's own checkpoint has of a role."""
@@ -276,11 +283,7 @@ class Run:
       )
     if judge is None:
       return parent.restore_role('policy', abstract, config.policy.checkpoint)
-    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
-    model = judge.model
-    whole = placed(
-      roles.reward_model_axes(model), lambda key: roles.init_reward_model(model, key), mesh
-    )
+    whole = _abstract_reward_model(judge.model, jax.tree.leaves(abstract)[0].sharding.mesh)
     return judge.restore_role('reward_model', whole, config.reward_model.checkpoint)['trunk']
 
   def _merged(self, role: str, abstract: Any, base: Any, trained: Any) -> Any:
@@ -364,3 +367,10 @@ class Run:
             'those of an undisturbed run'
           )
     write_json(path, {**record, 'earlier': earlier})
+
+
+def _abstract_reward_model(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+  """A reward model's shapes and shardings."""
+  return placed(
+    roles.reward_model_axes(model), lambda key: roles.init_reward_model(model, key), mesh
+  )

@@ -144,9 +144,10 @@ def resolve(
   # Like all that can be wrong here, before the stages that it starts from take their time.
   online = objective_of(config.objective).data == 'prompts'
   rewards = reward_fingerprints(config.rollout) if online else {}
-  for role, (init, _) in config.inits().items():
+  for role, (init, checkpoint) in config.inits().items():
     if is_source(init) and (run := open_source(init)).result is not None:
       check_role(role, run)
+      run.params_identity(checkpoint)  # which says so if there are no parameters that can be read
   parents = {
     role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()
   }

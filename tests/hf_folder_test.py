@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_jax import stages
 from rlhf_jax.common import trees
-from rlhf_jax.common.errors import CheckpointError, ConfigError, RunError
+from rlhf_jax.common.errors import CheckpointError, ConfigError, RunError, UserError
 from rlhf_jax.config import InitConfig, RewardModelInitConfig
 from rlhf_jax.hf_folder import HfFolder, open_source
 from rlhf_jax.models import adapters, decoder, hf_export, hf_load, hf_peft
@@ -131,6 +131,23 @@ def test_wrong_folders(folders: Path, tmp_path: Path) -> None:
   opened.opened = dataclasses.replace(opened.opened, model=small)
   with pytest.raises(CheckpointError, match='ids, and its model embeddings for 5'):
     opened.tokenizer()
+
+
+def test_code_of_a_folder_is_refused_and_never_run(folders: Path, tmp_path: Path) -> None:
+  """An architecture or a tokenizer of its own, whatever beside it looks known; other code lies."""
+  copy = tmp_path / 'policy'
+  shutil.copytree(folders / 'policy', copy)
+  (copy / 'own.py').write_text('import pathlib\npathlib.Path(__file__).with_name("ran").touch()\n')
+  config = config_of('sft', folders)
+  config.policy = InitConfig(init=str(copy))
+  HfFolder(copy).tokenizer()  # which nothing asks to run it
+  for name, auto in (('tokenizer_config', 'AutoTokenizer'), ('config', 'AutoModelForCausalLM')):
+    path = copy / f'{name}.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'auto_map': {auto: 'own.X'}}))
+    with pytest.raises(UserError, match=rf'{name}.json: .*own\.X.*') as caught:
+      tiny.run_stage(config, tmp_path / 'run')
+    assert 'code' in str(caught.value)
+  assert not (copy / 'ran').exists() and not (tmp_path / 'run').exists()
 
 
 def test_half_precision_judges_compute_in_it(folders: Path, tmp_path: Path) -> None:

@@ -116,16 +116,29 @@ def to_host(tree: Any) -> Any:
 
 
 def host_parts(array: Any) -> Iterator[np.ndarray]:
-  """An array on the host from its first row to its last, in parts where it spans processes.
+  """An array on the host from its first number to its last, in parts of at most 256 MiB.
 
-  A large array would be whole on every device while it is gathered.
+  A large array would be whole on the host and, where it spans processes, on every device while it
+  is gathered. Parts are some of its rows or, where one row is too large, some of the row's own.
   """
-  if not _scattered(array) or array.ndim == 0:
-    yield np.asarray(to_host(array))
+  if not isinstance(array, jax.Array) or array.ndim == 0:
+    yield np.asarray(array)
     return
-  everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
   rows = array.shape[0]
-  size = min(rows, max(1, _PART_BYTES * rows // array.nbytes))
+  row_bytes = max(array.nbytes // max(rows, 1), 1)
+  if row_bytes > _PART_BYTES and array.ndim > 1:
+    for number in range(rows):
+      yield from host_parts(_row(array, number))
+    return
+  size = max(min(rows, _PART_BYTES // row_bytes), 1)
+  if size >= rows and not _scattered(array):
+    # Another array of the same buffers: jax keeps the copy on the host as long as its array.
+    shards = [shard.data for shard in array.addressable_shards]
+    yield np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
+    return
+  everywhere = None
+  if isinstance(array.sharding, NamedSharding):
+    everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
 
   def part(array: jax.Array, start: int, rows: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, start, rows)
@@ -133,6 +146,11 @@ def host_parts(array: Any) -> Iterator[np.ndarray]:
   cut = jax.jit(part, static_argnums=2, out_shardings=everywhere)
   for start in range(0, rows, size):
     yield np.asarray(cut(array, start, min(size, rows - start)))
+
+
+@jax.jit
+def _row(array: jax.Array, number: int) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(array, number, keepdims=False)
 
 
 def shared_rows(count: int) -> np.ndarray:

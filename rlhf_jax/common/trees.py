@@ -4,6 +4,7 @@ import hashlib
 from typing import Any
 
 import jax
+import numpy as np
 
 from rlhf_jax.common.processes import host_parts
 
@@ -27,11 +28,13 @@ def unflatten(like: Any, leaves: dict[str, Any]) -> Any:
 def sha256(tree: Any) -> str:
   """SHA-256 over names, dtypes, shapes and little-endian bytes of the leaves in order of name.
 
-  Where arrays span several processes, all must ask.
+  The host holds a part of one leaf at a time (`host_parts`). Where arrays span several processes,
+  all must ask.
   """
   digest = hashlib.sha256()
   for name, leaf in flatten(tree).items():
     digest.update(f'{name}:{leaf.dtype.name}:{leaf.shape}\n'.encode())
-    for array in host_parts(leaf):
-      digest.update(array.astype(array.dtype.newbyteorder('<'), copy=False).tobytes())
+    for part in host_parts(leaf):
+      little = np.ascontiguousarray(part, part.dtype.newbyteorder('<'))
+      digest.update(little.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()

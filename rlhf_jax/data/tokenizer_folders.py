@@ -60,12 +60,30 @@ def _known_to_transformers(folder: pathlib.Path) -> Any:
   named = read_json(folder / CONFIG).get('tokenizer_class')
   if model is None and named in (None, 'PreTrainedTokenizerFast'):
     return None
-  import transformers
-
   try:
-    return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return _by_transformers(folder)
   except Exception:  # whatever it meets there; then the folder says too little
     return None
+
+
+def _by_transformers(folder: pathlib.Path) -> Any:
+  """Its tokenizer as transformers reads it, which may not run code that lies there."""
+  import transformers
+
+  return transformers.AutoTokenizer.from_pretrained(
+    str(folder), local_files_only=True, trust_remote_code=False
+  )
+
+
+def check_code(folder: pathlib.Path) -> None:
+  """Raises DataError for a tokenizer that is code of its own: its files alone may mean another."""
+  own = read_json(folder / CONFIG).get('auto_map')
+  own = own.get('AutoTokenizer') if isinstance(own, dict) else own
+  if own:
+    raise DataError(
+      f'{folder / CONFIG}: the tokenizer is code of its own (auto_map={own!r}), which is not run. '
+      f'Convert it where you trust that code, and save it with a {TOKENIZER} and without auto_map.'
+    )
 
 
 def chat_template(folder: pathlib.Path) -> str | None:
@@ -106,22 +124,14 @@ def convert(folder: pathlib.Path) -> tuple[Any, dict[str, str | None]]:
   """The backend and special tokens of a folder without `tokenizer.json`, by transformers.
 
   Raises:
-    DataError: there is no folder, or it needs code of its own, or transformers knows no way.
+    DataError: there is no folder, or transformers knows no way.
   """
   if not folder.is_dir():
     raise DataError(
       f"{folder}: no such folder. --config.data.tokenizer is 'word', 'byte' or a folder."
     )
-  own = read_json(folder / CONFIG).get('auto_map')
-  if own:
-    raise DataError(
-      f'{folder}: no {TOKENIZER}, and its tokenizer is code of its own ({own}), which is not run. '
-      f'Convert it where you trust that code, and save it with a {TOKENIZER}.'
-    )
-  import transformers
-
   try:
-    converted = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    converted = _by_transformers(folder)
   except Exception as error:  # whatever transformers meets in a foreign folder
     first = str(error).strip().partition('\n')[0]
     raise DataError(

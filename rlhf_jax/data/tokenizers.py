@@ -260,12 +260,13 @@ def load(folder: pathlib.Path) -> Tokenizer:
   """Reads a tokenizer folder, ours or one of Hugging Face's, with its chat template.
 
   Raises:
-    DataError: there is no tokenizer, it cannot be read, a special token that it names is not in its
-      vocabulary, or it has no end-of-sequence token.
+    DataError: there is no tokenizer, it cannot be read, it is code of its own, a special token that
+      it names is not in its vocabulary, or it has no end-of-sequence token.
   """
   import tokenizers as hf
 
   literal = False
+  tokenizer_folders.check_code(folder)
   if (folder / TOKENIZER).is_file():
     try:
       backend = hf.Tokenizer.from_file(str(folder / TOKENIZER))

@@ -6,11 +6,8 @@ ones are trained apart from the others (`models/adapters.py`) they are in `param
 """
 
 import dataclasses
-import functools
-import itertools
-import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import flax.linen as nn
 import jax
@@ -18,35 +15,15 @@ import jax.numpy as jnp
 
 from rlhf_jax.common.checks import ShapeError, check_shapes
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.models import attending, rotary
+from rlhf_jax.models import blocks, rotary
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import Block, Norm, named
-from rlhf_jax.ops.attention import attention
 from rlhf_jax.sharding.mesh import constrain, constrain_batch
 from rlhf_jax.sharding.rules import DEFAULT_RULES
 
 Array = jax.Array
 Params = dict[str, Any]
-
-
-class Context(NamedTuple):
-  """What a layer needs to know of the tokens.
-
-  Attributes:
-    mask: `[B, T, S]` bool, which columns each token sees.
-    real: `[B, S]` bool, columns that hold real tokens.
-    rotation: of queries and keys; None: positions are learned.
-  """
-
-  mask: Array
-  real: Array
-  rotation: rotary.Rotation | None
-
-
-# Keyed by whether a layer is windowed; only the kinds that there are.
-_ByKind = dict[bool, Context]
-_Layer = Callable[[Params, Array, Context], Array]
 
 
 def init(config: ModelConfig, key: Array) -> Params:
@@ -62,22 +39,6 @@ def logical_axes(config: ModelConfig) -> Params:
   axes = jax.tree.map(tuple, specs, is_leaf=_is_spec)
   axes['layers'] = jax.tree.map(lambda spec: ('layers', *spec), layers, is_leaf=_is_spec)
   return axes
-
-
-def unstack_layers(params: Params) -> Params:
-  """Parts the stacked blocks, so that a loop around the decoder does not slice them every time.
-
-  What comes back is good for `hidden_states` and `logits` with `scan_layers` off, for nothing else.
-  """
-  if isinstance(params['layers'], tuple):
-    return params
-  parts = [
-    jax.tree.map(operator.itemgetter(i), stack)
-    for stack in _stacks(params)
-    for i in range(_depth(stack))
-  ]
-  rest = {name: tree for name, tree in params.items() if name != 'top_layers'}
-  return rest | {'layers': tuple(parts)}
 
 
 def decoding_params(config: ModelConfig, params: Params, *, gather: bool = False) -> Params:
@@ -97,7 +58,7 @@ def decoding_params(config: ModelConfig, params: Params, *, gather: bool = False
   params = jax.tree_util.tree_map_with_path(cast, params)
   if gather:
     params = _gather(config, params)
-  return params if config.scan_layers else unstack_layers(params)
+  return params if config.scan_layers else blocks.unstack_layers(params)
 
 
 @overload
@@ -156,8 +117,7 @@ def hidden_states(
     cache = dataclasses.replace(cache, mask=keys, positions=seen)
   context = _context(config, keys, first, positions)
   x = constrain_batch(_embed(config, params, tokens, positions))
-  run = _scan if config.scan_layers else _unroll
-  x, cache = run(config, params, x, context, cache)
+  x, cache = blocks.run(config, params, x, context, cache)
   if cache is not None:
     cache = dataclasses.replace(cache, index=cache.index + length)
   if config.norm_placement != 'post':
@@ -262,7 +222,9 @@ def _check_room(config: ModelConfig, length: int, columns: int) -> None:
     )
 
 
-def _context(config: ModelConfig, keys: Array, first: int | Array, positions: Array) -> _ByKind:
+def _context(
+  config: ModelConfig, keys: Array, first: int | Array, positions: Array
+) -> blocks.ByKind:
   """What layers of each kind see: real tokens at or before the column, in the window if local.
 
   Args:
@@ -280,127 +242,5 @@ def _context(config: ModelConfig, keys: Array, first: int | Array, positions: Ar
       mask = visible & (positions[:, :, None] - _count_before(keys)[:, None] < config.window)
     if config.positions == 'rotary':
       by = rotary.rotation(config, positions, local=local)
-    context[local] = Context(mask, keys, by)
+    context[local] = blocks.Context(mask, keys, by)
   return context
-
-
-def _layer(
-  config: ModelConfig,
-  write: Callable[..., tuple[Array, ...]] | None = None,
-  *,
-  local: bool | None = None,
-) -> _Layer:
-  """The function of one layer.
-
-  Args:
-    config: the architecture.
-    write: stores new keys and values and returns all there are; None: there is no cache.
-    local: whether the layer sees a window; None: the context alone tells, which differs by layer.
-  """
-  window = config.window if local else None
-
-  def apply(params: Params, x: Array, context: Context) -> Array:
-    run: Callable[..., Any] = functools.partial(Block(config).apply, {'params': params})
-    query, *stored = run(x, context.rotation, method='project')
-    if write is not None:
-      stored = write(*stored)
-    if write is None:
-      masks = dict(mask=context.mask, real=context.real)
-      attend = functools.partial(attending.attend, config, **masks, window=window)
-    else:
-      attend = functools.partial(
-        attention,
-        mask=context.mask,
-        scale=config.attention_scale,
-        softcap=config.attention_softcap,
-      )
-    return constrain_batch(run(x, query, *stored, attend, method='finish'))
-
-  if config.remat == 'none' or write is not None:
-    return apply
-  policies = jax.checkpoint_policies
-  policy = {
-    'dots': policies.dots_with_no_batch_dims_saveable,
-    'full': policies.nothing_saveable,
-  }[config.remat]
-  # Without the barrier the compiler may undo the recomputation; a scan is a barrier of its own.
-  return jax.checkpoint(apply, policy=policy, prevent_cse=not config.scan_layers)
-
-
-def _stacks(params: Params) -> list[Any]:
-  """Parameters of blocks stacked along their leading axis, from the lowest up."""
-  return [params[name] for name in ('layers', 'top_layers') if name in params]
-
-
-def _depth(stack: Any) -> int:
-  return jax.tree.leaves(stack)[0].shape[0]
-
-
-def _unroll(
-  config: ModelConfig, params: Params, x: Array, context: _ByKind, cache: Cache | None
-) -> tuple[Array, Cache | None]:
-  """Layers one by one; a cache is one array a layer, each updated in place."""
-  parts = unstack_layers(params)['layers']
-  kinds = config.is_local()
-  if cache is None:
-    by_kind = {local: _layer(config, local=local) for local in context}
-    for layer, local in zip(parts, kinds, strict=True):
-      x = by_kind[local](layer, x, context[local])
-    return x, None
-  start = (0, 0, cache.index, 0)
-  written: list[tuple[Array, ...]] = []
-  for *old, layer, local in zip(cache.keys, cache.values, parts, kinds, strict=True):
-
-    def write(*new: Array, old: list[Any] = old) -> tuple[Array, ...]:
-      both = zip(old, new, strict=True)
-      written.append(tuple(jax.lax.dynamic_update_slice(a, b, start) for a, b in both))
-      return written[-1]
-
-    x = _layer(config, write)(layer, x, context[local])
-  keys, values = zip(*written, strict=True)
-  return x, dataclasses.replace(cache, keys=keys, values=values)
-
-
-def _scan(
-  config: ModelConfig, params: Params, x: Array, context: _ByKind, cache: Cache | None
-) -> tuple[Array, Cache | None]:
-  """Layers by one compiled block; a cache is carried whole, and only new columns are written."""
-  # One scan a stack: gradients then stop at the lowest block of those that are trained.
-  stacks = _stacks(params)
-  bounds = list(itertools.accumulate(map(_depth, stacks), initial=0))
-  numbers = [jnp.arange(*ends) for ends in itertools.pairwise(bounds)]
-
-  def pick(local: Array) -> Context:
-    if len(context) == 1:
-      return next(iter(context.values()))
-    return jax.tree.map(lambda a, b: jnp.where(local, a, b), context[True], context[False])
-
-  kinds = jnp.asarray(config.is_local())
-  if cache is None:
-    apply = _layer(config, local=next(iter(context)) if len(context) == 1 else None)
-
-    def step(x: Array, layer: Any) -> tuple[Array, None]:
-      return apply(layer[0], x, pick(layer[1])), None
-
-    for stack, layers in zip(stacks, numbers, strict=True):
-      x, _ = jax.lax.scan(step, x, (stack, kinds[layers]))
-    return x, None
-  index = cache.index
-
-  def cached_step(carry: Any, layer: Any) -> tuple[Any, None]:
-    x, *stored = carry
-    block, local, i = layer
-
-    def write(*new: Array) -> tuple[Array, ...]:
-      for which, part in enumerate(new):
-        stored[which] = jax.lax.dynamic_update_slice(stored[which], part[None], (i, 0, 0, index, 0))
-      return tuple(jax.lax.dynamic_index_in_dim(whole, i, keepdims=False) for whole in stored)
-
-    x = _layer(config, write)(block, x, pick(local))
-    return (x, *stored), None
-
-  carry = (x, cache.keys, cache.values)
-  for stack, layers in zip(stacks, numbers, strict=True):
-    carry, _ = jax.lax.scan(cached_step, carry, (stack, kinds[layers], layers))
-  x, keys, values = carry
-  return x, dataclasses.replace(cache, keys=keys, values=values)

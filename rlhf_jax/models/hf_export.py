@@ -26,7 +26,15 @@ from rlhf_jax.models.hf_files import (
   write_json,
   write_tensors,
 )
-from rlhf_jax.models.hf_load import OWN, SCORE, Checkpoint, ignored, open_tensor
+from rlhf_jax.models.hf_load import (
+  OWN,
+  SCORE,
+  SCORE_BIAS,
+  Checkpoint,
+  Score,
+  ignored,
+  open_tensor,
+)
 from rlhf_jax.models.hf_model import Piece
 
 # What belongs to a tokenizer, its chat template too; a folder has some of them.
@@ -109,10 +117,7 @@ def export_scorer(
 ) -> None:
   """Writes a reward model, or a value function, as a sequence classifier with one label.
 
-  The score is gain * (head + its bias) + bias. transformers' classifiers have no bias: the gain is
-  multiplied into the head's weights, and gain * (its bias) + bias stands in config.json as
-  `rlhf_jax.score_bias`, for `hf_load` to add. In transformers all scores are lower by that
-  constant, which changes no comparison.
+  The bias of `score_of` stands in config.json as `rlhf_jax.score_bias`, for `hf_load` to add.
 
   Args:
     target: as in `export_policy`, like what follows.
@@ -127,9 +132,7 @@ def export_scorer(
   """
   family = family_of(target, model, assets, scores=True)
   trunk = {name: leaf for name, leaf in params['trunk'].items() if name != 'unembedding'}
-  gain, bias = (float(params['normalizer'][name]) for name in ('gain', 'bias'))
-  weight = np.asarray(params['head']['kernel'], np.float32).T * np.float32(gain)
-  offset = float(np.float32(gain * float(params['head']['bias'][0]) + bias))
+  weight, offset = score_of(params)
   entries = decoder_entries(family, model, trunk, dtype, str(target))
   entries.append(Entry(SCORE.name, weight.shape, dtype, lambda: cast(weight, dtype, SCORE.name)))
   config = _config(family, model, assets) | {
@@ -138,7 +141,7 @@ def export_scorer(
     'id2label': {'0': 'score'},
     'label2id': {'score': 0},
     'problem_type': 'regression',
-    OWN: {'score_bias': offset},
+    OWN: {SCORE_BIAS: offset},
   }
   tokenizer = tokenizers.load(assets.tokenizer)
   ends = config.get('eos_token_id')
@@ -151,6 +154,18 @@ def export_scorer(
     write_tensors(folder, entries, shard_bytes)
     write_json(folder / CONFIG, config)
     _write_tokenizer(assets, folder)
+
+
+def score_of(params: Any) -> Score:
+  """The score of a reward model, gain * (head + its bias) + bias, as transformers can have it.
+
+  Its classifiers have no bias: the gain is multiplied into the head's weights, and gain * (its
+  bias) + bias is left over. In transformers all scores are lower by that constant, which changes no
+  comparison.
+  """
+  gain, bias = (float(params['normalizer'][name]) for name in ('gain', 'bias'))
+  weight = np.asarray(params['head']['kernel'], np.float32).T * np.float32(gain)
+  return Score(weight, float(np.float32(gain * float(params['head']['bias'][0]) + bias)))
 
 
 def convert(

@@ -1,9 +1,10 @@
-"""Files of tensors: their headers, how they are found, downloaded, and written shard by shard."""
+"""Files of tensors: their headers, how they are found, and written shard by shard."""
 
 import json
 import pathlib
+import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -11,14 +12,11 @@ import numpy as np
 
 from rlhf_jax.common.errors import CheckpointError
 
-HUB = 'hf:'  # what names of the hub start with, as those of data sets do
 SINGLE, INDEX, CONFIG = 'model.safetensors', 'model.safetensors.index.json', 'config.json'
 DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 SHARD_BYTES = 5 * 10**9  # as transformers once had it
 
-_HUB_FILES = ('*.json', '*.safetensors', '*.jinja', 'tokenizer*', 'merges.txt', 'vocab*')
-# The same weights in the layouts of their authors, and in folders below.
-_NOT_HUB_FILES = ('*/*', 'consolidated*')
+_PICKLED = re.compile(r'.*\.(bin|pt|pth|ckpt)')
 
 
 class Header(NamedTuple):
@@ -55,49 +53,43 @@ def numpy_dtype(name: str) -> np.dtype:
   return np.dtype(ml_dtypes.bfloat16 if name == 'bfloat16' else name)
 
 
-def download(source: str) -> pathlib.Path:
-  """The folder of `hf:owner/name[@revision]`, from the hub or from what was downloaded before."""
-  import huggingface_hub
-
-  name, _, revision = source.removeprefix(HUB).partition('@')
-  try:
-    folder = huggingface_hub.snapshot_download(
-      name,
-      revision=revision or None,
-      allow_patterns=list(_HUB_FILES),
-      ignore_patterns=list(_NOT_HUB_FILES),
-    )
-  except Exception as error:  # of many kinds: names, networks, permissions, disks
-    first = str(error).strip().partition('\n')[0]
-    raise CheckpointError(
-      f'{source}: could not be downloaded ({type(error).__name__}: {first}). Without a network, '
-      'download it elsewhere and name its folder.'
-    ) from error
-  return pathlib.Path(folder)
-
-
 def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files of tensors; of a sharded checkpoint those that its index names."""
-  if (folder / SINGLE).is_file():
-    return [folder / SINGLE]
+  held = [path.name for path in folder.iterdir() if path.is_file()]
+  return [folder / name for name in names_of(folder, held, str(folder))]
+
+
+def names_of(folder: pathlib.Path, held: Collection[str], where: str) -> list[str]:
+  """The names of the files of tensors.
+
+  Args:
+    folder: where the index is, if there is one.
+    held: the names of all files, which need not be here yet.
+    where: whose files they are, for messages.
+
+  Raises:
+    CheckpointError: the index is damaged, it names what is not held, or nothing can be read.
+  """
+  if SINGLE in held:
+    return [SINGLE]
   index = folder / INDEX
   if index.is_file():
     try:
       names = sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise CheckpointError(f'{index}: damaged ({error!r}).') from error
-    absent = [name for name in names if not (folder / name).is_file()]
+    absent = [name for name in names if name not in held]
     if absent:
-      raise CheckpointError(f'{index}: names {", ".join(absent)}, which {folder} does not hold.')
-    return [folder / name for name in names]
-  pickled = sorted(path.name for pattern in ('*.bin', '*.pt*') for path in folder.glob(pattern))
+      raise CheckpointError(f'{index}: names {", ".join(absent)}, which {where} does not hold.')
+    return names
+  pickled = sorted(name for name in held if _PICKLED.fullmatch(name))
   if pickled:
     raise CheckpointError(
-      f'{folder}: it has {pickled[0]} but no {SINGLE}. Files that torch pickled can run code, and '
+      f'{where}: it has {pickled[0]} but no {SINGLE}. Files that torch pickled can run code, and '
       'are not read. Convert them with torch and transformers: '
       'AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto").save_pretrained(NEW_FOLDER).'
     )
-  raise CheckpointError(f'{folder}: there is neither {SINGLE} nor {INDEX}.')
+  raise CheckpointError(f'{where}: there is neither {SINGLE} nor {INDEX}.')
 
 
 def headers_of(file: pathlib.Path) -> Iterator[tuple[str, Header]]:

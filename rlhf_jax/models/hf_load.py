@@ -12,7 +12,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +23,32 @@ from rlhf_jax.common.errors import CheckpointError
 from rlhf_jax.models import hf_layout, hf_model
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_families import Family, Tensor
-from rlhf_jax.models.hf_files import CONFIG, DTYPES, HUB, Header, download, files_of, headers_of
+from rlhf_jax.models.hf_files import CONFIG, DTYPES, Header, headers_of
+from rlhf_jax.models.hf_hub import HUB, download, tensor_files
 from rlhf_jax.models.hf_model import Piece
 
 Params = dict[str, Any]
 
-OWN = 'rlhf_jax'  # the key of config.json under which we keep what transformers has no place for
+# The key of config.json under which we keep what transformers has no place for, and of that the key
+# for what is added to scores.
+OWN, SCORE_BIAS = 'rlhf_jax', 'score_bias'
 SCORE = Tensor('score.weight', '1 d -> d 1')
 
 # Constants that older versions of transformers saved among the weights.
 _IGNORED = re.compile(r'(\.attn|\.attention)\.(masked_)?bias$|rotary_emb\.inv_freq$')
 _CHECKED = 2**20  # numbers that are compared at a time
+
+
+class Score(NamedTuple):
+  """The score of a classifier with one label: hidden states times `weight`, and `bias`.
+
+  Attributes:
+    weight: `[1, width]`, float32.
+    bias: which transformers has no place for.
+  """
+
+  weight: np.ndarray
+  bias: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +63,7 @@ class Checkpoint:
       count as tied.
     scores: whether it is a reward model or value function (a sequence classifier with one label),
       not a policy.
+    hub: the name of the hub that the folder was downloaded for; None: a folder of the user's own.
   """
 
   folder: pathlib.Path
@@ -55,16 +71,27 @@ class Checkpoint:
   family: Family
   model: ModelConfig
   scores: bool
+  hub: str | None = None
 
   @functools.cached_property
   def headers(self) -> dict[str, Header]:
-    """All tensors in its files, by name. Raises CheckpointError for files that cannot be read."""
-    return {name: header for file in files_of(self.folder) for name, header in headers_of(file)}
+    """All tensors in its files, by name; those of the hub are downloaded if they are not here yet.
+
+    Raises CheckpointError for files that cannot be read.
+    """
+    files = tensor_files(self.folder, self.hub)
+    return {name: header for file in files for name, header in headers_of(file)}
 
   @property
   def score_bias(self) -> float:
-    """What is added to the score of a reward model; see `hf_export.export_scorer`."""
-    return float(self.config.get(OWN, {}).get('score_bias', 0.0))
+    """What is added to the score of a reward model; see `hf_export.score_of`."""
+    return float(self.config.get(OWN, {}).get(SCORE_BIAS, 0.0))
+
+  def as_scorer(self) -> 'Checkpoint':
+    """Its trunk as that of a reward model."""
+    return dataclasses.replace(
+      self, scores=True, model=dataclasses.replace(self.model, tied_embeddings=True)
+    )
 
   def find(self, name: str) -> str | None:
     """The name a tensor has in the files, None if it is not in them."""
@@ -90,12 +117,13 @@ def is_checkpoint(source: str | pathlib.Path) -> bool:
 
 
 def open_checkpoint(source: str | pathlib.Path) -> Checkpoint:
-  """Reads the config of a folder, or of `hf:owner/name` once it is downloaded.
+  """Reads the config of a folder, or of `hf:owner/name`, of which no tensors are downloaded yet.
 
   Raises:
     CheckpointError: there is no such checkpoint, or no decoder of ours equals it.
   """
-  folder = download(str(source)) if str(source).startswith(HUB) else pathlib.Path(source)
+  hub = str(source) if str(source).startswith(HUB) else None
+  folder = pathlib.Path(source) if hub is None else download(hub)
   path = folder / CONFIG
   if not path.is_file():
     raise CheckpointError(
@@ -112,15 +140,15 @@ def open_checkpoint(source: str | pathlib.Path) -> Checkpoint:
   family = hf_model.family_of(where, config)
   model = hf_model.to_model(where, config, family)
   kinds = config.get('architectures') or [family.causal_lm]
-  scores = family.classifier in kinds
-  if scores:
+  checkpoint = Checkpoint(folder, config, family, model, scores=False, hub=hub)
+  if family.classifier in kinds:
     labels = len(config.get('id2label', {0: '', 1: ''}))
     if labels != 1:
       raise CheckpointError(
         f'{path}: a classifier with {labels} labels: expected 1 (num_labels=1), the score.'
       )
-    model = dataclasses.replace(model, tied_embeddings=True)
-  return Checkpoint(folder, config, family, model, scores)
+    return checkpoint.as_scorer()
+  return checkpoint
 
 
 def load_decoder(checkpoint: Checkpoint, abstract: Params) -> Params:
@@ -145,11 +173,18 @@ def load_decoder(checkpoint: Checkpoint, abstract: Params) -> Params:
   return trees.unflatten(abstract, _load(checkpoint, sources, leaves))
 
 
-def load_scorer(checkpoint: Checkpoint, abstract: Params) -> Params:
+def load_scorer(checkpoint: Checkpoint, abstract: Params, score: Score | None = None) -> Params:
   """A reward model's parameters, float32: the tree of `roles.init_reward_model`.
 
-  Arguments and errors are those of `load_decoder`. The normaliser is the identity; a bias of the
-  score that an export folded away is the head's.
+  The normaliser is the identity; a bias of the score that an export folded away is the head's.
+
+  Args:
+    checkpoint: from `open_checkpoint`.
+    abstract: as in `load_decoder`.
+    score: the head; None: the checkpoint's own.
+
+  Raises:
+    CheckpointError: as in `load_decoder`.
   """
   if not checkpoint.scores:
     raise CheckpointError(
@@ -159,17 +194,21 @@ def load_scorer(checkpoint: Checkpoint, abstract: Params) -> Params:
   leaves = trees.flatten({'trunk': abstract['trunk']})
   leaves = {name.removeprefix('trunk.'): leaf for name, leaf in leaves.items()}
   sources = _plan(checkpoint, leaves)
-  sources[SCORE.name] = [Piece('head.kernel', None, SCORE)]
-  _verify(checkpoint, sources)
-  loaded = _load(checkpoint, sources, leaves | {'head.kernel': abstract['head']['kernel']})
   constants = {
-    'head.bias': np.full(1, checkpoint.score_bias, np.float32),
+    'head.bias': np.full(1, checkpoint.score_bias if score is None else score.bias, np.float32),
     'normalizer.gain': np.ones((), np.float32),
     'normalizer.bias': np.zeros((), np.float32),
   }
+  if score is None:
+    sources[SCORE.name] = [Piece('head.kernel', None, SCORE)]
+  else:
+    constants['head.kernel'] = score.weight.T
+  _verify(checkpoint, sources)
+  loaded = _load(checkpoint, sources, leaves | {'head.kernel': abstract['head']['kernel']})
   named = trees.flatten(abstract)
   placed = {name: _constant(value, named[name]) for name, value in constants.items()}
-  placed['head.kernel'] = loaded.pop('head.kernel')
+  if score is None:
+    placed['head.kernel'] = loaded.pop('head.kernel')
   return trees.unflatten(
     abstract, placed | {f'trunk.{name}': leaf for name, leaf in loaded.items()}
   )
@@ -195,6 +234,7 @@ def _verify(checkpoint: Checkpoint, sources: Mapping[str, list[Piece]]) -> None:
     if header.dtype not in DTYPES:
       problems.append(f'{own} is of type {header.dtype}, expected one of {", ".join(DTYPES)}')
   spare = checkpoint.headers.keys() - set(found.values())
+  spare -= {SCORE.name} if checkpoint.scores else set()  # another head may be in its place
   problems += [
     f'{name} is unexpected'
     for name in sorted(spare)

@@ -3,6 +3,9 @@
 It keeps, for each linear map of transformers' model, A `[rank, inputs]` and B `[outputs, rank]`.
 Where that map is several of ours (query, key and value of GPT-2 and GPT-NeoX) the ranks add up: its
 A holds ours one below the other, and its B is zero but where an output meets its own A.
+
+An adapter of a reward model (task_type SEQ_CLS) keeps the score's weights beside them, whole. What
+PEFT has no place for, the score's bias, is in a file of ours.
 """
 
 import dataclasses
@@ -23,15 +26,21 @@ from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_families import Family
 from rlhf_jax.models.hf_files import Entry, Header, headers_of, write_file, write_json
-from rlhf_jax.models.hf_load import Checkpoint
+from rlhf_jax.models.hf_hub import HUB
+from rlhf_jax.models.hf_load import SCORE, SCORE_BIAS, Checkpoint, Score
 from rlhf_jax.models.hf_model import Piece
 from rlhf_jax.models.layers import PROJECTIONS
 
 ADAPTER_CONFIG, ADAPTER = 'adapter_config.json', 'adapter_model.safetensors'
+OURS = 'rlhf_jax.json'
+FILES = (ADAPTER_CONFIG, ADAPTER, OURS)  # the last is not always there
 _PREFIX = 'base_model.model.'
 _TENSOR = re.compile(
   r'base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])(\.default)?\.weight$'
 )
+_SCORE = re.compile(r'base_model\.model\.score(\.modules_to_save)?(\.default)?\.weight$')
+_SCORES = 'SEQ_CLS'
+_HEADS = {'score', 'classifier'}  # PEFT lists both, though a model has one of them
 # What an adapter may not ask for, and what it must say of it.
 _ONLY: dict[str, tuple[Any, ...]] = {
   'use_dora': (None, False),
@@ -57,16 +66,26 @@ class PeftAdapter:
     folder: where it lies.
     config: the content of adapter_config.json.
     tensors: its A and B, by the name of the module in the base model.
+    score: the name of a reward model's score in its file; None: it has none.
   """
 
   folder: pathlib.Path
   config: Mapping[str, Any]
   tensors: Mapping[str, Mapping[str, tuple[str, Header]]]
+  score: str | None = None
+
+  @property
+  def scores(self) -> bool:
+    """Whether it is a reward model's."""
+    return self.config.get('task_type') == _SCORES
 
   @property
   def base(self) -> str:
-    """The checkpoint it was trained on: a folder, or a name of the hub."""
-    return str(self.config['base_model_name_or_path'])
+    """The checkpoint it was trained on: a folder, or `hf:owner/name[@revision]`."""
+    base, revision = str(self.config['base_model_name_or_path']), self.config.get('revision')
+    if pathlib.Path(base).is_dir() or base.startswith(HUB):
+      return base
+    return f'{HUB}{base}' + (f'@{revision}' if revision else '')
 
   def scale(self, module: str, rank: int) -> float:
     """The factor on B A: alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
@@ -99,23 +118,52 @@ def open_adapter(folder: pathlib.Path) -> PeftAdapter:
     raise CheckpointError(
       f'{path}: base_model_name_or_path is empty: write the folder of the model it was trained on.'
     )
+  scores = config.get('task_type') == _SCORES
   for key, allowed in _ONLY.items():
-    if config.get(key) not in allowed:
+    value = config.get(key)
+    if key == 'modules_to_save' and scores and set(value or ()) <= _HEADS:
+      continue
+    if value not in allowed:
       raise CheckpointError(
-        f'{path}: {key}={config[key]!r} is not supported, only {allowed[-1]!r}. Merge the adapter '
+        f'{path}: {key}={value!r} is not supported, only {allowed[-1]!r}. Merge the adapter '
         'into its model with PEFT (merge_and_unload), and use that.'
       )
   if not (folder / ADAPTER).is_file():
     raise CheckpointError(f'{folder}: there is no {ADAPTER}. Save it with safe_serialization=True.')
+  score = None
   tensors: dict[str, dict[str, tuple[str, Header]]] = {}
   for name, header in headers_of(folder / ADAPTER):
+    if scores and _SCORE.fullmatch(name):
+      score = name
+      continue
     found = _TENSOR.fullmatch(name)
     if found is None:
       raise CheckpointError(f'{folder / ADAPTER}: {name} is no low-rank matrix of a linear map.')
     tensors.setdefault(found['module'], {})[found['which']] = (name, header)
   if lonely := [module for module, pair in tensors.items() if len(pair) < 2]:
     raise CheckpointError(f'{folder / ADAPTER}: {lonely[0]} has only one of its two matrices.')
-  return PeftAdapter(folder, config, tensors)
+  return PeftAdapter(folder, config, tensors, score)
+
+
+def read_score(adapter: PeftAdapter, width: int) -> Score | None:
+  """A reward model's score on hidden states `[..., width]`; None: it is the base's own.
+
+  Raises CheckpointError unless it is one number.
+  """
+  from safetensors import safe_open
+
+  if adapter.score is None:
+    return None
+  with safe_open(adapter.folder / ADAPTER, framework='numpy') as file:
+    weight = file.get_tensor(adapter.score).astype(np.float32)
+  if weight.shape != (1, width):
+    raise CheckpointError(
+      f'{adapter.folder / ADAPTER}: {adapter.score} is {list(weight.shape)}, expected '
+      f'[1, {width}], of a classifier with one label (num_labels=1).'
+    )
+  path = adapter.folder / OURS
+  ours = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+  return Score(weight, float(ours.get(SCORE_BIAS, 0.0)))
 
 
 def add_adapter(adapter: PeftAdapter, checkpoint: Checkpoint, params: Any) -> Any:
@@ -200,6 +248,7 @@ def export_adapter(
   trained: Any,
   *,
   base: str,
+  score: Score | None = None,
 ) -> None:
   """Writes what was trained as a folder that `peft.PeftModel.from_pretrained` loads.
 
@@ -210,6 +259,7 @@ def export_adapter(
     config: with method 'lora'.
     trained: the tree of `adapters.init`.
     base: where PEFT is to find the base, a folder or a name of the hub.
+    score: that of a reward model; None: of a policy.
   """
   modules: dict[str, dict[str, Piece]] = {}
   for name in config.targets:
@@ -227,11 +277,17 @@ def export_adapter(
     for which, matrix in (('A', first), ('B', second)):
       name = f'{_PREFIX}{module}.lora_{which}.weight'
       entries.append(Entry(name, matrix.shape, 'float32', functools.partial(np.asarray, matrix)))
+  if score is not None:
+    entries.append(
+      Entry(f'{_PREFIX}{SCORE.name}', score.weight.shape, 'float32', lambda: score.weight)
+    )
+    write_json(target / OURS, {SCORE_BIAS: score.bias})
   write_file(target / ADAPTER, entries)
   kinds = sorted({re.split(r'\.\d+\.', module)[-1] for module in modules})
   values = {
     'peft_type': 'LORA',
-    'task_type': 'CAUSAL_LM',
+    'task_type': 'CAUSAL_LM' if score is None else _SCORES,
+    'modules_to_save': None if score is None else ['score'],
     'base_model_name_or_path': base,
     'r': config.rank,
     'lora_alpha': config.alpha,

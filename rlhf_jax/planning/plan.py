@@ -28,11 +28,13 @@ class Plan:
     resident: bytes by role of what stays on a device between programs.
     parameters: how many numbers each role has, over all devices.
     gradients: bytes of the gradients while an update runs, a part of its temporaries.
-    cache: bytes of the key-value cache while responses are sampled, likewise; 0: none are.
+    cache: bytes of the key-value cache while responses are sampled, by a step or an evaluation,
+      whichever has more, likewise; 0: none are.
     sampling_weights: bytes of the weights that sampling reads, in the compute type, likewise.
     decoded: bytes that sampling reads of a device's memory.
     activations: an estimate for the update on an accelerator, by role of the trained decoders.
-    programs: what the compiler made of each program.
+    programs: what the compiler made of each program of a step.
+    evaluations: and of evaluations along the run.
     flops: operations of a step over all devices, by program and role.
     notes: what to keep in mind.
   """
@@ -47,6 +49,7 @@ class Plan:
   decoded: float
   activations: dict[str, Activations]
   programs: dict[str, CompiledProgram]
+  evaluations: dict[str, CompiledProgram]
   flops: dict[str, dict[str, float]]
   notes: list[str]
 
@@ -64,14 +67,18 @@ class Plan:
     return sum(self.resident.values())
 
   @property
+  def _all(self) -> list[CompiledProgram]:
+    return [*self.programs.values(), *self.evaluations.values()]
+
+  @property
   def compiled_peak(self) -> int:
     """Bytes at the worst moment, with temporaries as compiled here, for CPUs."""
-    return self.held + max(p.temporary + p.extra for p in self.programs.values())
+    return self.held + max(p.temporary + p.extra for p in self._all)
 
   @property
   def estimated_peak(self) -> int:
     """Bytes at the worst moment, with the estimated activations of an accelerator."""
-    extra = max(p.extra for p in self.programs.values())
+    extra = max(p.extra for p in self._all)
     update = self.gradients + sum(each.total for each in self.activations.values())
     return int(self.held + extra + max(update, self.cache + self.sampling_weights))
 
@@ -88,6 +95,9 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
   rows = _rows(stage, compiled)
   accumulated = 2 if stage.config.accumulation > 1 else 1
   online = 'generation' in compiled.programs
+  sampled = [rows['sampled']] if online else []
+  if 'answers' in compiled.evaluations:
+    sampled.append(rows['sampled']._replace(number=stage.config.evaluation.batch_size))
   return Plan(
     name=stage.config.name,
     mesh=mesh,
@@ -97,12 +107,12 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
       for role, tree in {**compiled.state.params, **compiled.frozen}.items()
     },
     gradients=accumulated * device_bytes(compiled.state.params),
-    cache=arithmetic.cache_bytes(stage.model, rows['sampled'], mesh) if online else 0,
+    cache=max((arithmetic.cache_bytes(stage.model, each, mesh) for each in sampled), default=0),
     sampling_weights=(
       arithmetic.sampling_weights(
         stage.model, mesh, gathered=stage.config.generation.weights == 'gathered'
       )
-      if online
+      if sampled
       else 0.0
     ),
     decoded=arithmetic.decoding_bytes(stage.model, rows['sampled'], mesh) if online else 0.0,
@@ -113,6 +123,7 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
       for role, model in decoders.items()
     },
     programs=compiled.programs,
+    evaluations=compiled.evaluations,
     flops=_flops(stage, compiled, decoders, rows),
     notes=stage.notes + _notes(stage, compiled),
   )
@@ -173,6 +184,8 @@ def _flops(
         scoring[role] = arithmetic.forward_flops(model, read, scored=role == 'policy')
     for role in compiled.frozen:
       whole = role == 'reference'
+      if not whole and not online:  # evaluations alone ask it
+        continue
       model = stage.model if whole else stage.reward_models[role].model
       scoring[role] = arithmetic.forward_flops(model, read, scored=whole)
   flops['update'] = {
@@ -222,6 +235,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     'parameters': plan.parameters,
     'flops_per_step': plan.flops,
     'programs': {name: _program_json(program) for name, program in plan.programs.items()},
+    'evaluations': {name: _program_json(program) for name, program in plan.evaluations.items()},
     'notes': plan.notes,
   }
 

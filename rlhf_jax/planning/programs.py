@@ -4,6 +4,7 @@ Recipes are built inside the traced functions, from frozen trees that are argume
 programs are those that training runs, whatever a recipe makes of its pieces.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,8 +16,15 @@ from rlhf_jax.common import prng
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.planning import hlo
-from rlhf_jax.planning.stage import PlannedStage, abstract_batch
-from rlhf_jax.recipes import offline, online
+from rlhf_jax.planning.stage import (
+  PlannedParts,
+  PlannedStage,
+  abstract_batch,
+  abstract_prompts,
+  abstract_sequences,
+)
+from rlhf_jax.recipes import offline, online, probes
+from rlhf_jax.recipes.policies import make_kl, make_sampler
 from rlhf_jax.recipes.rewards import FrozenRewardModel, make_score
 from rlhf_jax.recipes.trainer import Trainer, make_trainer
 from rlhf_jax.rollout.rollout import Scored
@@ -52,12 +60,14 @@ class Compiled(NamedTuple):
     frozen: of the frozen trees, by role.
     batch: shapes of what the update learns from.
     programs: in the order in which a step runs them.
+    evaluations: what evaluations along the run run, at `evaluation.batch_size` rows.
   """
 
   state: TrainState
   frozen: dict[str, Any]
   batch: Any
   programs: dict[str, CompiledProgram]
+  evaluations: dict[str, CompiledProgram]
 
 
 class _Pieces(NamedTuple):
@@ -66,10 +76,12 @@ class _Pieces(NamedTuple):
   Attributes:
     trainer: the state's shapes and the update.
     functions: what comes before the update, in order; each gets the results of the one before.
+    evaluations: what each one reads, and the function.
   """
 
   trainer: Trainer
   functions: dict[str, Callable[[TrainState, Any], Any]]
+  evaluations: dict[str, tuple[Any, Callable[[TrainState, Any], Any]]]
 
 
 def compile_stage(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) -> Compiled:
@@ -85,7 +97,7 @@ def compile_stage(stage: PlannedStage, say: Callable[[str], None] = lambda _: No
     jax.eval_shape(look, frozen)
     state = built[0].trainer.abstract
     programs = {}
-    inputs = _placed(abstract_batch(stage.config, stage.mesh), stage)
+    inputs = _placed(abstract_batch(stage.config), stage)
     for name in built[0].functions:
 
       def run(state: Any, frozen: Any, inputs: Any, name: str = name) -> Any:
@@ -102,7 +114,15 @@ def compile_stage(stage: PlannedStage, say: Callable[[str], None] = lambda _: No
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated(stage.mesh)))
     programs['update'] = _compile(jitted, (state, frozen, inputs), stage)
-  return Compiled(state, frozen, inputs, programs)
+    evaluations = {}
+    for name, (read, _) in built[0].evaluations.items():
+
+      def ask(state: Any, frozen: Any, inputs: Any, name: str = name) -> Any:
+        return pieces(stage, frozen).evaluations[name][1](state, inputs)
+
+      say(f'compiling the evaluation of {name}')
+      evaluations[name] = _compile(jax.jit(ask), (state, frozen, _placed(read, stage)), stage)
+  return Compiled(state, frozen, inputs, programs, evaluations)
 
 
 def _compile(
@@ -164,25 +184,81 @@ def _offline(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
   def score(state: TrainState, batch: Any) -> Any:
     return preparation(trees.whole(state.by_role), batch)
 
+  def whole(state: TrainState) -> Any:
+    return trees.whole(state.by_role)
+
+  evaluations = _of_policies(stage, parts, frozen, whole)
+  if offline.asks_of_records(parts):
+    answer = (probes.make_losses if objective.difference is None else probes.make_differences)(
+      parts, actors
+    )
+    alone = offline.make_preparation(parts, actors)
+
+    def records(state: TrainState, batch: Any) -> Any:
+      return answer(whole(state), alone(whole(state), batch))
+
+    rows = dataclasses.replace(config, batch_size=config.evaluation.batch_size)
+    evaluations['records'] = (abstract_batch(rows), records)
   needed = 'reference' in frozen or demands_of(config.objective).prepares != 'nothing'
-  return _Pieces(make_trainer(parts, trees, loss), {'scoring': score} if needed else {})
+  functions: dict[str, Callable[[TrainState, Any], Any]] = {'scoring': score} if needed else {}
+  return _Pieces(make_trainer(parts, trees, loss), functions, evaluations)
+
+
+def _of_policies(
+  stage: PlannedStage,
+  parts: PlannedParts,
+  frozen: Mapping[str, Any],
+  whole: Callable[[TrainState], Any],
+) -> dict[str, tuple[Any, Callable[[TrainState, Any], Any]]]:
+  """Evaluations of what a policy answers: sampling, exact KL, the reward models' scores."""
+  config = stage.config
+  asked, data = config.evaluation, config.data
+  if not asked.prompts or objective_of(config.objective).trains != 'policy':
+    return {}
+  sample, kl_of = make_sampler(parts), make_kl(parts)
+  rows = abstract_sequences(data, asked.batch_size)
+
+  def answers(state: TrainState, prompts: Any) -> Any:
+    return sample(whole(state), prompts, state.stream(prng.Stream.EVALUATION))[0]
+
+  def kl(state: TrainState, rows: Any) -> Any:
+    return kl_of(whole(state), {'policy': parts.reference}, rows)
+
+  def scores(_: TrainState, rows: Any) -> Any:
+    return _pay(list(_judges(stage, frozen).values()), rows).scores
+
+  found: dict[str, tuple[Any, Callable[[TrainState, Any], Any]]] = {
+    'answers': (abstract_prompts(data, asked.batch_size), answers)
+  }
+  if 'reference' in frozen:
+    found['KL'] = (rows, kl)
+  if stage.reward_models:
+    found['scores'] = (rows, scores)
+  return found
+
+
+def _judges(stage: PlannedStage, frozen: Mapping[str, Any]) -> dict[str, FrozenRewardModel]:
+  return {
+    role: FrozenRewardModel((run.model,), (frozen[role],), run.by_token)
+    for role, run in stage.reward_models.items()
+  }
 
 
 def _online(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
   """Sampling, scoring by every model, and the update on what the objective makes of it."""
   config = stage.config
   parts = stage.parts(frozen.get('reference'))
-  rewards = {
-    role: FrozenRewardModel((run.model,), (frozen[role],), run.by_token)
-    for role, run in stage.reward_models.items()
-  }
+  rewards = _judges(stage, frozen)
   learner = online.make_learner(parts, rewards.get('reward_model'))
   sample = online.make_rollout_sampler(parts)
   complete = online.make_completion(parts, learner.policy)
   from_reference = demands_of(config.objective).sampler == 'reference'
 
+  def whole(state: TrainState) -> Any:
+    return learner.trees.whole(state.params)
+
   def params_of(state: TrainState) -> Any:
-    return {'policy': parts.reference} if from_reference else learner.trees.whole(state.params)
+    return {'policy': parts.reference} if from_reference else whole(state)
 
   def generation(state: TrainState, prompts: Any) -> Any:
     return sample(params_of(state), prompts, state.stream(prng.Stream.SAMPLING))
@@ -193,7 +269,8 @@ def _online(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
     collected, _ = complete(params_of(state), parts.reference, state.carry, sampled, scored)
     return collected.batch
 
-  return _Pieces(learner.trainer, {'generation': generation, 'scoring': scoring})
+  evaluations = _of_policies(stage, parts, frozen, whole)
+  return _Pieces(learner.trainer, {'generation': generation, 'scoring': scoring}, evaluations)
 
 
 def _pay(models: list[FrozenRewardModel], sequences: Sequences) -> Scored:

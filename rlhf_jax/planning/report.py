@@ -53,9 +53,10 @@ def _memory(plan: Plan) -> Iterator[str]:
   )
   yield from _table([('together', binary(plan.held))])
   yield 'memory of a device, while a program runs:'
+  evaluations = {f'evaluation, {name}': p for name, p in plan.evaluations.items()}
   yield from _table(
     (name, 'temporaries', binary(p.temporary), 'inputs and results', binary(p.extra))
-    for name, p in plan.programs.items()
+    for name, p in {**plan.programs, **evaluations}.items()
   )
   yield 'of these:'
   parts = [('gradients', binary(plan.gradients), 'float32')]

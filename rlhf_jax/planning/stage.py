@@ -149,11 +149,6 @@ def plan_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, vocab_size: in
       'Layers are compiled as one scanned block; unrolled ones have the same parameters.'
     )
     model = dataclasses.replace(model, scan_layers=True)
-  if config.evaluation.prompts or config.evaluation.records:
-    notes.append(
-      'The programs of evaluations (evaluation.batch_size rows at a time) are not planned; the '
-      'models that they read are.'
-    )
   config = dataclasses.replace(config, model=model)
   check_rows(config, mesh)
   check_length(model, config)
@@ -166,37 +161,45 @@ def plan_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, vocab_size: in
   return PlannedStage(config, mesh, model, reward_models, plain, notes)
 
 
-def abstract_batch(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:
-  """Shapes of a batch of the kind that the stage's objective eats, rows over data and fsdp."""
+def abstract_batch(config: ExperimentConfig) -> Any:
+  """Shapes of a batch of the kind that the stage's objective eats."""
   kind = objective_of(config.objective).data
   data, rows = config.data, config.batch_size
+  if kind == 'prompts':
+    return abstract_prompts(data, rows * demands_of(config.objective).samples)
 
-  def ints(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct((rows, *shape), jnp.int32)
-
-  def sequences(*between: int) -> Sequences:
-    P, R = data.prompt_length, data.response_length
-    masks = [jax.ShapeDtypeStruct((rows, *between, size), bool) for size in (P, R)]
-    return Sequences(ints(*between, P), masks[0], ints(*between, R), masks[1])
-
-  def floats(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
-
-  def flags(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct((rows, *shape), bool)
+  def leaf(dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct((rows, *shape), dtype)
 
   R = data.response_length
   batches: dict[str, Callable[[], Any]] = {
-    'demonstrations': sequences,
-    'comparisons': lambda: Pairs(sequences(2), floats(), floats()),
-    'ratings': lambda: Ratings(sequences(), floats()),
-    'rankings': lambda: Rankings(sequences(_RANKED), ints(_RANKED), flags(_RANKED)),
-    'step_ratings': lambda: StepRatings(sequences(), floats(R), flags(R)),
+    'demonstrations': lambda: abstract_sequences(data, rows),
+    'comparisons': lambda: Pairs(
+      abstract_sequences(data, rows, 2), leaf(jnp.float32), leaf(jnp.float32)
+    ),
+    'ratings': lambda: Ratings(abstract_sequences(data, rows), leaf(jnp.float32)),
+    'rankings': lambda: Rankings(
+      abstract_sequences(data, rows, _RANKED), leaf(jnp.int32, _RANKED), leaf(bool, _RANKED)
+    ),
+    'step_ratings': lambda: StepRatings(
+      abstract_sequences(data, rows), leaf(jnp.float32, R), leaf(bool, R)
+    ),
   }
-  if kind == 'prompts':
-    rows *= demands_of(config.objective).samples
-    return Prompts(ints(data.prompt_length), flags(data.prompt_length), ints())
   return batches[kind]()
+
+
+def abstract_sequences(data: DataConfig, *rows: int) -> Sequences:
+  """Shapes of prompts with responses."""
+  P, R = ((*rows, size) for size in (data.prompt_length, data.response_length))
+  return Sequences(
+    *(jax.ShapeDtypeStruct(shape, dtype) for shape in (P, R) for dtype in (jnp.int32, bool))
+  )
+
+
+def abstract_prompts(data: DataConfig, rows: int) -> Prompts:
+  """Shapes of prompts."""
+  shapes = ((rows, data.prompt_length), jnp.int32), ((rows, data.prompt_length), bool)
+  return Prompts(*(jax.ShapeDtypeStruct(*each) for each in (*shapes, ((rows,), jnp.int32))))
 
 
 def _policy_model(config: ExperimentConfig, vocab_size: int, chain: tuple[str, ...]) -> ModelConfig:

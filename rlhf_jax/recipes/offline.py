@@ -278,10 +278,7 @@ def questions_of(parts: Parts, actors: Actors, preparation: Preparation) -> list
   config = parts.config
   objective = objective_of(config.objective)
   questions: list[Question] = []
-  # What is curated from the training set as a whole has no counterpart on held-out records, and
-  # what compares rows with each other none on single ones.
-  alone = objective.curate is None and demands_of(config.objective).group == 1
-  if config.evaluation.records and alone:
+  if asks_of_records(parts):
     held_out = encode(parts, 'held_out', config.evaluation.records)
     if demands_of(config.objective).compares_rows:
       # Neighbours are compared with each other, and records of one prompt often stand together.
@@ -292,6 +289,17 @@ def questions_of(parts: Parts, actors: Actors, preparation: Preparation) -> list
     policy = policy_question(parts, load_reward_model(parts))
     questions += [policy] if policy else []
   return questions
+
+
+def asks_of_records(parts: Parts) -> bool:
+  """Whether held-out records are asked about.
+
+  What is curated from the training set as a whole has no counterpart on them, and what compares
+  rows with each other none on single ones.
+  """
+  config = parts.config
+  alone = objective_of(config.objective).curate is None and demands_of(config.objective).group == 1
+  return alone and config.evaluation.records > 0
 
 
 def _new_reward(parts: Parts, frozen: Any) -> dict[str, Any]:

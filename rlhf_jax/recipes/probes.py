@@ -160,6 +160,30 @@ def policy_question(parts: Parts, reward_model: FrozenRewardModel | None) -> Que
   return question
 
 
+def make_differences(parts: StageParts, actors: Actors) -> Callable[[Any, Any], Array]:
+  """`(params, comparisons) -> [B]`: by how much the model prefers the chosen; to be jitted."""
+  config = parts.config
+  difference = objective_of(config.objective).difference
+  assert difference is not None
+  return lambda params, batch: difference(config.objective, actors, params, batch)
+
+
+def make_losses(parts: StageParts, actors: Actors) -> Callable[[Any, Any], dict[str, Mean]]:
+  """`(params, batch) -> ` loss and metrics of each row by itself; to be jitted."""
+  config = parts.config
+  objective = objective_of(config.objective)
+
+  def losses(params: Any, batch: Any) -> dict[str, Mean]:
+    def row_loss(row: Any) -> dict[str, Mean]:
+      alone = jax.tree.map(lambda x: x[None], row)
+      mean, metrics = objective.loss(config.objective, actors, params, alone)
+      return {'loss': mean, **{k: v for k, v in metrics.items() if isinstance(v, Mean)}}
+
+    return jax.vmap(row_loss)(batch)
+
+  return losses
+
+
 def preference_question(
   parts: StageParts, actors: Actors, columns: pipeline.Columns, prepare: Callable[[Any, Any], Any]
 ) -> Question:
@@ -172,14 +196,7 @@ def preference_question(
     prepare: from `(params, batch)`, what training does to a batch before its update (adds the
       reference's log-probs).
   """
-  config = parts.config
-  objective = objective_of(config.objective)
-  assert objective.difference is not None
-  difference = objective.difference
-
-  @jax.jit
-  def differences(params: Any, batch: Any) -> Array:
-    return difference(config.objective, actors, params, batch)
+  differences = jax.jit(make_differences(parts, actors))
 
   def question(params: Any, step: int) -> Evaluation:
     del step
@@ -211,17 +228,7 @@ def loss_question(
     columns: held-out records.
     prepare: from `(params, batch)`, what training does to a batch before its update.
   """
-  config = parts.config
-  objective = objective_of(config.objective)
-
-  @jax.jit
-  def one_by_one(params: Any, batch: Any) -> dict[str, Mean]:
-    def row_loss(row: Any) -> dict[str, Mean]:
-      alone = jax.tree.map(lambda x: x[None], row)
-      mean, metrics = objective.loss(config.objective, actors, params, alone)
-      return {'loss': mean, **{k: v for k, v in metrics.items() if isinstance(v, Mean)}}
-
-    return jax.vmap(row_loss)(batch)
+  one_by_one = jax.jit(make_losses(parts, actors))
 
   def question(params: Any, step: int) -> Evaluation:
     del step

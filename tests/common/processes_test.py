@@ -1,5 +1,8 @@
 """What processes do together, as far as one process can show; two are in tests/experiments."""
 
+import hashlib
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,15 +64,40 @@ def test_arrays_come_to_the_host_as_they_are() -> None:
   assert [part.tolist() for part in processes.host_parts(array)] == [array.tolist()]
 
 
-def test_an_array_gathered_in_parts_has_the_same_fingerprint(
+def digest_of(name: str, array: np.ndarray) -> str:
+  """The fingerprint of one array, from all of it at once."""
+  head = f'{name}:{array.dtype.name}:{array.shape}\n'.encode()
+  return hashlib.sha256(head + array.tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize('scattered', [False, True])
+@pytest.mark.parametrize(
+  ('shape', 'numbers', 'sizes'),
+  [
+    ((5, 16), 200, [80]),
+    ((5, 16), 32, [32, 32, 16]),
+    ((2, 3, 8), 16, [16, 8, 16, 8]),
+    ((2, 2, 8), 5, [5, 3] * 4),
+    ((0, 8), 5, None),
+  ],
+  ids=['whole', 'rows', 'rows of a row', 'parts of a row of a row', 'empty'],
+)
+def test_parts_are_bounded_and_the_fingerprint_is_that_of_the_whole(
+  shape: tuple[int, ...],
+  numbers: int,
+  sizes: list[int] | None,
+  scattered: bool,
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-  """As where it spans processes: a few rows at a time, the last part shorter."""
+  """On one device and on eight, whether they are of one process or not."""
   mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, 'data'))
-  array = jax.device_put(np.arange(5 * 16, dtype=np.float32).reshape(5, 16), sharding)
-  expected = trees.sha256({'w': array})
-  monkeypatch.setattr(processes, '_scattered', lambda leaf: True)
-  monkeypatch.setattr(processes, '_PART_BYTES', 2 * 16 * 4)
-  assert [len(part) for part in processes.host_parts(array)] == [2, 2, 1]
-  assert trees.sha256({'w': array}) == expected
+  spec = jax.sharding.PartitionSpec(*(None,) * (len(shape) - 1), 'data')
+  whole = np.arange(math.prod(shape)).reshape(shape).astype(jnp.bfloat16)
+  monkeypatch.setattr(processes, '_PART_BYTES', numbers * whole.itemsize)
+  monkeypatch.setattr(processes, '_scattered', lambda leaf: scattered)
+  for where in (jax.devices()[0], jax.sharding.NamedSharding(mesh, spec)):
+    array = jax.device_put(whole, where)
+    parts = list(processes.host_parts(array))
+    assert sizes is None or [part.size for part in parts] == sizes
+    assert b''.join(part.tobytes() for part in parts) == whole.tobytes()
+    assert trees.sha256({'w': array}) == digest_of('w', whole)

@@ -146,12 +146,35 @@ def test_a_special_token_without_an_id_is_an_error(tmp_path, name):
     tokenizers.load(tmp_path)
 
 
-def test_code_of_a_folder_is_not_run(tmp_path):
-  auto = {'AutoTokenizer': ['tokenization_x.XTokenizer', None]}
-  folders.write(tmp_path, 'tokenizer_config.json', {'auto_map': auto})
-  (tmp_path / 'tokenization_x.py').write_text('raise SystemExit(3)')
-  with pytest.raises(DataError, match='its tokenizer is code of its own.*which is not run'):
+CODE = 'import pathlib\npathlib.Path(__file__).with_name("ran").touch()\n'
+
+
+@pytest.mark.parametrize('converted', [True, False])
+@pytest.mark.parametrize('auto', [{'AutoTokenizer': ['own.X', None]}, ['own.X', None]])
+def test_a_tokenizer_that_is_code_is_refused(tmp_path, auto, converted):
+  """With a tokenizer.json too: what its own class makes of texts may be something else."""
+  if converted:
+    folders.gpt2(tmp_path)
+    folders.change(tmp_path, 'tokenizer_config.json', auto_map=auto)
+  else:
+    folders.write(tmp_path, 'tokenizer_config.json', {'auto_map': auto})
+  (tmp_path / 'own.py').write_text(CODE)
+  with pytest.raises(DataError, match='code of its own .*own.X.* is not run.*without auto_map'):
     tokenizers.load(tmp_path)
+  assert not (tmp_path / 'ran').exists()
+
+
+def test_code_of_other_parts_is_not_run(tmp_path, monkeypatch):
+  """transformers, which knows the special tokens of old folders, is not to ask for leave either."""
+  folders.gpt2(tmp_path, None)
+  folders.write(tmp_path, 'tokenizer_config.json', {'auto_map': {'AutoProcessor': 'own.X'}})
+  auto = {'AutoConfig': 'own.X', 'AutoTokenizer': ['own.X', None]}
+  folders.write(tmp_path, 'config.json', {'model_type': 'own', 'auto_map': auto})
+  (tmp_path / 'own.py').write_text(CODE)
+  monkeypatch.setattr('builtins.input', lambda _: 'y')
+  with pytest.raises(DataError, match='end-of-sequence token is None'):
+    tokenizers.load(tmp_path)
+  assert not (tmp_path / 'ran').exists()
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_an_error(tmp_path):

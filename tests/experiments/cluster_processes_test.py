@@ -17,6 +17,7 @@ import pytest
 
 from rlhf_jax import stages
 from rlhf_jax.common import trees
+from rlhf_jax.models import hf_export
 from rlhf_jax.recipes.parts import abstract_decoder, abstract_head, abstract_reward_model
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
@@ -148,6 +149,29 @@ def check_equal(found: pathlib.Path, expected: pathlib.Path) -> None:
 def test_two_processes_equal_one(case: str, one: pathlib.Path, two: pathlib.Path) -> None:
   """Samples, scores and whitening across processes included."""
   check_equal(folder_of(case, two), folder_of(case, one))
+
+
+def test_adapters_on_a_folder_in_two_processes_equal_one(
+  one: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  """Each loads its parts of the base, and writes those of the matrices; merged, they are equal."""
+  parent = Run(folder_of('sft', one))
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  params = parent.restore_role('policy', abstract_decoder(parent.model, mesh))
+  assets = hf_export.Assets(parent.folder / 'tokenizer')
+  hf_export.export_policy(tmp_path / 'policy', parent.model, params, assets)
+  start = f'--config.policy.init={tmp_path / "policy"}'
+  program = Pair('train', config_flag('lora'), start, f'--workdir={tmp_path / "two"}')
+  config = pair.get_config('lora')
+  config.policy.init = str(tmp_path / 'policy')
+  stages.run_stage(config, tmp_path / 'one', root=tmp_path)
+  codes, said = program.end()
+  assert codes == [0, 0], said
+  check_equal(tmp_path / 'two', tmp_path / 'one')
+  # B has left zero: what was compared is not the base alone.
+  trained = [Run(tmp_path / name).restore_adapter(mesh) for name in ('one', 'two')]
+  for leaf in jax.tree.leaves(trained):
+    assert np.abs(leaf).max() > 1e-4
 
 
 def test_only_the_first_process_writes(two: pathlib.Path) -> None:

@@ -5,15 +5,22 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
 from safetensors import numpy as safetensors
 
 from experiments import cli, convert
+from rlhf_jax.common import trees
 from rlhf_jax.common.errors import UserError
-from rlhf_jax.hf_folder import HfFolder
+from rlhf_jax.config import InitConfig
+from rlhf_jax.hf_folder import HfFolder, PeftFolder, open_source
+from rlhf_jax.models.adapters import AdapterConfig
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import INDEX, SINGLE
+from rlhf_jax.recipes.parts import abstract_decoder, abstract_reward_model
+from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny
 from tests.experiments.programs import message, run_program
 
@@ -98,17 +105,46 @@ def test_value_functions(parents: Path, tmp_path: Path) -> None:
     run(ppo.folder, tmp_path / 'value', role='value')
 
 
+@pytest.mark.parametrize('case', ['sft', 'reward_model'])
+def test_adapters(case: str, folders: Path, tmp_path: Path) -> None:
+  """What a run trained beside a folder, as PEFT's files: read again it is the run, merged too."""
+  role = 'policy' if case == 'sft' else case
+  config = tiny.make_config(case, steps=2, model=ModelConfig())
+  config.policy = InitConfig(init=str(folders / 'policy'))
+  config.adapter = AdapterConfig(method='lora', rank=2, targets=('query', 'down'))
+  trained = tiny.run_stage(config, tmp_path / 'run').outcome.run
+  run(trained.folder, tmp_path / 'adapter', adapter=True)
+  run(tmp_path / 'adapter', tmp_path / 'whole')
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  make = abstract_decoder if case == 'sft' else abstract_reward_model
+  expected = trees.flatten(trained.restore_role(role, make(trained.model, mesh)))
+  if case != 'sft':
+    gain, bias = (expected.pop(f'normalizer.{name}') for name in ('gain', 'bias'))
+    expected['head.kernel'] *= gain
+    expected['head.bias'] = gain * expected['head.bias'] + bias
+  for name in ('adapter', 'whole'):
+    source = open_source(tmp_path / name)
+    assert isinstance(source, PeftFolder) == (name == 'adapter')
+    found = trees.flatten(source.restore_role(role, make(source.model, mesh)))
+    for leaf, values in expected.items():
+      if leaf != 'trunk.unembedding':  # which no score is read from, and no folder keeps
+        np.testing.assert_allclose(found[leaf], values, atol=1e-6, err_msg=leaf)
+  with pytest.raises(UserError, match='in float32. Leave --role and --dtype out'):
+    run(trained.folder, tmp_path / 'half', adapter=True, dtype='bfloat16')
+
+
 @pytest.mark.parametrize(
   ('name', 'given', 'said'),
   [
     ('sft', dict(role='reward_model'), 'trained a policy'),
     ('sft', dict(role='value'), 'has no value function'),
     ('reward_model', dict(role='policy'), 'trained a reward model'),
+    ('sft', dict(adapter=True), 'trained no low-rank matrices'),
     ('nothing', {}, 'not a run directory'),
   ],
 )
 def test_mistakes(
-  name: str, given: dict[str, str], said: str, parents: Path, tmp_path: Path
+  name: str, given: dict[str, Any], said: str, parents: Path, tmp_path: Path
 ) -> None:
   """The message says what is wrong, and nothing is written."""
   with pytest.raises(UserError, match=said):

@@ -87,6 +87,17 @@ def test_another_reference_and_reward_model(runs: Path, parents: Path) -> None:
   assert written['metrics']['gold_reward'] == own['gold_reward']
 
 
+def test_models_are_divided_as_flags_say(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """On eight devices the numbers are those of one; parts that do not divide them are refused."""
+  own = evaluate(runs / 'reward_model', '--records=8')[1]['metrics']
+  monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '8')
+  divided = evaluate(runs / 'reward_model', '--records=8', '--fsdp=2', '--tensor=2')[1]['metrics']
+  for name, metric in own.items():
+    np.testing.assert_allclose(divided[name]['mean'], metric['mean'], rtol=1e-5, atol=1e-6)
+  said = message(run_program('evaluate', f'--run={runs / "dpo"}', '--fsdp=3'))
+  assert '--fsdp=3 --tensor=1: expected a product that divides the 8 devices' in said
+
+
 def test_best_of_n(runs: Path, parents: Path) -> None:
   """More to choose from is better for the judge; the best of one is the policy; the KL is known."""
   _, written = evaluate(runs / 'dpo', '--best_of_n=1,4,8', '--prompts=8', '--records=0')

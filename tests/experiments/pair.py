@@ -5,6 +5,8 @@ import sys
 from typing import Any
 
 from rlhf_jax.config import ExperimentConfig, InitConfig, RewardModelInitConfig
+from rlhf_jax.models.adapters import AdapterConfig
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.sharding.mesh import MeshConfig
 from tests import tiny
 
@@ -17,11 +19,12 @@ DPO_STEPS = 40
 def get_config(arg: str) -> ExperimentConfig:
   """A tiny stage, whose parents are stages of this file; with processes of 4 devices each.
 
-  The first mesh has its data axis across the processes, DPO's its fsdp axis.
+  The first mesh has its data axis across the processes, DPO's its fsdp axis. 'lora' is a short DPO
+  with low-rank matrices, from a checkpoint folder.
   """
   if RECORD in os.environ:
     sys.addaudithook(_record)
-  config: ExperimentConfig = tiny.make_config(arg, steps=4)
+  config: ExperimentConfig = tiny.make_config('dpo' if arg == 'lora' else arg, steps=4)
   config.mesh = MeshConfig(data=2, fsdp=2, tensor=2)
   config.evaluation.prompts = tiny.ROWS if arg in ('sft', 'ppo') else 0
   config.evaluation.records = 0 if arg == 'ppo' else tiny.ROWS
@@ -33,6 +36,10 @@ def get_config(arg: str) -> ExperimentConfig:
     config.mesh = MeshConfig(data=1, fsdp=4, tensor=2)
     config.steps, config.log.every = DPO_STEPS, 1
     config.optimizer.learning_rate = 1e-3
+  if arg == 'lora':
+    config.mesh = MeshConfig(data=1, fsdp=4, tensor=2)
+    config.model, config.steps = ModelConfig(), 3
+    config.adapter = AdapterConfig(method='lora', rank=2, targets=('query', 'value', 'down'))
   return config
 
 

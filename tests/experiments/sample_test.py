@@ -65,6 +65,22 @@ def test_the_json_has_the_documented_fields(greedy: tuple[str, str, dict], paren
     assert row['sample'] == 0
 
 
+def test_a_model_is_divided_as_flags_say(
+  greedy: tuple[str, str, dict], parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Four of eight devices give the tokens of one; more than there are is an error."""
+  monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '8')
+  out = tmp_path / 'out.json'
+  asked = ('sample', f'--run={parents / "sft"}', '--prompt=the soup was', '--prompt=we')
+  given = ('--temperature=0', '--max_new_tokens=5', f'--json={out}')
+  done = run_program(*asked, *given, '--fsdp=2', '--tensor=2')
+  assert done.returncode == 0, done.stderr
+  found = [row['tokens'] for row in json.loads(out.read_text())['samples']]
+  assert found == [row['tokens'] for row in greedy[2]['samples'][:2]]
+  said = message(run_program(*asked, '--fsdp=8', '--tensor=2'))
+  assert '--fsdp=8 --tensor=2: there are 8 devices' in said
+
+
 def test_text_and_ids_are_printed(greedy: tuple[str, str, dict]) -> None:
   """Every response stands on the terminal with its ids."""
   printed, _, written = greedy

@@ -343,12 +343,6 @@ def test_decoding_params_give_the_same_bits(name: str, scan_layers: bool) -> Non
   )
 
 
-def test_unstacking_twice_changes_nothing() -> None:
-  """Parted blocks stay as they are."""
-  parted = decoder.unstack_layers(make_params(make_config()))
-  assert len(parted['layers']) == 2 and decoder.unstack_layers(parted) is parted
-
-
 def test_refuses_what_cannot_be_computed() -> None:
   """Too many columns for the table or the cache, arrays that disagree, an unknown vocabulary."""
   config = make_config('gpt2', max_length=8)

@@ -184,33 +184,6 @@ def test_copies_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
   assert seen < 1.1 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def test_names_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """They are downloaded, revision and all; without a network the message says what to do."""
-  import huggingface_hub
-
-  asked: dict[str, Any] = {}
-
-  def download(
-    name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
-  ) -> str:
-    asked.update(name=name, revision=revision, patterns=allow_patterns, never=ignore_patterns)
-    return str(folder)
-
-  monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
-  assert hf_load.is_checkpoint('hf:owner/name')
-  assert hf_load.open_checkpoint('hf:owner/name@v1').folder == folder
-  assert (asked['name'], asked['revision']) == ('owner/name', 'v1')
-  assert 'consolidated*' in asked['never']  # the authors' copy of the same weights
-  assert '*.safetensors' in asked['patterns'] and not any('bin' in p for p in asked['patterns'])
-
-  def fail(*_: object, **__: object) -> str:
-    raise OSError('no route to host\nand more')
-
-  monkeypatch.setattr(huggingface_hub, 'snapshot_download', fail)
-  with pytest.raises(CheckpointError, match='no route to host.*download it elsewhere'):
-    hf_load.open_checkpoint('hf:owner/name')
-
-
 MEASURE = """
 import gc, pathlib, sys
 import jax

@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError
+from rlhf_jax.common.types import Sequences
 from rlhf_jax.hf_folder import PeftFolder, open_source
-from rlhf_jax.models import adapters, hf_peft
+from rlhf_jax.models import adapters, decoder, hf_export, hf_peft, roles
 from rlhf_jax.models.adapters import AdapterConfig
-from tests.golden.hf.make_peft import ADAPTERS, HERE
+from rlhf_jax.models.hf_load import load_scorer, open_checkpoint
+from rlhf_jax.objectives.reward_model import RewardModelConfig
+from tests.golden.hf.make_peft import ADAPTERS, HERE, SCORERS
 from tests.models import hf_golden
 from tests.models.architectures import run
 
@@ -23,9 +27,14 @@ from tests.models.architectures import run
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
   """An adapter that names its base by a path of its own."""
-  shutil.copytree(HERE / 'peft_llama3', tmp_path / 'adapter')
-  change(tmp_path / 'adapter', base_model_name_or_path=str(HERE / 'llama3'))
-  return tmp_path / 'adapter'
+  return copy_of('peft_llama3', 'llama3', tmp_path)
+
+
+def copy_of(name: str, base: str, tmp_path: Path) -> Path:
+  """A copy of an adapter, to be spoilt, which names its base where that lies."""
+  shutil.copytree(HERE / name, tmp_path / name)
+  change(tmp_path / name, base_model_name_or_path=str(HERE / base))
+  return tmp_path / name
 
 
 def change(folder: Path, **changes: Any) -> None:
@@ -68,11 +77,11 @@ def test_ours_as_theirs_and_back(name: str, targets: tuple[str, ...], tmp_path: 
     lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
     jax.eval_shape(lambda base: adapters.init(config, model, base, jax.random.key(0)), base),
   )
-  hf_peft.export_adapter(tmp_path, family, model, config, trained, base='somewhere')
+  hf_peft.export_adapter(tmp_path, family, model, config, trained, base='owner/name')
   joined = adapters.join(adapters.frozen_of(config, model, base), trained)
   expected = trees.flatten(jax.device_get(adapters.merge(model, joined)))
   adapter = hf_peft.open_adapter(tmp_path)
-  assert adapter.base == 'somewhere' and adapter.config['fan_in_fan_out'] == (name == 'gpt2')
+  assert adapter.base == 'hf:owner/name' and adapter.config['fan_in_fan_out'] == (name == 'gpt2')
   for leaf, found in trees.flatten(hf_peft.add_adapter(adapter, golden.checkpoint, base)).items():
     np.testing.assert_allclose(found, expected[leaf], atol=1e-5, err_msg=leaf)
 
@@ -90,6 +99,88 @@ def test_a_folder_stands_for_a_run(folder: Path) -> None:
   first = source.params_identity('final')
   change(folder, lora_alpha=7)
   assert open_source(folder).params_identity('final') != first
+
+
+@pytest.mark.parametrize('name', SCORERS)
+def test_a_reward_model_with_an_adapter_is_pefts(name: str, tmp_path: Path) -> None:
+  """Scores of PEFT, on a language model or a classifier; alike from the files that we write."""
+  source = open_source(copy_of(f'peft_scorer_{name}', name, tmp_path))
+  assert isinstance(source, PeftFolder) and isinstance(source.config.objective, RewardModelConfig)
+  model = source.opened.model
+  params = source.restore_role('reward_model', hf_golden.abstract_scorer(model))
+  inputs, expected = hf_golden.load(name).expected, HERE / f'peft_scorer_{name}' / 'expected.npz'
+  tokens, mask = (jnp.asarray(inputs[key]) for key in ('tokens', 'mask'))
+  whole = [
+    Sequences(t[:, :4], m[:, :4], t[:, 4:], m[:, 4:]) for t, m in zip(tokens, mask, strict=True)
+  ]
+  score = jax.jit(lambda rows: roles.reward_score(model, params, rows))
+  np.testing.assert_allclose(
+    [score(rows) for rows in whole], np.load(expected)['scores'], atol=1e-5
+  )
+  with pytest.raises(CheckpointError, match='cannot write any'):
+    source.restore_role('policy', hf_golden.abstract_decoder(model))
+
+
+@pytest.mark.parametrize('name', SCORERS)
+def test_scores_as_theirs_and_back(name: str, tmp_path: Path) -> None:
+  """The head of a reward model: gain in the weights, as PEFT names them; the bias in our file."""
+  checkpoint = open_checkpoint(HERE / name).as_scorer()
+  model = checkpoint.model
+  config = AdapterConfig(method='lora', rank=2, alpha=3.0, targets=('query', 'down'))
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(
+    lambda key: adapters.init(config, model, decoder.init(model, key), key), jax.random.key(0)
+  )
+  trained = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+  kernel = rng.normal(size=(model.width, 1)).astype(np.float32)
+  head = {'kernel': kernel, 'bias': np.full(1, 0.25, np.float32)}
+  normalizer = {'gain': np.float32(2.0), 'bias': np.float32(-3.0)}
+  score = hf_export.score_of({'head': head, 'normalizer': normalizer})
+  hf_peft.export_adapter(
+    tmp_path, checkpoint.family, model, config, trained, base=str(HERE / name), score=score
+  )
+  theirs = safetensors.load_file(tmp_path / hf_peft.ADAPTER)
+  np.testing.assert_array_equal(theirs['base_model.model.score.weight'], 2 * kernel.T)
+  said = json.loads((tmp_path / hf_peft.ADAPTER_CONFIG).read_text())
+  assert (said['task_type'], said['modules_to_save']) == ('SEQ_CLS', ['score'])
+  abstract = hf_golden.abstract_scorer(model)
+  found = open_source(tmp_path).restore_role('reward_model', abstract)
+  np.testing.assert_array_equal(found['head']['kernel'], 2 * kernel)
+  assert found['head']['bias'].tolist() == [-2.5]
+  base = load_scorer(checkpoint, abstract, score)['trunk']
+  merged = adapters.merge(model, adapters.join(adapters.frozen_of(config, model, base), trained))
+  expected = trees.flatten(merged)
+  for leaf, own in trees.flatten(found['trunk']).items():
+    np.testing.assert_allclose(own, expected[leaf], atol=1e-5, err_msg=leaf)
+  first = open_source(tmp_path).params_identity('final')
+  (tmp_path / hf_peft.OURS).write_text('{"score_bias": 1.0}')
+  assert open_source(tmp_path).params_identity('final') != first
+
+
+def test_a_reward_adapter_has_one_score(tmp_path: Path) -> None:
+  """Not of three labels; none at all only on a base with one."""
+  three = copy_of('peft_scorer_llama3', 'llama3', tmp_path)
+  tensors = safetensors.load_file(three / hf_peft.ADAPTER)
+  name = 'base_model.model.score.weight'
+  safetensors.save_file(tensors | {name: np.zeros((3, 16), np.float32)}, three / hf_peft.ADAPTER)
+  source = open_source(three)
+  with pytest.raises(CheckpointError, match=r'is \[3, 16\], expected \[1, 16\].*num_labels=1'):
+    source.restore_role('reward_model', hf_golden.abstract_scorer(source.model))
+  change(three, modules_to_save=['score', 'lm_head'])
+  with pytest.raises(CheckpointError, match='modules_to_save=.*lm_head.* is not supported'):
+    open_source(three)
+  for base, none in (('llama3', True), ('gpt2_scorer', False)):
+    folder = copy_of(f'peft_scorer_{base}', base, tmp_path / 'without')
+    tensors = safetensors.load_file(folder / hf_peft.ADAPTER)
+    del tensors[name]
+    safetensors.save_file(tensors, folder / hf_peft.ADAPTER)
+    if none:
+      with pytest.raises(CheckpointError, match=r"has none either.*modules_to_save=\['score'\]"):
+        open_source(folder)
+    else:
+      own = open_source(folder)
+      found = own.restore_role('reward_model', hf_golden.abstract_scorer(own.model))['head']
+      np.testing.assert_array_equal(found['kernel'], hf_golden.load(base).params['head']['kernel'])
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ import jax
 import pytest
 
 from rlhf_jax.common.errors import ConfigError, UserError
-from rlhf_jax.config import InitConfig, RewardModelInitConfig
+from rlhf_jax.config import EvaluationConfig, InitConfig, RewardModelInitConfig
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.planning import plan as plans
 from rlhf_jax.planning import report
 from rlhf_jax.planning.accelerators import ACCELERATORS, accelerator
+from rlhf_jax.planning.arithmetic import Rows, cache_bytes
 from rlhf_jax.planning.programs import device_bytes
 from rlhf_jax.planning.stage import abstract_batch, plan_stage
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
@@ -98,13 +99,34 @@ def test_a_plan_of_ppo_has_every_role(parents: Path, quick_compilation: None) ->
   assert not small.fits(accelerator('h100').memory) and small.fits(accelerator('B200').memory)
 
 
+@pytest.mark.slow
+def test_evaluations_are_planned_beside_the_step(parents: Path, quick_compilation: None) -> None:
+  """Many more rows than a step's need more memory; the step costs no more operations."""
+  config = make_config('dpo', parents)
+  config.reward_model = RewardModelInitConfig(init=str(parents / 'reward_model'))
+  config.evaluation = EvaluationConfig(prompts=1, records=1, batch_size=64 * tiny.ROWS)
+  asked = plans.make_plan(plan_stage(config, make_mesh(MESH), 0))
+  assert set(asked.evaluations) == {'answers', 'KL', 'scores', 'records'}
+  rows = Rows(64 * tiny.ROWS, config.data.prompt_length, config.data.response_length)
+  model = plan_stage(config, make_mesh(MESH), 0).model
+  assert asked.cache == cache_bytes(model, rows, asked.mesh) > 0
+  largest = max(program.temporary + program.extra for program in asked.evaluations.values())
+  assert asked.compiled_peak == asked.held + largest
+  assert 'evaluation, answers' in '\n'.join(report.lines(asked, 'H100'))
+  assert plans.as_json(asked)['evaluations'].keys() == asked.evaluations.keys()
+  config.evaluation = EvaluationConfig(prompts=0, records=0)
+  alone = plans.make_plan(plan_stage(config, make_mesh(MESH), 0))
+  assert not alone.evaluations and alone.cache == 0
+  assert alone.flops == asked.flops and alone.compiled_peak < asked.compiled_peak
+
+
 def test_parents_need_not_have_been_run() -> None:
   """A config stands for its stage; the vocabulary of the embedded task is known."""
   config = tiny.make_config('dpo', mesh=MESH, policy=InitConfig(init='configs/sft.py'))
   config.model = ModelConfig()
   stage = plan_stage(config, make_mesh(MeshConfig(data=8)), 0)
   assert stage.model.vocab_size > 10 and set(stage.frozen()) == {'reference'}
-  batch = abstract_batch(config, stage.mesh)
+  batch = abstract_batch(config)
   assert batch.sequences.response.shape == (tiny.ROWS, 2, 6)
 
 

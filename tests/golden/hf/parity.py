@@ -7,7 +7,7 @@ the library loads the folder: logits of rows padded left and right, cached decod
 its gradients are compared, in float32. The library exports it again, transformers loads that: its
 logits are compared too ('exported'), and 6 tokens that it generates greedily must be the library's.
 PEFT puts low-rank matrices that the library wrote onto that model ('adapter'). A reward model goes
-the same way ('scores'). The table holds the largest errors of all draws;
+the same way ('scores'), its adapter with it. The table holds the largest errors of all draws;
 --write puts it into docs/models.md.
 
 Exit codes: 0 all errors are below 1e-4, 1 not, or something given is wrong.
@@ -53,7 +53,10 @@ def main() -> int:
 
   transformers.utils.logging.set_verbosity_error()
   torch.set_num_threads(2)
-  lines = ['| family | model_type | ' + ' | '.join(COLUMNS) + ' |', '|---|---|' + '---|' * 7]
+  lines = [
+    '| family | model_type | ' + ' | '.join(COLUMNS) + ' |',
+    '|---|---|' + '---|' * len(COLUMNS),
+  ]
   worst = 0.0
   for row, family in enumerate(FAMILIES):
     errors: Errors = dict.fromkeys(COLUMNS, 0.0)
@@ -150,17 +153,7 @@ def compare_adapters(
   import peft
 
   model = checkpoint.model
-  config = AdapterConfig(
-    method='lora', rank=2, alpha=3.0, targets=('query', 'value', 'out', 'down')
-  )
-  rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(lambda p: adapters.init(config, model, p, jax.random.key(0)), params)
-  trained = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
-  (folder / 'adapter').mkdir()
-  hf_peft.export_adapter(
-    folder / 'adapter', checkpoint.family, model, config, trained, base=str(folder / 'ours')
-  )
-  joined = adapters.join(adapters.frozen_of(config, model, params), trained)
+  joined = write_adapter(folder / 'adapter', checkpoint, params, None)
 
   @jax.jit
   def logits(params: Any) -> jax.Array:
@@ -173,6 +166,24 @@ def compare_adapters(
   expected = reference.logits(adapted, tokens, mask).detach().numpy()
   adapted.unload()
   return float(np.abs(np.asarray(logits(joined)) - expected)[mask].max())
+
+
+def write_adapter(
+  target: pathlib.Path, checkpoint: hf_load.Checkpoint, params: Any, score: hf_load.Score | None
+) -> Any:
+  """Writes random low-rank matrices for PEFT; the decoder joined with them."""
+  model = checkpoint.model
+  config = AdapterConfig(
+    method='lora', rank=2, alpha=3.0, targets=('query', 'value', 'out', 'down')
+  )
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(lambda p: adapters.init(config, model, p, jax.random.key(0)), params)
+  trained = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
+  target.mkdir()
+  hf_peft.export_adapter(
+    target, checkpoint.family, model, config, trained, base='somewhere', score=score
+  )
+  return adapters.join(adapters.frozen_of(config, model, params), trained)
 
 
 def greedy(model: Any, params: Any, prompt: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -197,7 +208,8 @@ def greedy(model: Any, params: Any, prompt: np.ndarray, real: np.ndarray) -> np.
 def compare_scorers(
   family: Family, settings: dict[str, Any], seed: int, folder: pathlib.Path
 ) -> Errors:
-  """A sequence classifier to the library, given a gain and a bias, and back."""
+  """A sequence classifier to the library, given a gain and a bias, and back; with an adapter."""
+  import peft
   import torch
   import transformers
 
@@ -216,8 +228,16 @@ def compare_scorers(
     folder / 'scaled', dtype=torch.float32, attn_implementation='eager'
   ).eval()
   back = reference.scores(again, tokens, mask) + again.config.rlhf_jax['score_bias']
-  errors = np.abs(ours - expected).max(), np.abs(back - (2.0 * expected - 1.0)).max() / 2.0
-  return {'scores': float(max(errors))}
+  worst = max(np.abs(ours - expected).max(), np.abs(back - (2.0 * expected - 1.0)).max() / 2.0)
+  # With low-rank matrices and another head, which PEFT puts in the place of the model's.
+  head = params['head'] | {'kernel': params['head']['kernel'][::-1]}
+  other = params | {'head': head}
+  own = hf_export.score_of(other)
+  other['trunk'] = write_adapter(folder / 'scorer_adapter', checkpoint, params['trunk'], own)
+  adapted = peft.PeftModel.from_pretrained(again, folder / 'scorer_adapter').eval()
+  ours = np.stack([score(checkpoint.model, other, *b) for b in zip(tokens, mask, strict=True)])
+  worst = max(worst, np.abs(ours - own.bias - reference.scores(adapted, tokens, mask)).max())
+  return {'scores': float(worst)}
 
 
 def score(model: Any, params: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
