@@ -25,7 +25,7 @@ class Trees(NamedTuple):
   Attributes:
     abstract: trained parameters by role, as shapes with shardings.
     init: makes them.
-    carry: initial values of what the recipe carries from step to step.
+    carry: initial values of what the recipe carries from step to step, beside the guard's memory.
     targets: from trained parameters to the ones that follow them slowly, by role; None: none do.
     move_targets: how they follow.
     frozen: what is not trained of the roles that are trained in part, on the mesh.
@@ -64,9 +64,10 @@ def make_trainer(parts: StageParts, trees: Trees, loss: WholeLoss) -> Trainer:
   schedule = Schedule(demands.epochs, demands.minibatches, config.accumulation)
   total_updates = config.steps * schedule.epochs * schedule.minibatches
   optimizer = make_optimizer(config.optimizer, total_updates)
+  carry = {**trees.carry, **config.health.carry()}
 
   def create(params: Any) -> TrainState:
-    values = {name: jnp.float32(value) for name, value in trees.carry.items()}
+    values = {name: jnp.asarray(value, jnp.float32) for name, value in carry.items()}
     targets = jax.tree.map(jnp.copy, trees.targets(params)) if trees.targets is not None else {}
     return TrainState.create(params, optimizer, config.seed, values, targets)
 
@@ -78,7 +79,7 @@ def make_trainer(parts: StageParts, trees: Trees, loss: WholeLoss) -> Trainer:
     params=param_sharding,
     opt_state=opt_state_shardings(optimizer, trees.abstract, param_sharding, parts.mesh),
     key=everywhere,
-    carry={name: everywhere for name in trees.carry},
+    carry={name: everywhere for name in carry},
     targets={} if trees.targets is None else trees.targets(param_sharding),
   )
   abstract = jax.tree.map(
@@ -94,7 +95,8 @@ def make_trainer(parts: StageParts, trees: Trees, loss: WholeLoss) -> Trainer:
       return loss(adapters.with_dropout(whole, key), rows)
 
     move = trees.move_targets
-    return make_update(part_loss, optimizer, learning_rate, schedule, move)(state, batch)
+    step = make_update(part_loss, optimizer, learning_rate, schedule, move, config.health)
+    return step(state, batch)
 
   jitted = jax.jit(
     update,

@@ -22,11 +22,19 @@ class Evaluation(NamedTuple):
 
 
 class Prepared(NamedTuple):
-  """What an update trains on, the recipe's carry for the next step, and metrics."""
+  """What comes before an update.
+
+  Attributes:
+    batch: what the update trains on.
+    carry: the recipe's for the next step.
+    metrics: what is worth watching.
+    rewards: `[N]` numbers by name that the batch was made from; kept with a step that goes wrong.
+  """
 
   batch: Any
   carry: Any
   metrics: Metrics
+  rewards: dict[str, Any] = {}
 
 
 class Recipe(NamedTuple):

@@ -12,6 +12,7 @@ from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common.metrics import First, Max, Mean, Metrics
 from rlhf_jax.common.prng import Stream
 from rlhf_jax.common.rows import split_rows
+from rlhf_jax.training.health import NORMS, SKIPPED, USABLE, HealthConfig, judge
 from rlhf_jax.training.state import TrainState
 
 Array = jax.Array
@@ -75,12 +76,20 @@ class _Moving(NamedTuple):
   targets: dict[str, Any]
 
 
+class _Carry(NamedTuple):
+  """What goes from update to update: what is moved, and the guard's memory."""
+
+  moving: _Moving
+  memory: dict[str, Array]
+
+
 def make_update(
   loss: Loss,
   optimizer: optax.GradientTransformation,
   learning_rate: optax.Schedule,
   schedule: Schedule,
   move_targets: MoveTargets | None = None,
+  health: HealthConfig | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
   """The pure function `(state, batch) -> (state, metrics)` of one iteration; the caller jits it.
 
@@ -94,11 +103,16 @@ def make_update(
     learning_rate: as in the optimizer, for the metrics.
     schedule: epochs, minibatches, accumulation.
     move_targets: moves the state's targets after every optimizer update; None: they stay.
+    health: which updates are left out; None: none. They leave no trace in parameters, optimizer
+      and targets; only the step goes on.
   """
+  policy = HealthConfig() if health is None else health
   updates_per_step = schedule.epochs * schedule.minibatches
 
-  def update_once(carry: _Moving, batch: Any, count: Array, key: Array) -> tuple[_Moving, Metrics]:
-    params, opt_state, targets = carry
+  def update_once(
+    carry: _Carry, batch: Any, count: Array, key: Array, usable: Array | None
+  ) -> tuple[_Carry, Metrics]:
+    params, opt_state, targets = carry.moving
     fixed = jax.lax.stop_gradient(targets)
     gradients, mean, metrics = accumulate_gradients(
       lambda params, rows, key: loss({**params, **fixed}, rows, key),
@@ -112,8 +126,15 @@ def make_update(
     params = optax.apply_updates(params, updates)
     if move_targets is not None:
       targets = move_targets(targets, params)
-    return _Moving(params, opt_state, targets), {
+    moving = _Moving(params, opt_state, targets)
+    verdict = judge(policy, carry.memory, mean.value(), norm, usable)
+    apply = verdict.apply
+    if apply is not None:
+      moving = jax.tree.map(lambda new, old: jnp.where(apply, new, old), moving, carry.moving)
+      count = count - carry.memory[SKIPPED].astype(jnp.int32)  # as the optimizer counts
+    return _Carry(moving, verdict.memory), {
       **metrics,
+      **verdict.metrics,
       'loss': mean,
       'gradient_norm': Mean.of(norm),
       'gradient_norm_max': Max(norm),
@@ -122,23 +143,29 @@ def make_update(
 
   def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
     start = state.step * updates_per_step
-    carry = _Moving(state.params, state.opt_state, state.targets)
-    key = state.stream(Stream.DROPOUT)
+    memory = {name: state.carry[name] for name in (NORMS, SKIPPED) if name in state.carry}
+    carry = _Carry(_Moving(state.params, state.opt_state, state.targets), memory)
+    key, usable = state.stream(Stream.DROPOUT), state.carry.get(USABLE)
     if updates_per_step == 1:
-      carry, metrics = update_once(carry, batch, start, key)
+      carry, metrics = update_once(carry, batch, start, key, usable)
     else:
       order = minibatch_order(
         state.stream(Stream.MINIBATCHES), jax.tree.leaves(batch)[0].shape[0], schedule
       )
 
-      def body(carry: _Moving, item: tuple[Array, Array]) -> tuple[_Moving, Metrics]:
+      def body(carry: _Carry, item: tuple[Array, Array]) -> tuple[_Carry, Metrics]:
         rows, number = item
         minibatch = jax.tree.map(lambda x: x[rows], batch)
-        return update_once(carry, minibatch, start + number, jax.random.fold_in(key, number))
+        draws = jax.random.fold_in(key, number)
+        return update_once(carry, minibatch, start + number, draws, usable)
 
       carry, stacked = jax.lax.scan(body, carry, (order, jnp.arange(updates_per_step)))
       metrics = metrics_lib.over_updates(stacked)
-    return dataclasses.replace(state, step=state.step + 1, **carry._asdict()), metrics
+    kept = {**state.carry, **carry.memory}
+    return (
+      dataclasses.replace(state, step=state.step + 1, carry=kept, **carry.moving._asdict()),
+      metrics,
+    )
 
   return update
 
