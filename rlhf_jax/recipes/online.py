@@ -241,7 +241,8 @@ def make_rollout(
       metrics = {name: metrics[name] for name in metrics if name not in _OF_SAMPLER}
     assert scores.terms is not None
     rewards = {name: scores.terms[:, number] for number, name in enumerate(names)}
-    return Prepared(collected.batch, collected.carry, {**metrics, **collected.metrics}, rewards)
+    metrics = {**metrics, **collected.metrics}
+    return Prepared(collected.batch, collected.carry, metrics, sampled.sequences, rewards)
 
   return prepare
 
@@ -291,6 +292,10 @@ def build_online(parts: Parts) -> Recipe:
   places = share_of(config.batch_size, parts.mesh).places
   batches = pipeline.batches(columns, config.batch_size, config.seed, places=places)
   questions = online_questions(parts, reward_model)
+
+  def logprobs(params: Any, batch: Any) -> Array:
+    return policy(trees.whole(params), getattr(batch, 'sequences', batch)).logprobs
+
   return Recipe(
     trainer.abstract,
     trainer.init,
@@ -301,4 +306,6 @@ def build_online(parts: Parts) -> Recipe:
     lambda state: state,
     ('score', 'kl', 'entropy', 'length'),
     columns.statistics,
+    examine=trainer.examine,
+    logprobs=jax.jit(logprobs),
   )

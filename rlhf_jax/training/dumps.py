@@ -1,7 +1,7 @@
 """What is kept of a step that went wrong: enough to make it again, and to see whether it is so.
 
-nonfinite/step_00000012.npz    what the update learnt from, and each response's rewards under
-                               `reward/`
+nonfinite/step_00000012.npz    what the update learnt from; the samples that this was made from,
+                               under `sample/`, and their rewards, under `reward/`
 nonfinite/step_00000012.json   its metrics; those that are not finite by their names
 """
 
@@ -14,9 +14,10 @@ import numpy as np
 
 from rlhf_jax.common import processes, trees
 from rlhf_jax.common.errors import RunError
+from rlhf_jax.training.recipe import Prepared
 
 FOLDER = 'nonfinite'
-_REWARD = 'reward/'
+_SAMPLE, _REWARD = 'sample/', 'reward/'
 # Rows that a message names; replay names them all.
 _NAMED = 5
 
@@ -27,12 +28,14 @@ class Dump(NamedTuple):
   Attributes:
     step: the iteration, from 1.
     batch: the leaves of what the update learnt from, by name.
-    rewards: `[N]` by name.
+    samples: the leaves of the `Sequences` that it was made from; none where it was given.
+    rewards: what they were paid, `[N]` by name.
     values: metrics.
   """
 
   step: int
   batch: dict[str, np.ndarray]
+  samples: dict[str, np.ndarray]
   rewards: dict[str, np.ndarray]
   values: dict[str, float]
 
@@ -50,21 +53,23 @@ def reason(values: Mapping[str, float], rewards: Mapping[str, Any]) -> str:
   return ', '.join(found)
 
 
+def arrays_of(prepared: Prepared) -> dict[str, np.ndarray]:
+  """What is kept of a step's beginning, on the host; all processes ask."""
+  kept = {_SAMPLE + name: leaf for name, leaf in trees.flatten(prepared.samples).items()}
+  kept |= {_REWARD + name: array for name, array in prepared.rewards.items()}
+  return processes.to_host({**trees.flatten(prepared.batch), **kept})
+
+
 def save(
-  folder: pathlib.Path,
-  step: int,
-  batch: Any,
-  rewards: Mapping[str, Any],
-  values: Mapping[str, float],
+  folder: pathlib.Path, step: int, prepared: Prepared, values: Mapping[str, float]
 ) -> pathlib.Path:
   """Writes a step into a run directory and returns the path of its arrays; all processes call."""
   path = folder / FOLDER / f'step_{step:08}.npz'
-  kept = {_REWARD + name: array for name, array in rewards.items()}
-  arrays = processes.to_host({**trees.flatten(batch), **kept})
+  arrays = arrays_of(prepared)
   if processes.is_main():
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name('unfinished.npz')
-    np.savez(temporary, **arrays)
+    np.savez(temporary, **arrays)  # type: ignore[arg-type]
     # JSON has no nan and no infinity: their names stand for them.
     written = {name: x if np.isfinite(x) else str(x) for name, x in values.items()}
     path.with_suffix('.json').write_text(json.dumps({'step': step, **written}, indent=1))
@@ -87,7 +92,14 @@ def load(folder: pathlib.Path, step: int) -> Dump:
     values = {name: float(value) for name, value in values.items() if name != 'step'}
   except (OSError, ValueError, TypeError, EOFError) as error:
     raise RunError(f'{path}: damaged ({error}).') from error
+  return dump_of(step, arrays, values)
 
-  batch = {name: array for name, array in arrays.items() if not name.startswith(_REWARD)}
-  rewards = {name[len(_REWARD) :]: x for name, x in arrays.items() if name.startswith(_REWARD)}
-  return Dump(step, batch, rewards, values)
+
+def dump_of(step: int, arrays: Mapping[str, np.ndarray], values: dict[str, float]) -> Dump:
+  """A dump from the arrays of `arrays_of`."""
+
+  def part(prefix: str) -> dict[str, np.ndarray]:
+    return {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
+
+  batch = {name: x for name, x in arrays.items() if not name.startswith((_SAMPLE, _REWARD))}
+  return Dump(step, batch, part(_SAMPLE), part(_REWARD), values)

@@ -6,7 +6,7 @@ import functools
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.health import HealthConfig
 from rlhf_jax.training.monitors import Event, Monitors
 from rlhf_jax.training.progress import Progress
-from rlhf_jax.training.recipe import Recipe
+from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.training.stopping import StopRequest
 from rlhf_jax.training.writers import JsonlWriter, TensorBoardWriter, Writer
@@ -63,9 +63,8 @@ class _Pending(NamedTuple):
   """A step whose metrics are still being computed."""
 
   step: int
-  batch: Any
+  prepared: Prepared
   metrics: Metrics
-  rewards: dict[str, Any]
 
 
 class _Run:
@@ -124,7 +123,7 @@ class _Run:
       dataclasses.replace(self.state, carry=prepared.carry), prepared.batch
     )
     metrics = {**prepared.metrics, **metrics}
-    self.pending.append(_Pending(step + 1, prepared.batch, metrics, prepared.rewards))
+    self.pending.append(_Pending(step + 1, prepared, metrics))
     if len(self.pending) > 1:  # one step behind, so that the host never waits for the device
       self.settle(self.pending.popleft())
 
@@ -141,7 +140,7 @@ class _Run:
     values = metrics_lib.values(done.metrics)
     finite = all(np.isfinite(values[name]) for name in ('loss', 'gradient_norm'))
     finite = finite and not values.get('nonfinite_rewards', 0)
-    reason = '' if finite else dumps.reason(values, done.rewards)
+    reason = '' if finite else dumps.reason(values, done.prepared.rewards)
     if not finite and self.config.health.nonfinite == 'stop':
       self.give_up(done, values, reason)
     events = self.monitors.see_step(done.step, values, reason or 'a gradient norm is a spike')
@@ -150,7 +149,7 @@ class _Run:
       if event.action == 'stop':
         self.give_up(done, values, event.text)
     if values.get('skipped_updates', 0) and self.monitors.skipped_steps == 1:
-      dumps.save(self.folder, done.step, done.batch, done.rewards, values)
+      dumps.save(self.folder, done.step, done.prepared, values)
     self.tokens += int(values['tokens'])
     metrics = done.metrics
     if not finite:  # the others of its row still have something to say
@@ -159,7 +158,7 @@ class _Run:
 
   def give_up(self, done: _Pending, values: dict[str, float], reason: str) -> None:
     """Saves what is needed to study the step, and raises."""
-    path = dumps.save(self.folder, done.step, done.batch, done.rewards, values)
+    path = dumps.save(self.folder, done.step, done.prepared, values)
     raise NonFiniteError(
       f'{self.folder}: step {done.step}: {reason}. The batch and the metrics of that step are in '
       f'{path} and {path.with_suffix(".json")}; the last good checkpoint is step '

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.common.metrics import Metrics
+from rlhf_jax.training.examine import Examined
 from rlhf_jax.training.state import TrainState
 
 
@@ -28,12 +29,14 @@ class Prepared(NamedTuple):
     batch: what the update trains on.
     carry: the recipe's for the next step.
     metrics: what is worth watching.
-    rewards: `[N]` numbers by name that the batch was made from; kept with a step that goes wrong.
+    samples: the `Sequences` that the batch was made from, and
+    rewards: what each of them was paid, `[N]` by name; both are kept with a step that goes wrong.
   """
 
   batch: Any
   carry: Any
   metrics: Metrics
+  samples: Any = None
   rewards: dict[str, Any] = {}
 
 
@@ -53,6 +56,9 @@ class Recipe(NamedTuple):
     shown: metrics of the progress line.
     rows: counts of the training rows for the record: how many there are, how many were cut.
     headline: numbers of the last evaluation that result.json states at its top.
+    examine: from `(state, batch)` to the first of the step's updates that goes wrong.
+    logprobs: from `(params and targets by role, batch)` to log-probs of the batch's responses,
+      `[..., R]` float32; None where there are none.
   """
 
   abstract: TrainState
@@ -65,3 +71,5 @@ class Recipe(NamedTuple):
   shown: tuple[str, ...]
   rows: dict[str, int]
   headline: tuple[str, ...] = ()
+  examine: Callable[[TrainState, Any], Examined] | None = None
+  logprobs: Callable[[Any, Any], Any] | None = None

@@ -89,7 +89,7 @@ def test_an_ensemble_scores_as_numpy_says(
     members = np.stack([scores_by(parts, judges / name) for name in names])
     loaded = load_reward_model(parts)
     assert loaded is not None
-    found = make_score(loaded)(some_sequences(parts))
+    found: Any = make_score(loaded)(some_sequences(parts))
   expected = {
     'mean': members.mean(0),
     'worst': members.min(0),
