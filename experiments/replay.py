@@ -183,7 +183,9 @@ def _update(found: Replay) -> Iterator[str]:
     yield f'{place}: rows are compared with each other and have no loss of their own.'
     return
   wrong = wrong_rows(found)
-  if wrong:
+  if len(wrong) == len(examined.rows) > 1:
+    yield f'{place}: every row alone has a loss or gradient that is not finite.'
+  elif wrong:
     yield f'{place}: alone, {_rows(wrong)} have a loss or gradient that is not finite.'
   else:
     yield f'{place}: every row alone is finite; their sum is not.'

@@ -239,10 +239,10 @@ def make_rollout(
     collected, metrics = complete(params, parts.reference, state.carry, sampled, scores)
     if from_reference:  # the samples' own KL, which is 0, says nothing of the policy
       metrics = {name: metrics[name] for name in metrics if name not in _OF_SAMPLER}
-    assert scores.terms is not None
-    rewards = {name: scores.terms[:, number] for number, name in enumerate(names)}
     metrics = {**metrics, **collected.metrics}
-    return Prepared(collected.batch, collected.carry, metrics, sampled.sequences, rewards)
+    return Prepared(
+      collected.batch, collected.carry, metrics, sampled.sequences, scores.terms, names
+    )
 
   return prepare
 

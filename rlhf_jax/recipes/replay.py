@@ -126,8 +126,8 @@ def _differing(now: dumps.Dump, then: dumps.Dump) -> list[str]:
       if name not in one or name not in other or _bits(one[name]) != _bits(other[name]):
         found.append(f'{part} {name}')
   for name in sorted(now.values.keys() | then.values.keys()):
-    pair = (now.values.get(name), then.values.get(name))
-    if None in pair or not np.array_equal(*pair, equal_nan=True):
+    pair = [dump.values.get(name) for dump in (now, then)]
+    if None in pair or str(pair[0]) != str(pair[1]):
       found.append(f'metric {name}')
   return found
 

@@ -130,7 +130,7 @@ def finite_rewards(scored: Scored) -> Array:
 def repetition(sequences: Sequences, size: int = NGRAM) -> tuple[Array, Array]:
   """The share of a response's n-grams that it has said before, `1 - |distinct| / |all|`.
 
-  Welleck et al. 2020 ("Neural text generation with unlikelihood training", section 6), seq-rep-n.
+  Welleck et al. 2020 ("Neural text generation with unlikelihood training"), seq-rep-n.
 
   Returns `[N]` float32 shares, and `[N]` bool, whether a response is long enough to have any.
   """

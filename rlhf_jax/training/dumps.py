@@ -8,7 +8,7 @@ nonfinite/step_00000012.json   its metrics; those that are not finite by their n
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,12 +40,18 @@ class Dump(NamedTuple):
   values: dict[str, float]
 
 
-def reason(values: Mapping[str, float], rewards: Mapping[str, Any]) -> str:
-  """What is not finite in a step, the rewards that come first, in words."""
+def _rewards(prepared: Prepared) -> dict[str, np.ndarray]:
+  """What samples were paid, `[N]` by name, on the host; all processes ask."""
+  rewards = processes.to_host(prepared.rewards)
+  return {name: rewards[:, number] for number, name in enumerate(prepared.reward_names)}
+
+
+def reason(values: Mapping[str, float], prepared: Prepared) -> str:
+  """What is not finite in a step, the rewards that come first, in words; all processes ask."""
   found = [
     f'reward {name} is {array[rows[0]]} in {"row" if len(rows) == 1 else "rows"} '
     f'{", ".join(map(str, rows[:_NAMED]))}{" ..." if len(rows) > _NAMED else ""}'
-    for name, array in processes.to_host(dict(rewards)).items()
+    for name, array in _rewards(prepared).items()
     if len(rows := np.flatnonzero(~np.isfinite(array)))
   ]
   names = ('loss', 'gradient_norm')
@@ -56,8 +62,8 @@ def reason(values: Mapping[str, float], rewards: Mapping[str, Any]) -> str:
 def arrays_of(prepared: Prepared) -> dict[str, np.ndarray]:
   """What is kept of a step's beginning, on the host; all processes ask."""
   kept = {_SAMPLE + name: leaf for name, leaf in trees.flatten(prepared.samples).items()}
-  kept |= {_REWARD + name: array for name, array in prepared.rewards.items()}
-  return processes.to_host({**trees.flatten(prepared.batch), **kept})
+  arrays = processes.to_host({**trees.flatten(prepared.batch), **kept})
+  return {**arrays, **{_REWARD + name: x for name, x in _rewards(prepared).items()}}
 
 
 def save(

@@ -140,7 +140,7 @@ class _Run:
     values = metrics_lib.values(done.metrics)
     finite = all(np.isfinite(values[name]) for name in ('loss', 'gradient_norm'))
     finite = finite and not values.get('nonfinite_rewards', 0)
-    reason = '' if finite else dumps.reason(values, done.prepared.rewards)
+    reason = '' if finite else dumps.reason(values, done.prepared)
     if not finite and self.config.health.nonfinite == 'stop':
       self.give_up(done, values, reason)
     events = self.monitors.see_step(done.step, values, reason or 'a gradient norm is a spike')
@@ -159,12 +159,16 @@ class _Run:
   def give_up(self, done: _Pending, values: dict[str, float], reason: str) -> None:
     """Saves what is needed to study the step, and raises."""
     path = dumps.save(self.folder, done.step, done.prepared, values)
+    latest = self.checkpoints.latest_step
+    good = (
+      'there is no checkpoint' if latest is None else f'the last good checkpoint is step {latest}'
+    )
     raise NonFiniteError(
       f'{self.folder}: step {done.step}: {reason}. The batch and the metrics of that step are in '
-      f'{path} and {path.with_suffix(".json")}; the last good checkpoint is step '
-      f'{self.checkpoints.latest_step}. python -m experiments.replay --run={self.folder} makes the '
-      'step again and says where it goes wrong; docs/health.md has remedies: a lower learning '
-      'rate, a smaller clip_norm, or --config.health.nonfinite=skip.'
+      f'{path} and {path.with_suffix(".json")}; {good}. '
+      f'python -m experiments.replay --run={self.folder} makes the step again and says where it '
+      'goes wrong; docs/health.md has remedies: a lower learning rate, a smaller clip_norm, or '
+      '--config.health.nonfinite=skip.'
     )
 
   def tell(self, events: Sequence[Event]) -> None:

@@ -30,14 +30,16 @@ class Prepared(NamedTuple):
     carry: the recipe's for the next step.
     metrics: what is worth watching.
     samples: the `Sequences` that the batch was made from, and
-    rewards: what each of them was paid, `[N]` by name; both are kept with a step that goes wrong.
+    rewards: `[N, K]`, what each of them was paid; both are kept with a step that goes wrong.
+    reward_names: of the K rewards.
   """
 
   batch: Any
   carry: Any
   metrics: Metrics
   samples: Any = None
-  rewards: dict[str, Any] = {}
+  rewards: Any = None
+  reward_names: tuple[str, ...] = ()
 
 
 class Recipe(NamedTuple):
