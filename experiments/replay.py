@@ -21,7 +21,7 @@ Use the same versions, devices and mesh as the run did, in one process. Nothing 
 changed, except that a damaged checkpoint is set aside, as whenever one is read.
 
 --json writes {"schema": 1, "run", "step", "checkpoint" (the step it was made from, or null),
-"reproduced": true or false, "differing": [names], "metrics": {...},
+"reproduced": "bits", "rounding" or "no", "differing": [names], "metrics": {...},
 "not_finite": {"parameters", "optimizer", "carry", "gradients": {name: how many numbers},
 "batch", "rewards": {name: [rows]}}, "largest_parameter": {role: ...},
 "update", "updates" (which of how many, from 0), "found" (whether it goes wrong again),
@@ -122,7 +122,9 @@ def load_data(run: Run) -> Any:
 def explain(found: Replay) -> Iterator[str]:
   """What there is to say, what comes first in a step first."""
   since = 'the beginning' if found.checkpoint is None else f'checkpoint {found.checkpoint}'
-  same = 'bit for bit what it was' if not found.differing else 'NOT what it was'
+  same = 'bit for bit what it was'
+  if found.differing:
+    same = 'what it was, up to rounding' if found.close else 'NOT what it was'
   yield f'step {found.step}, made again from {since}: {same}.'
   if found.differing:
     more = f' and {len(found.differing) - _SHOWN} more' if len(found.differing) > _SHOWN else ''
@@ -236,7 +238,7 @@ def to_json(run: Run, found: Replay, sentences: list[str]) -> dict[str, Any]:
     'run': str(run.folder),
     'step': found.step,
     'checkpoint': found.checkpoint,
-    'reproduced': not found.differing,
+    'reproduced': 'bits' if not found.differing else 'rounding' if found.close else 'no',
     'differing': found.differing,
     'metrics': {name: _plain(value) for name, value in found.now.values.items()},
     'not_finite': {

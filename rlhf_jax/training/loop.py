@@ -167,8 +167,7 @@ class _Run:
       f'{self.folder}: step {done.step}: {reason}. The batch and the metrics of that step are in '
       f'{path} and {path.with_suffix(".json")}; {good}. '
       f'python -m experiments.replay --run={self.folder} makes the step again and says where it '
-      'goes wrong; docs/health.md has remedies: a lower learning rate, a smaller clip_norm, or '
-      '--config.health.nonfinite=skip.'
+      'goes wrong; docs/health.md has remedies, among them --config.health.nonfinite=skip.'
     )
 
   def tell(self, events: Sequence[Event]) -> None:

@@ -31,7 +31,7 @@ def test_it_explains_and_writes_what_is_documented(
   done = run_program('replay', f'--run={stopped}', f'--json={out}')
   assert done.returncode == 0, done.stderr
   written = json.loads(out.read_text(), parse_constant=lambda text: pytest.fail(text))
-  assert written['schema'] == 1 and written['reproduced'] and written['found']
+  assert written['schema'] == 1 and written['reproduced'] == 'bits' and written['found']
   (rows,) = written['not_finite']['rewards'].values()
   assert [sample['row'] for sample in written['samples']] == rows
   step = written['step']

@@ -70,7 +70,7 @@ def test_dpo_with_one_bad_number_in_its_batch(
   assert np.isnan(found.ratios['the reference'].largest) and found.ratios['the reference'].row == 3
   assert len(found.texts(3)) == 3, 'a prompt and two responses'
   healthy = again(tmp_path / 'run')
-  assert not healthy.examined.found
+  assert not healthy.examined.found and not healthy.close and found.close
   assert 'batch reference_logprobs' in healthy.differing and 'metric loss' in healthy.differing
 
 
