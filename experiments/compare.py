@@ -122,6 +122,16 @@ def read_evaluations(stages: Stages) -> Iterator[dict[str, Any]]:
         }
 
 
+def read_health(stages: Stages) -> list[dict[str, Any]]:
+  """What the runs' monitors said while they trained."""
+  runs = {('sft', stages.sft.config.seed): stages.sft, **stages.objectives}
+  return [
+    {'objective': objective, 'seed': seed, **row}
+    for (objective, seed), run in runs.items()
+    for row in read_rows(run.folder / 'health.jsonl')
+  ]
+
+
 def frontier(study: StudyConfig, stages: Stages, folder: pathlib.Path) -> list[FrontierPoint]:
   """The optimal frontier of the SFT policy; the sampled rewards are kept for the next time."""
   if not study.frontier_samples:
@@ -252,6 +262,7 @@ def compare(
     reward_model=reward_model_facts(stages.reward_model, folder),
     study=describe(study, stages),
     completions=list(completions(stages)),
+    health=read_health(stages),
   )
   write_report(summary, folder)
   return summary

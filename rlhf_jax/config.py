@@ -20,6 +20,7 @@ from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.rollout.rewards import AGGREGATES
 from rlhf_jax.sharding.mesh import MeshConfig
 from rlhf_jax.training.checkpoints import CheckpointConfig
+from rlhf_jax.training.health import HealthConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 CHECKPOINTS = ('final', 'best')
@@ -159,6 +160,8 @@ class ExperimentConfig:
   evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   log: LogConfig = dataclasses.field(default_factory=LogConfig)
+  # What is done about numbers that are not finite, spikes of gradients, and collapsing policies.
+  health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
   def validate(self) -> None:
     """Checks every value and combination that can be checked without data or devices.

@@ -5,6 +5,7 @@ record.json     package versions, git revision, devices, data fingerprint, seeds
 tokenizer/      the tokenizer the run's token ids mean
 checkpoints/    one folder a step; damaged/ holds those that could not be read
 metrics.jsonl   training metrics; evaluations.jsonl and evaluations/ hold answers
+health.jsonl    what monitors found; nonfinite/ holds steps whose numbers were not finite
 result.json     written last: final metrics and the SHA-256 of the final parameters
 hf/             what the checkpoint folder it started from says of itself, for its export
 """
@@ -153,10 +154,15 @@ class Run:
     return self._origin()['identity']['rewards']
 
   @property
+  def record(self) -> dict[str, Any]:
+    """The content of record.json: what made it; empty where there is none."""
+    path = self.folder / 'record.json'
+    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+
+  @property
   def revision(self) -> str | None:
     """The revision of the code that made it, where that was known."""
-    path = self.folder / 'record.json'
-    return json.loads(path.read_text(encoding='utf-8'))['git_revision'] if path.is_file() else None
+    return self.record.get('git_revision')
 
   def params_identity(self, checkpoint: str) -> str:
     """What tells the 'final' or the 'best' parameters from all others."""

@@ -286,6 +286,8 @@ def _execute(stage: Stage, run: Run) -> StageOutcome:
     checkpoint_every=config.checkpoint.every,
     checkpoint_evaluations=bool(config.checkpoint.best_metric),
     tensorboard=config.log.tensorboard,
+    health=config.health,
+    samples=objective_of(config.objective).data == 'prompts',
   )
   try:
     with jax.set_mesh(built.mesh):
@@ -349,6 +351,7 @@ def _end(
       'model': to_dict(built.model),
       'tokens': outcome.tokens,
       'seconds': outcome.seconds,
+      'skipped_updates': outcome.skipped_updates,
       'metrics': _last_row(run.folder / 'metrics.jsonl'),
       'evaluation': evaluation,
       **{name: evaluation.get(name) for name in built.recipe.headline if evaluation is not None},

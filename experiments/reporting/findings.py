@@ -28,11 +28,12 @@ def find(
   optimum: Sequence[FrontierPoint],
   reward_model: Mapping[str, Any],
   kl_budget: float | None,
+  health: Sequence[Row] = (),
 ) -> list[str]:
   """All warnings, the impossible first.
 
   `evaluations` as `evaluations.read` gives them, `rows` of the summary, `kl_budget` in nats a
-  sequence (None: no budget).
+  sequence (None: no budget), `health` rows of the runs' health.jsonl with 'objective' and 'seed'.
   """
   return [
     *_above_optimum(rows, optimum),
@@ -43,6 +44,7 @@ def find(
     *_over_budget(rows, kl_budget),
     *_overoptimised(evaluations),
     *_length_drift(rows),
+    *_monitors(health),
   ]
 
 
@@ -179,3 +181,19 @@ def _length_drift(rows: Sequence[Row]) -> Iterator[str]:
         f'{interval(length, 1)} tokens against {interval(start, 1)}, '
         f'win rate {percent_interval(row["win_rate"])}: see that length is not what is rewarded.'
       )
+
+
+def _monitors(health: Sequence[Row]) -> Iterator[str]:
+  """What runs said of themselves while they trained; each monitor once an objective."""
+  found: dict[tuple[str, str], list[Row]] = {}
+  for event in health:
+    found.setdefault((event['objective'], event['monitor']), []).append(event)
+  for (objective, monitor), events in found.items():
+    first = min(events, key=lambda event: (event['step'], event['seed']))
+    seeds = sorted({event['seed'] for event in events})
+    which = f'seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}'
+    again = f'; {len(events)} such events in all' if len(events) > 1 else ''
+    yield (
+      f'{objective} ({which}) was warned of by its monitor {monitor}, first at step '
+      f'{first["step"]} of seed {first["seed"]}: {first["text"]}{again} (docs/health.md).'
+    )

@@ -50,13 +50,15 @@ def summarise(
   study: Study,
   completions: Sequence[Completion] = (),
   kl_budgets: Sequence[float] | None = None,
+  health: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
   """The summary of a study: schema 1 of `schema.validate_summary`, plain JSON values.
 
   `evaluations` are mappings with the fields of `evaluations.Evaluation`, one for each objective,
   seed and step; `optimum` comes from `frontier.optimal_frontier` (empty where it is unknown);
   `reward_model` has `accuracy` and `bayes_accuracy`, and `accuracy_interval` if known;
-  `kl_budgets` are the KLs at which objectives are matched (None: round numbers within reach).
+  `kl_budgets` are the KLs at which objectives are matched (None: round numbers within reach);
+  `health` is what the runs' monitors said, as `findings.find` takes it.
   Beyond the schema the summary holds `matched_kl`, `prompts` (how many), `study` and `completions`,
   so that a report is a function of it.
 
@@ -77,7 +79,7 @@ def summarise(
     'rows': rows,
     'optimum': [point.to_dict() for point in optimum],
     'reward_model': _plain(reward_model),
-    'findings': findings_lib.find(checked, rows, optimum, reward_model, study.kl_budget),
+    'findings': findings_lib.find(checked, rows, optimum, reward_model, study.kl_budget, health),
     'matched_kl': matched.matched_kl(checked, optimum, kl_budgets),
     'prompts': int(checked[0]['kl'].size),
     'study': _plain(dataclasses.asdict(study)),

@@ -35,3 +35,7 @@ class CheckpointError(UserError):
 
 class NonFiniteError(UserError):
   """The loss or the gradients are not finite any more; what is needed to study it was saved."""
+
+
+class HealthError(UserError):
+  """A monitor has stopped the run, as its config asked; the state was saved."""

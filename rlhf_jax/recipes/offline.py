@@ -251,6 +251,10 @@ def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
   def loss(params: Any, batch: Any) -> Any:
     return objective.loss(config.objective, learner.actors, params, batch)
 
+  def logprobs(params: Any, batch: Any) -> Array:
+    whole = learner.trees.whole(params)
+    return response_logprobs(learner.actors, whole, getattr(batch, 'sequences', batch))
+
   trainer = make_trainer(parts, learner.trees, loss)
   # Evaluations have batches of their own size, which accumulation need not divide.
   questions = learner.questions(make_preparation(parts, learner.actors))
@@ -264,6 +268,8 @@ def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
     learner.finish,
     ('loss', 'accuracy') if objective.difference else ('loss',),
     columns.statistics,
+    examine=trainer.examine,
+    logprobs=jax.jit(logprobs) if objective.trains == 'policy' else None,
   )
 
 

@@ -27,15 +27,24 @@ from rlhf_jax.recipes.parts import (
   trained_policy,
 )
 from rlhf_jax.recipes.policies import make_sampler, temperature_of
-from rlhf_jax.recipes.rewards import FrozenRewardModel, load_reward_model, make_reward
+from rlhf_jax.recipes.rewards import (
+  FrozenRewardModel,
+  load_reward_model,
+  make_reward,
+  reward_names,
+)
 from rlhf_jax.recipes.trainer import Trainer, Trees, make_trainer
-from rlhf_jax.rollout.rollout import Judges, Sampled, Scored, assemble
+from rlhf_jax.rollout.rollout import Judges, Sampled, Scored, assemble, finite_rewards
 from rlhf_jax.rollout.shaping import truncate_for_scoring
 from rlhf_jax.sharding.mesh import constrain_batch, put_batch, share_of
+from rlhf_jax.training.health import USABLE
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
 
 Array = jax.Array
+
+# What is said of whoever sampled.
+_OF_SAMPLER = ('kl', 'kl_k3', 'entropy')
 
 
 def value_model_of(parts: Parts, reward_model: FrozenRewardModel | None) -> ModelConfig:
@@ -178,6 +187,7 @@ def make_completion(
   collect = objective_of(config.objective).collect
   assert collect is not None
   judges = make_judges(parts, policy)
+  skips = config.health.nonfinite == 'skip'
 
   @jax.jit
   def complete(
@@ -189,7 +199,15 @@ def make_completion(
     collected = collect(config.objective, experience, carry)
     # A number that is the same in every row would come out whole on every device.
     batch = jax.tree.map(constrain_batch, collected.batch)
-    return collected._replace(batch=batch), metrics
+    # Not all of the carry is the objective's.
+    following = {**carry, **collected.carry}
+    if skips:
+      # Objectives that pick samples by their scores would have a finite loss all the same; and no
+      # running mean may learn of these scores.
+      usable = finite_rewards(scored).all()
+      following = jax.tree.map(lambda new, old: jnp.where(usable, new, old), following, carry)
+      following[USABLE] = usable.astype(jnp.float32)
+    return collected._replace(batch=batch, carry=following), metrics
 
   return complete
 
@@ -202,7 +220,8 @@ def make_rollout(
 ) -> Callable[[TrainState, Any], Prepared]:
   """An iteration before its updates: samples, scores, and what the objective makes of them."""
   config = parts.config
-  sample, reward = make_rollout_sampler(parts), make_reward(parts, reward_model)
+  sample, reward = make_rollout_sampler(parts), make_reward(parts, reward_model, strict=False)
+  names = reward_names(config.rollout)
   complete = make_completion(parts, policy)
   demands = demands_of(config.objective)
   from_reference = demands.sampler == 'reference'
@@ -216,10 +235,14 @@ def make_rollout(
     prompts = put_batch(prompts, parts.mesh, share.repeated(demands.samples))
     params = {'policy': parts.reference} if from_reference else trees.whole(state.params)
     sampled, scored = sample(params, prompts, state.stream(prng.Stream.SAMPLING))
-    collected, metrics = complete(params, parts.reference, state.carry, sampled, reward(scored))
+    scores = reward(scored)
+    collected, metrics = complete(params, parts.reference, state.carry, sampled, scores)
     if from_reference:  # the samples' own KL, which is 0, says nothing of the policy
-      metrics = {name: metric for name, metric in metrics.items() if not name.startswith('kl')}
-    return Prepared(collected.batch, collected.carry, {**metrics, **collected.metrics})
+      metrics = {name: metrics[name] for name in metrics if name not in _OF_SAMPLER}
+    metrics = {**metrics, **collected.metrics}
+    return Prepared(
+      collected.batch, collected.carry, metrics, sampled.sequences, scores.terms, names
+    )
 
   return prepare
 
@@ -248,10 +271,13 @@ def make_learner(parts: Parts, reward_model: FrozenRewardModel | None) -> Learne
   def loss(params: Any, batch: Any) -> Any:
     return row.loss(config.objective, Actors(policy=policy), params, batch)
 
+  carry = row.carry(config.objective)
+  if config.health.nonfinite == 'skip':
+    carry = {**carry, USABLE: 1.0}
   trees = Trees(
     abstract_params(parts, value_model),
     lambda: init_params(parts, reward_model),
-    row.carry(config.objective),
+    carry,
     frozen=frozen_params(parts, value_model, reward_model),
   )
   return Learner(policy, trees, make_trainer(parts, trees, loss))
@@ -266,6 +292,10 @@ def build_online(parts: Parts) -> Recipe:
   places = share_of(config.batch_size, parts.mesh).places
   batches = pipeline.batches(columns, config.batch_size, config.seed, places=places)
   questions = online_questions(parts, reward_model)
+
+  def logprobs(params: Any, batch: Any) -> Array:
+    return policy(trees.whole(params), getattr(batch, 'sequences', batch)).logprobs
+
   return Recipe(
     trainer.abstract,
     trainer.init,
@@ -276,4 +306,6 @@ def build_online(parts: Parts) -> Recipe:
     lambda state: state,
     ('score', 'kl', 'entropy', 'length'),
     columns.statistics,
+    examine=trainer.examine,
+    logprobs=jax.jit(logprobs),
   )

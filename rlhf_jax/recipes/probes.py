@@ -86,7 +86,9 @@ def pays_something_else(parts: Parts, reward_model: FrozenRewardModel | None) ->
 
 def make_paid(parts: Parts, reward_model: FrozenRewardModel | None) -> Callable[[Answers], Array]:
   """What the objective pays for answers, as rollouts score them; without penalties for KL."""
-  reward, rollout = make_reward(parts, reward_model), parts.config.rollout
+  rollout = parts.config.rollout
+  strict = parts.config.health.nonfinite == 'stop'
+  reward = make_reward(parts, reward_model, strict=strict)
 
   def paid(answers: Answers) -> Array:
     scored = truncate_for_scoring(answers.sequences, answers.finished, rollout)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.common.errors import ConfigError, UserError
+from rlhf_jax.common.masked import masked_sum
 from rlhf_jax.common.processes import gather_rows, shared_rows, to_host
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.evaluation.policy import decode_sequences
@@ -100,16 +101,32 @@ def make_score(reward_model: FrozenRewardModel) -> Score:
     judge = roles.token_reward if by_token else roles.reward_score
     members = [judge(model, tree, sequences) for model, tree in zip(models, params, strict=True)]
     scores = aggregate(jnp.stack(members), kind, coefficient)
+    disagreement = None
+    if len(members) > 1:
+      stacked = jnp.stack(members)
+      if by_token:
+        stacked = masked_sum(stacked, sequences.response_mask, axis=-1)
+      disagreement = stacked.std(0)
     if not by_token:
-      return Scored(scores)
+      return Scored(scores, disagreement=disagreement)
     scores = jnp.where(sequences.response_mask, scores, 0.0)
-    return Scored(scores.sum(-1), scores)
+    return Scored(scores.sum(-1), scores, disagreement)
 
   return lambda sequences: score(reward_model.params, sequences)
 
 
-def make_reward(parts: Parts, reward_model: FrozenRewardModel | None) -> Score:
-  """The score that the config's rewards make up, of responses as they are scored."""
+def reward_names(config: RolloutConfig) -> tuple[str, ...]:
+  """What users know the rewards by: where each of them comes from."""
+  return tuple(reward.source if reward.init is None else reward.init for reward in config.rewards)
+
+
+def make_reward(
+  parts: Parts, reward_model: FrozenRewardModel | None, *, strict: bool = True
+) -> Score:
+  """The score that the config's rewards make up, of responses as they are scored.
+
+  What a function says that is not finite raises UserError where `strict`, and else is handed on.
+  """
   configs = parts.config.rollout.rewards
   judges: list[Score] = []
   for number, config in enumerate(configs):
@@ -124,9 +141,10 @@ def make_reward(parts: Parts, reward_model: FrozenRewardModel | None) -> Score:
       if task is None:
         path = f'rollout.rewards[{number}].source'
         raise ConfigError(path, 'task', "'reward_model' or a function with this data source")
-      judges.append(make_text_score(parts, task.gold_reward, 'the task'))
+      judges.append(make_text_score(parts, task.gold_reward, 'the task', strict=strict))
     else:
-      judges.append(make_text_score(parts, load_function(config.source), config.source))
+      function = load_function(config.source)
+      judges.append(make_text_score(parts, function, config.source, strict=strict))
 
   @jax.jit
   def add(found: list[Scored]) -> Scored:
@@ -136,15 +154,24 @@ def make_reward(parts: Parts, reward_model: FrozenRewardModel | None) -> Score:
       for config, scored in zip(configs, found, strict=True)
       if scored.token_rewards is not None
     ]
-    return Scored(scores, functools.reduce(jnp.add, paid) if paid else None)
+    disagreements = [scored.disagreement for scored in found if scored.disagreement is not None]
+    return Scored(
+      scores,
+      functools.reduce(jnp.add, paid) if paid else None,
+      # There is one ensemble at most.
+      disagreements[0] if disagreements else None,
+      jnp.stack([scored.scores for scored in found], axis=1),
+    )
 
   return lambda sequences: add([judge(sequences) for judge in judges])
 
 
-def make_text_score(parts: Parts, function: RewardFunction, name: str) -> Score:
+def make_text_score(
+  parts: Parts, function: RewardFunction, name: str, *, strict: bool = True
+) -> Score:
   """Scores by a function of texts, computed on the host.
 
-  Raises UserError if it does not give one finite number a response.
+  Raises UserError if it does not give one number a response; where `strict`, a finite one.
   """
 
   def score(sequences: Sequences) -> Scored:
@@ -162,7 +189,7 @@ def make_text_score(parts: Parts, function: RewardFunction, name: str) -> Score:
       raise UserError(f'{expected} an array of shape {found.shape} and type {found.dtype}.')
     with np.errstate(over='ignore'):
       scores = found.astype(np.float32)
-    if not np.isfinite(scores).all():
+    if strict and not np.isfinite(scores).all():
       row = int(np.flatnonzero(~np.isfinite(scores))[0])
       raise UserError(
         f'{name}: {found[row]} for the response {texts[1][row]!r:.200}; expected a finite number.'

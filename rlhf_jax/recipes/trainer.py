@@ -11,9 +11,10 @@ from rlhf_jax.objectives import LossOutput, demands_of
 from rlhf_jax.recipes.parts import StageParts, shardings_of
 from rlhf_jax.sharding.mesh import batch_sharding, replicated
 from rlhf_jax.sharding.rules import opt_state_shardings
+from rlhf_jax.training.examine import Examined, examine
 from rlhf_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from rlhf_jax.training.state import TrainState
-from rlhf_jax.training.step import MoveTargets, Schedule, make_update
+from rlhf_jax.training.step import MoveTargets, Schedule, Updating, make_update
 
 Array = jax.Array
 WholeLoss = Callable[[dict[str, Any], Any], LossOutput]
@@ -25,7 +26,7 @@ class Trees(NamedTuple):
   Attributes:
     abstract: trained parameters by role, as shapes with shardings.
     init: makes them.
-    carry: initial values of what the recipe carries from step to step.
+    carry: initial values of what the recipe carries from step to step, beside the guard's memory.
     targets: from trained parameters to the ones that follow them slowly, by role; None: none do.
     move_targets: how they follow.
     frozen: what is not trained of the roles that are trained in part, on the mesh.
@@ -44,11 +45,19 @@ class Trees(NamedTuple):
 
 
 class Trainer(NamedTuple):
-  """The state's shapes and shardings, what makes it, and the jitted update, which donates it."""
+  """What makes and moves a state.
+
+  Attributes:
+    abstract: its shapes and shardings.
+    init: makes it.
+    update: jitted; the state is donated.
+    examine: from `(state, batch)`, the first update of a step that goes wrong.
+  """
 
   abstract: TrainState
   init: Callable[[], TrainState]
   update: Callable[[TrainState, Any], Any]
+  examine: Callable[[TrainState, Any], Examined]
 
 
 def make_trainer(parts: StageParts, trees: Trees, loss: WholeLoss) -> Trainer:
@@ -64,9 +73,10 @@ def make_trainer(parts: StageParts, trees: Trees, loss: WholeLoss) -> Trainer:
   schedule = Schedule(demands.epochs, demands.minibatches, config.accumulation)
   total_updates = config.steps * schedule.epochs * schedule.minibatches
   optimizer = make_optimizer(config.optimizer, total_updates)
+  carry = {**trees.carry, **config.health.carry()}
 
   def create(params: Any) -> TrainState:
-    values = {name: jnp.float32(value) for name, value in trees.carry.items()}
+    values = {name: jnp.asarray(value, jnp.float32) for name, value in carry.items()}
     targets = jax.tree.map(jnp.copy, trees.targets(params)) if trees.targets is not None else {}
     return TrainState.create(params, optimizer, config.seed, values, targets)
 
@@ -78,7 +88,7 @@ def make_trainer(parts: StageParts, trees: Trees, loss: WholeLoss) -> Trainer:
     params=param_sharding,
     opt_state=opt_state_shardings(optimizer, trees.abstract, param_sharding, parts.mesh),
     key=everywhere,
-    carry={name: everywhere for name in trees.carry},
+    carry={name: everywhere for name in carry},
     targets={} if trees.targets is None else trees.targets(param_sharding),
   )
   abstract = jax.tree.map(
@@ -88,13 +98,20 @@ def make_trainer(parts: StageParts, trees: Trees, loss: WholeLoss) -> Trainer:
   )
   learning_rate = learning_rate_schedule(config.optimizer, total_updates)
 
-  def update(state: TrainState, batch: Any, frozen: dict[str, Any]) -> Any:
+  def updating(frozen: dict[str, Any]) -> Updating:
     def part_loss(params: Any, rows: Any, key: Array) -> LossOutput:
       whole = adapters.join(frozen, params)
       return loss(adapters.with_dropout(whole, key), rows)
 
     move = trees.move_targets
-    return make_update(part_loss, optimizer, learning_rate, schedule, move)(state, batch)
+    return Updating(part_loss, optimizer, learning_rate, schedule, move, config.health)
+
+  def update(state: TrainState, batch: Any, frozen: dict[str, Any]) -> Any:
+    return make_update(*updating(frozen))(state, batch)
+
+  def examined(state: TrainState, batch: Any) -> Examined:
+    # Objectives that compare rows have no loss of a single one.
+    return examine(updating(trees.frozen), state, batch, by_row=demands.group == 1)
 
   jitted = jax.jit(
     update,
@@ -108,4 +125,4 @@ def make_trainer(parts: StageParts, trees: Trees, loss: WholeLoss) -> Trainer:
       create, in_shardings=(param_sharding,), out_shardings=shardings, donate_argnums=0
     )(trees.init())
 
-  return Trainer(abstract, init, lambda state, batch: jitted(state, batch, trees.frozen))
+  return Trainer(abstract, init, lambda state, batch: jitted(state, batch, trees.frozen), examined)

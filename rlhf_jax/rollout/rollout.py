@@ -15,6 +15,8 @@ from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.rollout.shaping import handle_missing_stop
 
 Array = jax.Array
+# Repetition is of so many tokens in a row.
+NGRAM = 4
 Policy = Callable[[Any, Sequences], PolicyOutput]
 ExactKL = Callable[[Any, Any, Sequences], Array]
 
@@ -34,10 +36,20 @@ class Sampled(NamedTuple):
 
 
 class Scored(NamedTuple):
-  """What the rewards say: `[N]` float32 scores, and their token-wise part `[N, R]` or None."""
+  """What the rewards say.
+
+  Attributes:
+    scores: `[N]` float32.
+    token_rewards: `[N, R]` float32, their token-wise part, or None.
+    disagreement: `[N]` float32, the standard deviation over an ensemble's members, or None.
+    terms: `[N, K]` float32, each reward as it is, before they are weighted and combined; None: the
+      scores are the only one.
+  """
 
   scores: Array
   token_rewards: Array | None = None
+  disagreement: Array | None = None
+  terms: Array | None = None
 
 
 class Judges(NamedTuple):
@@ -79,15 +91,16 @@ def assemble(
   """
   mask = sampled.sequences.response_mask
 
-  def judge(sequences: Sequences) -> tuple[Array, Array, Array | None, Array | None]:
+  def judge(sequences: Sequences) -> tuple[Array, Array, Array, Array | None, Array | None]:
     output = judges.policy(params, sequences)
     reference_logprobs = judges.reference(reference, sequences).logprobs
     exact = None
     if config.exact_kl:
       exact = judges.exact_kl(params['policy'], reference, sequences)
-    return output.logprobs, reference_logprobs, output.values, exact
+    return output.logprobs, output.entropy, reference_logprobs, output.values, exact
 
-  logprobs, reference_logprobs, values, exact = map_rows(judge, sampled.sequences, parts)
+  found = map_rows(judge, sampled.sequences, parts)
+  logprobs, entropy, reference_logprobs, values, exact = found
   experience = Experience(
     sequences=sampled.sequences,
     old_logprobs=jnp.where(mask, logprobs, 0.0),
@@ -96,10 +109,45 @@ def assemble(
     token_rewards=scored.token_rewards,
     values=values,
   )
-  metrics = rollout_metrics(experience, sampled)
+  metrics = {**rollout_metrics(experience, sampled), 'entropy': Mean.of(entropy, mask)}
+  metrics['nonfinite_rewards'] = Sum((~finite_rewards(scored)).sum())
+  if scored.disagreement is not None:
+    metrics['reward_disagreement'] = Mean.of(scored.disagreement)
   if exact is not None:
     metrics['exact_kl'] = Mean.of(masked_sum(exact, mask, axis=-1))
   return experience, metrics
+
+
+def finite_rewards(scored: Scored) -> Array:
+  """`[N]` bool, whether all rewards of a response are finite, those that a gate hides too."""
+  terms = scored.scores[:, None] if scored.terms is None else scored.terms
+  finite = jnp.isfinite(scored.scores) & jnp.isfinite(terms).all(1)
+  if scored.token_rewards is not None:
+    finite &= jnp.isfinite(scored.token_rewards).all(1)
+  return finite
+
+
+def repetition(sequences: Sequences, size: int = NGRAM) -> tuple[Array, Array]:
+  """The share of a response's n-grams that it has said before, `1 - |distinct| / |all|`.
+
+  Welleck et al. 2020 ("Neural text generation with unlikelihood training"), seq-rep-n.
+
+  Returns `[N]` float32 shares, and `[N]` bool, whether a response is long enough to have any.
+  """
+  response, mask = sequences.response, sequences.response_mask
+  count = response.shape[-1] - size + 1
+  if count < 1:
+    return jnp.zeros(response.shape[:1]), jnp.zeros(response.shape[:1], bool)
+  grams = [response[:, start : start + count] for start in range(size)]
+  real = mask[:, size - 1 :]  # responses are padded on the right
+  # Equal ones come to stand side by side; those of the padding at the end, apart from all others.
+  *grams, padding = jax.lax.sort((*grams, (~real).astype(jnp.int32)), num_keys=size + 1)
+  same = jnp.ones_like(padding[:, 1:], bool)
+  for tokens in (*grams, padding):
+    same &= tokens[:, 1:] == tokens[:, :-1]
+  repeated = (same & (padding[:, 1:] == 0)).sum(-1)
+  total = real.sum(-1)
+  return repeated / jnp.maximum(total, 1), total > 0
 
 
 def rollout_metrics(experience: Experience, sampled: Sampled) -> Metrics:
@@ -115,6 +163,7 @@ def rollout_metrics(experience: Experience, sampled: Sampled) -> Metrics:
   }
   return {
     **{name: Mean.of(values) for name, values in per_sequence.items()},
+    'repetition': Mean.of(*repetition(sampled.sequences)),
     'sampler_logprob_error': Max.of(
       jnp.abs(sampled.sampler_logprobs - experience.old_logprobs), mask
     ),

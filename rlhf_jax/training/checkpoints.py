@@ -114,6 +114,10 @@ class Checkpoints:
     """The last step that was written completely."""
     return max(self._steps, default=None)
 
+  def latest_before(self, step: int) -> int | None:
+    """The last one that was written before a step was made, which counts from 1."""
+    return max((found for found in self._steps if found < step), default=None)
+
   @property
   def best_step(self) -> int | None:
     """The step with the best metric; None when none was saved with it."""
@@ -158,16 +162,21 @@ class Checkpoints:
         step, _by_part(state), metrics=kept, custom_metadata=_sealed(progress, kept, sums)
       )
 
-  def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+  def restore(
+    self, abstract: TrainState, before: int | None = None
+  ) -> tuple[TrainState, dict[str, Any]]:
     """The newest whole state, in the shapes and shardings of `abstract`, and its progress facts.
 
-    Damaged checkpoints are set aside, which is said, and the one before them is taken.
+    With `before`, of those that were written before that step was made. Damaged checkpoints are set
+    aside, which is said, and the one before them is taken.
 
     Raises:
       RunError: there is no checkpoint, none is whole, or they are of another state.
     """
     damaged: dict[int, DamagedError] = {}
     for step in reversed(self._steps):
+      if before is not None and step >= before:
+        continue
       try:
         loaded, progress = self._load(step, _by_part(abstract))
       except DamagedError as error:

@@ -3,20 +3,23 @@
 import collections
 import dataclasses
 import functools
-import json
 import pathlib
 import time
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from rlhf_jax.common import metrics as metrics_lib
-from rlhf_jax.common import processes, trees
-from rlhf_jax.common.errors import NonFiniteError
+from rlhf_jax.common import processes
+from rlhf_jax.common.errors import HealthError, NonFiniteError
 from rlhf_jax.common.metrics import Metrics
+from rlhf_jax.training import dumps
 from rlhf_jax.training.checkpoints import Checkpoints
+from rlhf_jax.training.health import HealthConfig
+from rlhf_jax.training.monitors import Event, Monitors
 from rlhf_jax.training.progress import Progress
-from rlhf_jax.training.recipe import Recipe
+from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.training.stopping import StopRequest
 from rlhf_jax.training.writers import JsonlWriter, TensorBoardWriter, Writer
@@ -32,6 +35,8 @@ class LoopConfig(NamedTuple):
     checkpoint_every: iterations between checkpoints; 0 writes the last only.
     checkpoint_evaluations: whether a checkpoint is written at each evaluation as well.
     tensorboard: whether TensorBoard files are written beside the JSON lines.
+    health: what is done about numbers that are not finite, and what is watched.
+    samples: whether the policy learns from its own samples, whose metrics are watched then.
   """
 
   steps: int
@@ -40,6 +45,8 @@ class LoopConfig(NamedTuple):
   checkpoint_every: int
   checkpoint_evaluations: bool
   tensorboard: bool
+  health: HealthConfig = HealthConfig()
+  samples: bool = False
 
 
 class Outcome(NamedTuple):
@@ -49,13 +56,14 @@ class Outcome(NamedTuple):
   tokens: int
   seconds: float
   stopped: bool
+  skipped_updates: int = 0
 
 
 class _Pending(NamedTuple):
   """A step whose metrics are still being computed."""
 
   step: int
-  batch: Any
+  prepared: Prepared
   metrics: Metrics
 
 
@@ -75,6 +83,8 @@ class _Run:
     self.start = 0
     self.final: TrainState | None = None  # as the last checkpoint has it
     self.window: Metrics = {}
+    self.monitors = Monitors(config.health)
+    self.halt: Event | None = None  # the first that asks for the end of the run
     processes.check_same('latest checkpoints', str(checkpoints.latest_step))
     if checkpoints.latest_step is None:
       self.state = recipe.init()
@@ -83,9 +93,11 @@ class _Run:
       self.start = int(self.state.step)
       self.tokens, self.seconds = int(facts['tokens']), float(facts['seconds'])
       self.window = metrics_lib.from_json(facts['window'])
+      self.monitors = Monitors(config.health, facts.get('health'))
       processes.say(f'{name}: going on from step {self.start}')
     self.metrics: list[Writer] = []
     self.evaluations: list[Writer] = []
+    self.health: list[Writer] = []
     if processes.is_main():
       self.open_writers()
     self.progress = Progress(name, config.steps, self.start, self.tokens)
@@ -97,6 +109,7 @@ class _Run:
     keep = self.start if self.start else -1
     self.metrics.append(JsonlWriter(self.folder / 'metrics.jsonl', keep_through=keep))
     self.evaluations.append(JsonlWriter(self.folder / 'evaluations.jsonl', keep_through=keep))
+    self.health.append(JsonlWriter(self.folder / 'health.jsonl', keep_through=keep))
     if self.config.tensorboard:
       board = functools.partial(TensorBoardWriter, self.folder / 'tensorboard', keep_through=keep)
       self.metrics.append(board())
@@ -109,7 +122,8 @@ class _Run:
     self.state, metrics = self.recipe.update(
       dataclasses.replace(self.state, carry=prepared.carry), prepared.batch
     )
-    self.pending.append(_Pending(step + 1, prepared.batch, {**prepared.metrics, **metrics}))
+    metrics = {**prepared.metrics, **metrics}
+    self.pending.append(_Pending(step + 1, prepared, metrics))
     if len(self.pending) > 1:  # one step behind, so that the host never waits for the device
       self.settle(self.pending.popleft())
 
@@ -122,29 +136,49 @@ class _Run:
     self.clock = now
 
   def settle(self, done: _Pending) -> None:
-    """Reads the metrics of a step: stops at what is not finite, counts tokens."""
+    """Reads the metrics of a step: skips or stops at what is not finite, counts tokens."""
     values = metrics_lib.values(done.metrics)
-    if not all(np.isfinite(values[name]) for name in ('loss', 'gradient_norm')):
-      self.save_nonfinite(done, values)
+    finite = all(np.isfinite(values[name]) for name in ('loss', 'gradient_norm'))
+    finite = finite and not values.get('nonfinite_rewards', 0)
+    reason = '' if finite else dumps.reason(values, done.prepared)
+    if not finite and self.config.health.nonfinite == 'stop':
+      self.give_up(done, values, reason)
+    events = self.monitors.see_step(done.step, values, reason or 'a gradient norm is a spike')
+    self.tell(events)
+    for event in events:
+      if event.action == 'stop':
+        self.give_up(done, values, event.text)
+    if values.get('skipped_updates', 0) and self.monitors.skipped_steps == 1:
+      dumps.save(self.folder, done.step, done.prepared, values)
     self.tokens += int(values['tokens'])
-    self.window = metrics_lib.merge([self.window, done.metrics])
+    metrics = done.metrics
+    if not finite:  # the others of its row still have something to say
+      metrics = {name: metrics[name] for name in metrics if np.isfinite(values[name])}
+    self.window = metrics_lib.merge([self.window, metrics])
 
-  def save_nonfinite(self, done: _Pending, values: dict[str, float]) -> None:
+  def give_up(self, done: _Pending, values: dict[str, float], reason: str) -> None:
     """Saves what is needed to study the step, and raises."""
-    path = self.folder / 'nonfinite' / f'step_{done.step:08}.npz'
-    batch = processes.to_host(trees.flatten(done.batch))
-    if processes.is_main():
-      path.parent.mkdir(exist_ok=True)
-      np.savez(path, **batch)
-      # JSON has no nan and no infinity: their names stand for them.
-      written = {name: x if np.isfinite(x) else str(x) for name, x in values.items()}
-      path.with_suffix('.json').write_text(json.dumps({'step': done.step, **written}, indent=1))
-    named = ', '.join(f'{name} {values[name]}' for name in ('loss', 'gradient_norm'))
-    raise NonFiniteError(
-      f'{self.folder}: step {done.step}: {named}. The batch and the metrics of that step are in '
-      f'{path} and {path.with_suffix(".json")}; the last good checkpoint is step '
-      f'{self.checkpoints.latest_step}. A lower learning rate or a smaller clip_norm may help.'
+    path = dumps.save(self.folder, done.step, done.prepared, values)
+    latest = self.checkpoints.latest_step
+    good = (
+      'there is no checkpoint' if latest is None else f'the last good checkpoint is step {latest}'
     )
+    raise NonFiniteError(
+      f'{self.folder}: step {done.step}: {reason}. The batch and the metrics of that step are in '
+      f'{path} and {path.with_suffix(".json")}; {good}. '
+      f'python -m experiments.replay --run={self.folder} makes the step again and says where it '
+      'goes wrong; docs/health.md has remedies, among them --config.health.nonfinite=skip.'
+    )
+
+  def tell(self, events: Sequence[Event]) -> None:
+    """Writes and says what the monitors found, and keeps the first that asks for the end."""
+    for event in events:
+      for writer in self.health:
+        writer.write(event.step, event.row())
+      if event.action != 'stop':
+        processes.say(f'warning: {self.folder}: step {event.step}: {event.text} ({event.monitor})')
+      elif self.halt is None:
+        self.halt = event
 
   def log(self, step: int) -> None:
     """Writes and shows the metrics merged since the last row."""
@@ -156,6 +190,8 @@ class _Run:
     if processes.is_main():
       self.progress.line(step, self.tokens, shown)
     self.window = {}
+    if self.config.samples:
+      self.tell(self.monitors.see_row(step, values))
 
   def evaluate(self, step: int) -> dict[str, float]:
     """Asks the recipe's questions and writes the answers."""
@@ -169,6 +205,7 @@ class _Run:
     row = {**scalars, 'tokens': self.tokens, 'seconds': round(self.seconds, 3)}
     for writer in self.evaluations:
       writer.write(step, row)
+    self.tell(self.monitors.see_evaluation(step, scalars, arrays))
     self.skip_time()
     return scalars
 
@@ -181,15 +218,33 @@ class _Run:
     """Writes a checkpoint."""
     # With the metrics of the steps since the last row: the next row is then as if undisturbed.
     window = metrics_lib.to_json(self.window)
-    facts = {'tokens': self.tokens, 'seconds': self.seconds, 'window': window}
+    facts = {
+      'tokens': self.tokens,
+      'seconds': self.seconds,
+      'window': window,
+      'health': self.monitors.facts(),
+    }
     # Another stage may start from a checkpoint that was evaluated: it gets the last touch too.
     state = self.state if scalars is None else self.recipe.finish(self.state)
     self.final = state if step == self.config.steps else None
     self.checkpoints.save(step, state, facts, scalars)
     self.skip_time()
 
+  def halted(self, halt: Event) -> HealthError:
+    """The error of a monitor that asked for the end; the state has just been saved."""
+    return HealthError(
+      f'{self.folder}: step {halt.step}: {halt.text} (health.{halt.monitor}.limit {halt.limit:g}, '
+      "action 'stop'). The state of that step is saved. The same command goes on from it in spite "
+      'of this, and stops again only if the value comes back and crosses the limit anew; '
+      'docs/health.md says what may help instead.'
+    )
+
+  def outcome(self, state: TrainState, *, stopped: bool) -> Outcome:
+    """What the loop returns."""
+    return Outcome(state, self.tokens, self.seconds, stopped, self.monitors.skipped_updates)
+
   def close(self) -> None:
-    for writer in (*self.metrics, *self.evaluations):
+    for writer in (*self.metrics, *self.evaluations, *self.health):
       writer.close()
 
 
@@ -206,7 +261,9 @@ def train(
   same bits as an undisturbed run.
 
   Raises:
-    NonFiniteError: a loss or gradient was not finite; the step's batch and metrics were saved.
+    NonFiniteError: a loss, gradient or reward was not finite; the step's batch and metrics were
+      saved.
+    HealthError: a monitor stopped the run after its state had been saved.
     ConfigError: evaluations do not give the metric by which checkpoints are to be compared.
   """
   run = _Run(name, recipe, config, folder, checkpoints)
@@ -232,6 +289,7 @@ def train(
         if (
           last
           or stopping
+          or run.halt is not None
           or _due(done, config.checkpoint_every)
           or (scalars is not None and config.checkpoint_evaluations)
         ):
@@ -239,8 +297,12 @@ def train(
           run.save(done, scalars)
         if stopping:
           stop.honoured = True
-          return Outcome(run.state, run.tokens, run.seconds, stopped=True)
+          return run.outcome(run.state, stopped=True)
+        if run.halt is not None and not last:
+          raise run.halted(run.halt)
+    if run.halt is not None:  # at the end there is nothing left to stop
+      processes.say(f'warning: {run.folder}: step {run.halt.step}: {run.halt.text}')
     final = run.state if run.final is None else run.final
-    return Outcome(final, run.tokens, run.seconds, stopped=False)
+    return run.outcome(final, stopped=False)
   finally:
     run.close()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.common.metrics import Metrics
+from rlhf_jax.training.examine import Examined
 from rlhf_jax.training.state import TrainState
 
 
@@ -22,11 +23,23 @@ class Evaluation(NamedTuple):
 
 
 class Prepared(NamedTuple):
-  """What an update trains on, the recipe's carry for the next step, and metrics."""
+  """What comes before an update.
+
+  Attributes:
+    batch: what the update trains on.
+    carry: the recipe's for the next step.
+    metrics: what is worth watching.
+    samples: the `Sequences` that the batch was made from, and
+    rewards: `[N, K]`, what each of them was paid; both are kept with a step that goes wrong.
+    reward_names: of the K rewards.
+  """
 
   batch: Any
   carry: Any
   metrics: Metrics
+  samples: Any = None
+  rewards: Any = None
+  reward_names: tuple[str, ...] = ()
 
 
 class Recipe(NamedTuple):
@@ -45,6 +58,9 @@ class Recipe(NamedTuple):
     shown: metrics of the progress line.
     rows: counts of the training rows for the record: how many there are, how many were cut.
     headline: numbers of the last evaluation that result.json states at its top.
+    examine: from `(state, batch)` to the first of the step's updates that goes wrong.
+    logprobs: from `(params and targets by role, batch)` to log-probs of the batch's responses,
+      `[..., R]` float32; None where there are none.
   """
 
   abstract: TrainState
@@ -57,3 +73,5 @@ class Recipe(NamedTuple):
   shown: tuple[str, ...]
   rows: dict[str, int]
   headline: tuple[str, ...] = ()
+  examine: Callable[[TrainState, Any], Examined] | None = None
+  logprobs: Callable[[Any, Any], Any] | None = None

@@ -20,8 +20,8 @@ class TrainState:
     params: what is trained, by role, e.g. `{'policy': ..., 'value_head': ...}`.
     opt_state: the optimizer's state; it counts updates by itself.
     key: uint32 data of the run's base key.
-    carry: what a recipe carries from step to step, a pytree of arrays, e.g. the adaptive KL
-      coefficient.
+    carry: what a recipe carries from step to step, arrays by name, e.g. the adaptive KL
+      coefficient; and the memory of the guard against bad updates (`training.health`).
     targets: slow copies of parameters that follow what is trained (target networks), by roles of
       their own, e.g. `{'ilql_target': ...}`. They get no gradient and no optimizer state.
   """

@@ -12,6 +12,7 @@ from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common.metrics import First, Max, Mean, Metrics
 from rlhf_jax.common.prng import Stream
 from rlhf_jax.common.rows import split_rows
+from rlhf_jax.training.health import NORMS, SKIPPED, USABLE, HealthConfig, judge
 from rlhf_jax.training.state import TrainState
 
 Array = jax.Array
@@ -67,12 +68,82 @@ def accumulate_gradients(
   return jax.tree.map(lambda g: g / weight, gradients), mean, metrics
 
 
-class _Moving(NamedTuple):
+class Moving(NamedTuple):
   """The parts of a state that every optimizer update moves."""
 
   params: Any
   opt_state: Any
   targets: dict[str, Any]
+
+
+class Carry(NamedTuple):
+  """What goes from update to update: what is moved, and the guard's memory."""
+
+  moving: Moving
+  memory: dict[str, Array]
+
+
+class Updating(NamedTuple):
+  """How optimizer updates are made.
+
+  Attributes:
+    loss: what is minimised, in the state's params; its targets are constants to it.
+    optimizer: moves params.
+    learning_rate: as in the optimizer, for the metrics.
+    schedule: epochs, minibatches, accumulation.
+    move_targets: moves the state's targets after every optimizer update; None: they stay.
+    health: which updates are left out.
+  """
+
+  loss: Loss
+  optimizer: optax.GradientTransformation
+  learning_rate: optax.Schedule
+  schedule: Schedule
+  move_targets: MoveTargets | None
+  health: HealthConfig
+
+  def gradients(self, moving: Moving, batch: Any, key: Array) -> tuple[Any, Mean, Metrics]:
+    """Of one update: gradients, loss, metrics."""
+    fixed = jax.lax.stop_gradient(moving.targets)
+    return accumulate_gradients(
+      lambda params, rows, key: self.loss({**params, **fixed}, rows, key),
+      moving.params,
+      batch,
+      self.schedule.accumulation,
+      key,
+    )
+
+  def once(
+    self, carry: Carry, batch: Any, count: Array, key: Array, usable: Array | None
+  ) -> tuple[Carry, Metrics]:
+    """One update, or what is left of it where it is left out."""
+    params, opt_state, targets = carry.moving
+    gradients, mean, metrics = self.gradients(carry.moving, batch, key)
+    norm = optax.tree.norm(gradients)
+    updates, opt_state = self.optimizer.update(gradients, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    if self.move_targets is not None:
+      targets = self.move_targets(targets, params)
+    moving = Moving(params, opt_state, targets)
+    verdict = judge(self.health, carry.memory, mean.value(), norm, usable)
+    apply = verdict.apply
+    if apply is not None:
+      moving = jax.tree.map(lambda new, old: jnp.where(apply, new, old), moving, carry.moving)
+      count = count - carry.memory[SKIPPED].astype(jnp.int32)  # as the optimizer counts
+    return Carry(moving, verdict.memory), {
+      **metrics,
+      **verdict.metrics,
+      'loss': mean,
+      'gradient_norm': Mean.of(norm),
+      'gradient_norm_max': Max(norm),
+      'learning_rate': First(self.learning_rate(count)),
+    }
+
+
+def carry_of(state: TrainState) -> Carry:
+  """What an iteration's first update finds."""
+  memory = {name: state.carry[name] for name in (NORMS, SKIPPED) if name in state.carry}
+  return Carry(Moving(state.params, state.opt_state, state.targets), memory)
 
 
 def make_update(
@@ -81,6 +152,7 @@ def make_update(
   learning_rate: optax.Schedule,
   schedule: Schedule,
   move_targets: MoveTargets | None = None,
+  health: HealthConfig | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
   """The pure function `(state, batch) -> (state, metrics)` of one iteration; the caller jits it.
 
@@ -94,53 +166,43 @@ def make_update(
     learning_rate: as in the optimizer, for the metrics.
     schedule: epochs, minibatches, accumulation.
     move_targets: moves the state's targets after every optimizer update; None: they stay.
+    health: which updates are left out; None: none. They leave no trace in parameters, optimizer
+      and targets; only the step goes on.
   """
+  policy = HealthConfig() if health is None else health
+  updating = Updating(loss, optimizer, learning_rate, schedule, move_targets, policy)
   updates_per_step = schedule.epochs * schedule.minibatches
-
-  def update_once(carry: _Moving, batch: Any, count: Array, key: Array) -> tuple[_Moving, Metrics]:
-    params, opt_state, targets = carry
-    fixed = jax.lax.stop_gradient(targets)
-    gradients, mean, metrics = accumulate_gradients(
-      lambda params, rows, key: loss({**params, **fixed}, rows, key),
-      params,
-      batch,
-      schedule.accumulation,
-      key,
-    )
-    norm = optax.tree.norm(gradients)
-    updates, opt_state = optimizer.update(gradients, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    if move_targets is not None:
-      targets = move_targets(targets, params)
-    return _Moving(params, opt_state, targets), {
-      **metrics,
-      'loss': mean,
-      'gradient_norm': Mean.of(norm),
-      'gradient_norm_max': Max(norm),
-      'learning_rate': First(learning_rate(count)),
-    }
 
   def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
     start = state.step * updates_per_step
-    carry = _Moving(state.params, state.opt_state, state.targets)
+    carry, usable = carry_of(state), state.carry.get(USABLE)
     key = state.stream(Stream.DROPOUT)
     if updates_per_step == 1:
-      carry, metrics = update_once(carry, batch, start, key)
+      carry, metrics = updating.once(carry, batch, start, key, usable)
     else:
-      order = minibatch_order(
-        state.stream(Stream.MINIBATCHES), jax.tree.leaves(batch)[0].shape[0], schedule
-      )
+      order = order_of(state, batch, schedule)
 
-      def body(carry: _Moving, item: tuple[Array, Array]) -> tuple[_Moving, Metrics]:
+      def body(carry: Carry, item: tuple[Array, Array]) -> tuple[Carry, Metrics]:
         rows, number = item
         minibatch = jax.tree.map(lambda x: x[rows], batch)
-        return update_once(carry, minibatch, start + number, jax.random.fold_in(key, number))
+        draws = jax.random.fold_in(key, number)
+        return updating.once(carry, minibatch, start + number, draws, usable)
 
       carry, stacked = jax.lax.scan(body, carry, (order, jnp.arange(updates_per_step)))
       metrics = metrics_lib.over_updates(stacked)
-    return dataclasses.replace(state, step=state.step + 1, **carry._asdict()), metrics
+    kept = {**state.carry, **carry.memory}
+    return (
+      dataclasses.replace(state, step=state.step + 1, carry=kept, **carry.moving._asdict()),
+      metrics,
+    )
 
   return update
+
+
+def order_of(state: TrainState, batch: Any, schedule: Schedule) -> Array:
+  """Row numbers of each of an iteration's updates; see `minibatch_order`."""
+  rows = jax.tree.leaves(batch)[0].shape[0]
+  return minibatch_order(state.stream(Stream.MINIBATCHES), rows, schedule)
 
 
 def minibatch_order(key: Array, rows: int, schedule: Schedule) -> Array:

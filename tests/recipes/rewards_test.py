@@ -89,13 +89,14 @@ def test_an_ensemble_scores_as_numpy_says(
     members = np.stack([scores_by(parts, judges / name) for name in names])
     loaded = load_reward_model(parts)
     assert loaded is not None
-    found = make_score(loaded)(some_sequences(parts))
+    found: Any = make_score(loaded)(some_sequences(parts))
   expected = {
     'mean': members.mean(0),
     'worst': members.min(0),
     'uncertainty': members.mean(0) - COEFFICIENT * members.var(0),
   }
   np.testing.assert_allclose(found.scores, expected[aggregate], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(found.disagreement, members.std(0), rtol=1e-4, atol=1e-5)
   assert found.token_rewards is None and members.std(0).max() > 1e-3
 
 
@@ -112,6 +113,7 @@ def test_an_ensemble_of_process_reward_models(parents: pathlib.Path, judges: pat
     tokens = np.where(rows.response_mask, scores_by(parts, members[0], token=True), 0.0)
   np.testing.assert_allclose(found.token_rewards, tokens, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(found.scores, tokens.sum(-1), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(found.disagreement, 0, atol=1e-5)  # the same twice
 
 
 def test_members_of_two_kinds_are_refused(parents: pathlib.Path, judges: pathlib.Path) -> None:

@@ -13,7 +13,14 @@ from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
 from rlhf_jax.objectives.ppo import PPOConfig, collect
 from rlhf_jax.ops import kl
 from rlhf_jax.rollout.config import RolloutConfig
-from rlhf_jax.rollout.rollout import Judges, Sampled, Scored, assemble
+from rlhf_jax.rollout.rollout import (
+  Judges,
+  Sampled,
+  Scored,
+  assemble,
+  finite_rewards,
+  repetition,
+)
 from tests import quick
 from tests.objectives import tabular
 
@@ -337,3 +344,30 @@ def test_models_may_read_the_samples_in_parts(parts: int) -> None:
     np.testing.assert_allclose(getattr(split, name), getattr(whole, name), rtol=1e-6, atol=1e-7)
   assert numbers == pytest.approx(expected, rel=1e-5)
   assert expected['exact_kl'] > 0.1
+
+
+@pytest.mark.parametrize('size', [1, 2, 4])
+def test_repetition_is_the_share_of_n_grams_that_were_said_before(size: int) -> None:
+  """By sets of tuples, for random responses of all lengths; padding repeats nothing."""
+  rng = np.random.default_rng(0)
+  response = rng.integers(0, 2, (32, 12))
+  lengths = rng.integers(0, 13, 32)
+  mask = np.arange(12) < lengths[:, None]
+  prompt = jnp.ones((32, 1), jnp.int32)
+  sequences = Sequences(prompt, prompt > 0, jnp.asarray(response), jnp.asarray(mask))
+  shares, long_enough = quick.jit(lambda rows: repetition(rows, size))(sequences)
+  for row, length in enumerate(lengths):
+    grams = [tuple(response[row, i : i + size]) for i in range(length - size + 1)]
+    assert bool(long_enough[row]) == bool(grams)
+    if grams:
+      assert float(shares[row]) == pytest.approx(1 - len(set(grams)) / len(grams))
+  short = Sequences(prompt, prompt > 0, jnp.ones((32, 3), jnp.int32), jnp.ones((32, 3), bool))
+  assert not np.asarray(repetition(short)[1]).any()
+
+
+def test_a_reward_that_is_not_finite_is_found_where_a_gate_hides_it() -> None:
+  scores, bad = jnp.zeros(4), jnp.array([0.0, jnp.nan, 0.0, 0.0])
+  terms = jnp.stack([scores, bad], axis=1)
+  tokens = jnp.zeros((4, 3)).at[2, 1].set(-jnp.inf)
+  found = finite_rewards(Scored(scores.at[3].set(jnp.inf), tokens, terms=terms))
+  np.testing.assert_array_equal(found, [True, False, False, False])

@@ -7,9 +7,9 @@ from experiments.reporting.summary import Study, summarise
 GOOD = {'accuracy': 0.8, 'bayes_accuracy': 0.82}
 
 
-def findings(rows, optimum=(), reward_model=GOOD, budget=None):
+def findings(rows, optimum=(), reward_model=GOOD, budget=None, health=()):
   study = Study(title='t', command='c', kl_budget=budget)
-  summary = summarise(rows, optimum=optimum, reward_model=reward_model, study=study)
+  summary = summarise(rows, optimum=optimum, reward_model=reward_model, study=study, health=health)
   return summary['findings']
 
 
@@ -111,3 +111,20 @@ def test_a_drift_of_length_is_said_beyond_a_quarter_and_the_intervals(
   assert len(found) == (said is not None)
   if said is not None:
     assert f'ppo (all seeds, step 20) writes {said} responses than sft: {length:.1f} [' in found[0]
+
+
+def test_what_monitors_said_is_said_once_for_each_of_them(fair):
+  def event(seed, step, monitor, text):
+    return {'objective': 'dpo', 'seed': seed, 'step': step, 'monitor': monitor, 'text': text}
+
+  health = [
+    event(0, 9, 'length', 'responses have 40 tokens, 10 at first'),
+    event(1, 4, 'length', 'responses have 31 tokens, 10 at first'),
+    event(1, 7, 'skipped_updates', '1 updates skipped (1 so far): loss nan'),
+  ]
+  length, skipped = findings(fair, health=health)
+  assert length == (
+    'dpo (seeds 0, 1) was warned of by its monitor length, first at step 4 of seed 1: responses '
+    'have 31 tokens, 10 at first; 2 such events in all (docs/health.md).'
+  )
+  assert skipped.startswith('dpo (seed 1) was warned of by its monitor skipped_updates')
