@@ -295,11 +295,11 @@ def train(
         ):
           run.settle_all()
           run.save(done, scalars)
+        if run.halt is not None and not last:
+          raise run.halted(run.halt)
         if stopping:
           stop.honoured = True
           return run.outcome(run.state, stopped=True)
-        if run.halt is not None and not last:
-          raise run.halted(run.halt)
     if run.halt is not None:  # at the end there is nothing left to stop
       processes.say(f'warning: {run.folder}: step {run.halt.step}: {run.halt.text}')
     final = run.state if run.final is None else run.final
