@@ -75,19 +75,9 @@ class Checkpoints:
   def _open(self) -> Any:
     from orbax.checkpoint import v1 as ocp
 
-    policies, config = ocp.training.preservation_policies, self._config
-    preserve: Any = policies.LatestN(config.keep)
-    if config.best_metric:
-      best = policies.BestN(
-        get_metric_fn=lambda metrics: metrics[config.best_metric],
-        reverse=config.best_mode == 'min',
-        n=1,
-        keep_checkpoints_without_metrics=False,
-      )
-      preserve = policies.AnyPreservationPolicy([preserve, best])
     return ocp.training.Checkpointer(
       self._folder.absolute(),
-      preservation_policy=preserve,
+      preservation_policy=_preservation(self._config),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       cleanup_tmp_directories=True,
     )
@@ -297,6 +287,23 @@ class Checkpoints:
     """Waits for the writing that is under way; raises RunError if it fails."""
     with self._writing():
       self._checkpointer.close()
+
+
+def _preservation(config: CheckpointConfig) -> Any:
+  """Which checkpoints are kept."""
+  from orbax.checkpoint import v1 as ocp
+
+  policies = ocp.training.preservation_policies
+  latest = policies.LatestN(config.keep)
+  if not config.best_metric:
+    return latest
+  best = policies.BestN(
+    get_metric_fn=lambda metrics: metrics[config.best_metric],
+    reverse=config.best_mode == 'min',
+    n=1,
+    keep_checkpoints_without_metrics=False,
+  )
+  return policies.AnyPreservationPolicy([latest, best])
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

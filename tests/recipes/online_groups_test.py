@@ -44,8 +44,8 @@ def make_stage(monkeypatch: pytest.MonkeyPatch, parents: pathlib.Path) -> Any:
   seen: list[Scored] = []
   real = online.make_reward
 
-  def make_reward(*arguments: Any) -> Any:
-    reward = real(*arguments)
+  def make_reward(*arguments: Any, **options: Any) -> Any:
+    reward = real(*arguments, **options)
 
     def watched(sequences: Any) -> Any:
       scored = reward(sequences)
