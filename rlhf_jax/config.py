@@ -24,6 +24,7 @@ from rlhf_jax.training.health import HealthConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 CHECKPOINTS = ('final', 'best')
+NAME = "letters, digits, '-', '_' and '.'"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -170,8 +171,8 @@ class ExperimentConfig:
       ConfigError: names the field, its value, what was expected and what to do.
     """
     check_types(self)
-    if not self.name or not all(c.isalnum() or c in '-_.' for c in self.name):
-      raise ConfigError('name', self.name, "letters, digits, '-', '_' and '.'")
+    if not is_name(self.name):
+      raise ConfigError('name', self.name, NAME)
     for name in ('steps', 'batch_size', 'accumulation'):
       if getattr(self, name) < 1:
         raise ConfigError(name, getattr(self, name), 'an integer >= 1')
@@ -383,6 +384,11 @@ class ExperimentConfig:
         'responses of a fixed length',
         'Set --config.generation.stop_at_eos=False (and no stop_tokens), or pay at last_token.',
       )
+
+
+def is_name(name: object) -> bool:
+  """Whether folders may be called by it."""
+  return isinstance(name, str) and bool(name) and all(c.isalnum() or c in '-_.' for c in name)
 
 
 def load_config(reference: str) -> Any:
