@@ -76,6 +76,14 @@ def test_a_flipped_byte_costs_no_line_before_it(tmp_path: Path) -> None:
     assert damage, 'the checksum at least is wrong'
 
 
+def test_a_wrong_checksum_says_that_it_is_not_known_which_line_is_wrong(tmp_path: Path) -> None:
+  whole = bytearray(gzip.compress(TEXT, 0))
+  whole[len(whole) // 2] ^= 1
+  found, damage = read(tmp_path / 'a.gz', bytes(whole))
+  assert len(found) == len(ROWS) and found != ROWS
+  assert damage.endswith('(incorrect data check, so that any line may be damaged)')
+
+
 def test_what_follows_a_member_and_is_none_is_damage(tmp_path: Path) -> None:
   found, damage = read(tmp_path / 'a.gz', gzip.compress(TEXT) + b'junk')
   assert (found, damage) == (ROWS, 'not a whole gzip file (incorrect header check)')
