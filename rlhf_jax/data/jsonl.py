@@ -63,8 +63,9 @@ def read(path: str, rejects: Rejects, ids: dict[str | int, str] | None = None) -
   ids = {} if ids is None else ids
   found = _read(path, None, ids)
   most, count = found.forms.most_common(1)[0] if found.forms else (None, 0)
-  if count > found.forms[found.form]:
-    # The first lines were the odd ones: a bad line must not cost all the good ones behind it.
+  if count > found.forms[found.form] and not found.rejects.damage:
+    # The first lines were the odd ones: a bad line must not cost all the good ones behind it. In a
+    # damaged file it is rather the first that are good.
     found = _read(path, most, ids)
   rejects.extend(found.rejects)
   ids |= found.ids
@@ -126,8 +127,7 @@ def _read(path: str, form: Form | None, ids: Mapping[str | int, str]) -> _Found:
       try:
         found.add(line)
       except (RecordError, RecursionError) as caught:
-        deep = isinstance(caught, RecursionError)
-        error = RecordError('', _TOO_DEEP) if deep else caught
+        error = caught if isinstance(caught, RecordError) else RecordError('', _TOO_DEEP)
         raw = line.content.decode('utf-8', 'backslashreplace')
         if not line.ended:
           half = error, raw

@@ -19,8 +19,8 @@ _BLOCK = 2**20
 # Of compressed bytes, of which deflate makes at most about a thousand times as many.
 _COMPRESSED_BLOCK = 2**14
 _GZIP = zlib.MAX_WBITS + 16
-# What zlib says at the end of a member whose content was changed.
-_CHECKS = ('incorrect data check', 'incorrect length check')
+# What zlib says of what does not begin as a member does.
+_NO_MEMBER = 'incorrect header check'
 
 
 class DamageError(DataError):
@@ -113,8 +113,9 @@ def _inflated(file: BinaryIO) -> Iterator[bytes]:
     except zlib.error as error:
       yield from _bytewise(before, block)
       reason = str(error).rpartition(': ')[2]
-      if reason in _CHECKS:
-        reason += ', so that any line may be damaged'
+      if reason != _NO_MEMBER:
+        # What is wrong may stand long before it shows.
+        reason += ', so that lines before may be damaged too'
       raise DamageError(f'not a whole gzip file ({reason})') from error
     yield made
     rest = member.unused_data

@@ -394,7 +394,8 @@ def test_an_id_is_of_one_line(tmp_path):
   records, ((number, _),) = _set_aside(path)
   assert (len(records), number) == (1, 1)
   rejects = Rejects()
-  jsonl.read(path, rejects, ids := {})
+  ids: dict[str | int, str] = {}
+  jsonl.read(path, rejects, ids)
   assert len(jsonl.read(path, rejects, ids)) == 0 and len(rejects) == 1 + 2
 
 

@@ -32,7 +32,9 @@ def inflated(compressed: bytes) -> bytes:
   return b''.join(member.decompress(bytes([byte])) for byte in compressed)
 
 
-def test_lines_are_those_of_splitting_at_line_feeds(tmp_path: Path, monkeypatch) -> None:
+def test_lines_are_those_of_splitting_at_line_feeds(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   content = b'\xef\xbb\xbfa\r\n\n \t\nb\rc\n\xe2\x80\xa8d\x0c\n\r\nlast'
   expected = [(1, b'\xef\xbb\xbfa', True), (4, b'b\rc', True), (5, b'\xe2\x80\xa8d\x0c', True)]
   expected.append((7, b'last', False))
@@ -81,7 +83,7 @@ def test_a_wrong_checksum_says_that_it_is_not_known_which_line_is_wrong(tmp_path
   whole[len(whole) // 2] ^= 1
   found, damage = read(tmp_path / 'a.gz', bytes(whole))
   assert len(found) == len(ROWS) and found != ROWS
-  assert damage.endswith('(incorrect data check, so that any line may be damaged)')
+  assert damage.endswith('(incorrect data check, so that lines before may be damaged too)')
 
 
 def test_what_follows_a_member_and_is_none_is_damage(tmp_path: Path) -> None:
@@ -89,7 +91,9 @@ def test_what_follows_a_member_and_is_none_is_damage(tmp_path: Path) -> None:
   assert (found, damage) == (ROWS, 'not a whole gzip file (incorrect header check)')
 
 
-def test_a_line_that_would_fill_the_memory_is_not_kept(tmp_path: Path, monkeypatch) -> None:
+def test_a_line_that_would_fill_the_memory_is_not_kept(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   """The lines on either side are; a gzip bomb is no other case."""
   monkeypatch.setattr(lines, 'LONGEST', 2**20)
   content = b'a\n' + b'x' * 2**20 + b'\n' + b'y' * (2**20 + 1) + b'\nb\n'
