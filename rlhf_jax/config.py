@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rlhf_jax.common.errors import ConfigError, UserError
-from rlhf_jax.config_values import check_types
+from rlhf_jax.config_values import NAME, check_types, is_name
 from rlhf_jax.data.config import CONTROL, EMBEDDED, DataConfig
 from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.models.adapters import AdapterConfig
@@ -24,7 +24,6 @@ from rlhf_jax.training.health import HealthConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 CHECKPOINTS = ('final', 'best')
-NAME = "letters, digits, '-', '_' and '.'"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -384,11 +383,6 @@ class ExperimentConfig:
         'responses of a fixed length',
         'Set --config.generation.stop_at_eos=False (and no stop_tokens), or pay at last_token.',
       )
-
-
-def is_name(name: object) -> bool:
-  """Whether folders may be called by it."""
-  return isinstance(name, str) and bool(name) and all(c.isalnum() or c in '-_.' for c in name)
 
 
 def load_config(reference: str) -> Any:

@@ -18,8 +18,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import zipfile
-import zlib
 from typing import Any
 
 import jax
@@ -32,6 +30,7 @@ from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import KINDS, canonical_json, differences, from_dict
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.tokenizers import load as load_tokenizer
+from rlhf_jax.evaluation import stored
 from rlhf_jax.models import adapters, attending, roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
@@ -174,14 +173,7 @@ class Run:
     """
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
       raise RunError(f'{self.folder}: evaluations.jsonl: step {step!r:.60} is no number.')
-    path = self.folder / 'evaluations' / f'{step:08}.npz'
-    try:
-      with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
-    except FileNotFoundError:
-      raise RunError(f'{path}: missing. Run the command of this directory again.') from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-      raise RunError(f'{path}: damaged ({error}). Run the stage in another folder.') from error
+    return stored.read(self.folder / 'evaluations' / f'{step:08}.npz')
 
   def params_identity(self, checkpoint: str) -> str:
     """What tells the 'final' or the 'best' parameters from all others."""

@@ -3,8 +3,8 @@
 import dataclasses
 
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.config import NAME, ExperimentConfig, is_name
-from rlhf_jax.config_values import differences, to_dict
+from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.config_values import NAME, differences, is_name, to_dict
 from rlhf_jax.data.config import EMBEDDED
 from rlhf_jax.objectives import objective_of
 

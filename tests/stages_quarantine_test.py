@@ -59,7 +59,9 @@ def test_a_damaged_file_is_read_as_far_as_it_goes_and_the_record_says_so(
   assert damage.startswith(f'{config.data.path}:11: not a whole gzip file') and 'line 10' in damage
   monkeypatch.setattr(stages, 'environment_record', dict)
   run = Run(tmp_path / 'runs' / 'run')
-  stages._begin(stage, run, SimpleNamespace(recipe=SimpleNamespace(rows=8), tokenizer=None))  # type: ignore[arg-type]
+  recipe, mesh = SimpleNamespace(rows=8), SimpleNamespace(shape={})
+  built: Any = SimpleNamespace(recipe=recipe, tokenizer=None, mesh=mesh)
+  stages._begin(stage, run, built)
   record = json.loads((run.folder / 'record.json').read_text())
   assert (record['quarantined_records'], record['damaged_sources']) == (2, [damage])
 
@@ -98,7 +100,7 @@ def test_a_file_that_changed_before_a_run_goes_on_is_refused(tmp_path: Path) -> 
   root = tmp_path / 'runs'
   stage = stages.resolve(config, root)
   run = Run(root / 'run')
-  run.claim(stage.identity, {})
+  run.claim(stage.identity, {}, {})
   (run.folder / 'metrics.jsonl').write_text('{"step": 1}\n')
   run.check(stage.identity, overwrite=False)
   path = Path(str(config.data.path))
