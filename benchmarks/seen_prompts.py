@@ -81,8 +81,8 @@ def rows_of(runs: list[Run], start: np.ndarray, folder: pathlib.Path) -> dict[st
   columns = []
   for run in runs:
     step = read_rows(run.folder / 'evaluations.jsonl')[-1]['step']
-    with np.load(run.folder / 'evaluations' / f'{step:08}.npz') as arrays:
-      columns.append({name: arrays[name] for name in ('prompt', 'gold_reward', 'kl')})
+    arrays = run.answers(step)
+    columns.append({name: arrays[name] for name in ('prompt', 'gold_reward', 'kl')})
   known = trained_prompts(runs[0], folder)
   seen = np.array([prompt in known for prompt in columns[0]['prompt'].tolist()])
   gold, kl = (np.stack([column[name] for column in columns]) for name in ('gold_reward', 'kl'))
@@ -99,7 +99,7 @@ def main() -> int:
   samples = sorted((folder / 'frontier').glob('*.npy'))
   if len(samples) != 1:
     raise UserError(f'--study={folder}: expected one file in frontier/, found {len(samples)}.')
-  start = np.load(samples[0])
+  start = np.load(samples[0], allow_pickle=False)
   print('| Objective | Prompts | Number | Gold reward | KL (nats) | Optimum | Share |')
   print('| :-- | :-- | --: | --: | --: | --: | --: |')
   for name, runs in read(folder).items():

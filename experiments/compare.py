@@ -97,10 +97,9 @@ def read_evaluations(stages: Stages) -> Iterator[dict[str, Any]]:
   """What the runs' evaluations measured, prompt by prompt; SFT is every run's step 0."""
   for number, ((objective, seed), run) in enumerate(stages.objectives.items()):
     for row in read_rows(run.folder / 'evaluations.jsonl'):
-      with np.load(run.folder / 'evaluations' / f'{row["step"]:08}.npz') as arrays:
-        # The start is paid by nobody.
-        names = evaluations_lib.METRICS + (evaluations_lib.OPTIONAL if row['step'] else ())
-        measured = evaluations_lib.measured(arrays, names)
+      # The start is paid by nobody.
+      names = evaluations_lib.METRICS + (evaluations_lib.OPTIONAL if row['step'] else ())
+      measured = evaluations_lib.measured(run.answers(row['step']), names)
       if row['step']:
         yield {
           'objective': objective,
@@ -152,7 +151,7 @@ def frontier(study: StudyConfig, stages: Stages, folder: pathlib.Path) -> list[F
     with jax.set_mesh(parts.mesh):
       rewards = reference_rewards(parts, study.frontier_samples)
     processes.on_main(lambda: keep(rewards, path))
-  return optimal_frontier(np.load(path)) if processes.is_main() else []
+  return optimal_frontier(np.load(path, allow_pickle=False)) if processes.is_main() else []
 
 
 def keep(rewards: np.ndarray, path: pathlib.Path) -> None:
@@ -166,8 +165,7 @@ def keep(rewards: np.ndarray, path: pathlib.Path) -> None:
 def reward_model_facts(run: Run, folder: pathlib.Path) -> dict[str, Any]:
   """Held-out accuracy with its interval, beside the best that any judge could have."""
   row = read_rows(run.folder / 'evaluations.jsonl')[-1]
-  with np.load(run.folder / 'evaluations' / f'{row["step"]:08}.npz') as arrays:
-    right = arrays['held_out_right']
+  right = run.answers(row['step'])['held_out_right']
   return {
     'accuracy': row['held_out_accuracy'],
     'accuracy_interval': proportion_interval(right[None]).to_dict(),
@@ -183,21 +181,29 @@ def completions(stages: Stages) -> Iterator[Completion]:
     shown.setdefault(objective, (run, run.config.steps))
   for number in range(_SHOWN_PROMPTS):
     for objective, (run, step) in shown.items():
-      with np.load(run.folder / 'evaluations' / f'{step:08}.npz') as arrays:
-        if number < len(arrays['prompt']):
-          yield Completion(
-            prompt=str(arrays['prompt'][number]),
-            objective=objective,
-            response=str(arrays['response'][number]),
-            gold_reward=float(arrays['gold_reward'][number]),
-          )
+      arrays = run.answers(step)
+      if number < len(arrays['prompt']):
+        yield Completion(
+          prompt=str(arrays['prompt'][number]),
+          objective=objective,
+          response=str(arrays['response'][number]),
+          gold_reward=float(arrays['gold_reward'][number]),
+        )
+
+
+def read_record(run: Run) -> dict[str, Any]:
+  """What a run's result depends on beside its config; runs of older versions say less of it."""
+  record = json.loads((run.folder / 'record.json').read_text(encoding='utf-8'))
+  return {'quarantined_records': 0, 'damaged_sources': [], **record}
 
 
 def describe(study: StudyConfig, stages: Stages) -> Study:
   """What a reader must know beside the numbers."""
   config = next(iter(study.objectives.values()))
-  record = json.loads((stages.sft.folder / 'record.json').read_text(encoding='utf-8'))
+  record = read_record(stages.sft)
   packages = record['packages']
+  runs = (stages.sft, stages.reward_model, *stages.objectives.values())
+  records = [read_record(run) for run in runs]
   reward_cost = stages.reward_model.require_result()
   return Study(
     title=study.name,
@@ -237,6 +243,9 @@ def describe(study: StudyConfig, stages: Stages) -> Study:
       ('Devices', f'{len(record["devices"])} x {record["devices"][0]} ({record["backend"]})'),
     ],
     kl_budget=study.kl_budget if study.kl_budget > 0 else None,
+    # They read the same files, which each of them may use in part.
+    quarantined=max(record['quarantined_records'] for record in records),
+    damage=list(dict.fromkeys(said for record in records for said in record['damaged_sources'])),
   )
 
 

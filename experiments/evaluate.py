@@ -31,6 +31,7 @@ is no state to save.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -232,6 +233,13 @@ def check_rewards(run: Run, config: ExperimentConfig) -> None:
   online = objective_of(config.objective).data == 'prompts'
   if isinstance(run, HfFolder) or not (config.evaluation.prompts and online):
     return
+  for reward in config.rollout.rewards:
+    file = pathlib.Path(reward.source.rpartition(':')[0])
+    if file.suffix and file.resolve().is_relative_to(run.folder.resolve()):
+      raise RunError(
+        f'{run.folder}: it names {reward.source}, a program in its own folder. A run directory is '
+        'data, and nothing in it is run. Ask for no answers with --prompts=0.'
+      )
   was = run.reward_fingerprints
   changed = [name for name, sha in reward_fingerprints(config.rollout).items() if was[name] != sha]
   if changed:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rlhf_jax.common.errors import ConfigError, UserError
-from rlhf_jax.config_values import check_types
+from rlhf_jax.config_values import NAME, check_types, is_name
 from rlhf_jax.data.config import CONTROL, EMBEDDED, DataConfig
 from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.models.adapters import AdapterConfig
@@ -170,8 +170,8 @@ class ExperimentConfig:
       ConfigError: names the field, its value, what was expected and what to do.
     """
     check_types(self)
-    if not self.name or not all(c.isalnum() or c in '-_.' for c in self.name):
-      raise ConfigError('name', self.name, "letters, digits, '-', '_' and '.'")
+    if not is_name(self.name):
+      raise ConfigError('name', self.name, NAME)
     for name in ('steps', 'batch_size', 'accumulation'):
       if getattr(self, name) < 1:
         raise ConfigError(name, getattr(self, name), 'an integer >= 1')

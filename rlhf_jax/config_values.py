@@ -12,6 +12,14 @@ from rlhf_jax.common.errors import ConfigError, UserError
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.objectives import OBJECTIVES, ObjectiveConfig
 
+# What is_name demands, in words.
+NAME = "letters, digits, '-', '_' and '.'"
+
+
+def is_name(name: object) -> bool:
+  """Whether folders may be called by it."""
+  return isinstance(name, str) and bool(name) and all(c.isalnum() or c in '-_.' for c in name)
+
 
 def check_types(config: Any, path: str = '') -> None:
   """Demands of every field, also of configs within, the type it is annotated with.

@@ -21,6 +21,7 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
 
 from rlhf_jax import __version__
 from rlhf_jax.common import determinism, processes
@@ -29,6 +30,7 @@ from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import KINDS, canonical_json, differences, from_dict
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.tokenizers import load as load_tokenizer
+from rlhf_jax.evaluation import stored
 from rlhf_jax.models import adapters, attending, roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
@@ -164,6 +166,15 @@ class Run:
     """The revision of the code that made it, where that was known."""
     return self.record.get('git_revision')
 
+  def answers(self, step: int) -> dict[str, np.ndarray]:
+    """What the evaluation at a step measured and sampled, prompt by prompt.
+
+    Raises RunError where that is missing or damaged, or the number, maybe from a file, is none.
+    """
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+      raise RunError(f'{self.folder}: evaluations.jsonl: step {step!r:.60} is no number.')
+    return stored.read(self.folder / 'evaluations' / f'{step:08}.npz')
+
   def params_identity(self, checkpoint: str) -> str:
     """What tells the 'final' or the 'best' parameters from all others."""
     if checkpoint == 'final':
@@ -195,8 +206,13 @@ class Run:
 
   def save_assets(self, target: pathlib.Path) -> None:
     """Hands on what it keeps of a checkpoint folder to a run that starts from it."""
-    if (self.folder / ASSETS).is_dir():
-      shutil.copytree(self.folder / ASSETS, target / ASSETS, dirs_exist_ok=True)
+    assets = self.folder / ASSETS
+    if assets.is_dir():
+      # We make none; a run directory from elsewhere must not hand on files of this machine.
+      links = [path for path in (assets, *assets.rglob('*')) if path.is_symlink()]
+      if links:
+        raise RunError(f'{links[0]}: a symbolic link, where a run keeps files. Put the file there.')
+      shutil.copytree(assets, target / ASSETS, dirs_exist_ok=True)
 
   def require_result(self) -> dict[str, Any]:
     """The content of result.json; raises RunError while the run is not finished."""
@@ -338,9 +354,13 @@ class Run:
     found = self._origin()['identity']
     if found != identity and not overwrite and self._learnt:
       lines = '\n  '.join(differences(found, identity))
+      records = ''
+      if found.get('data') != identity.get('data'):
+        records = "'data' stands for the records: those of the source are not what they were.\n"
       raise RunError(
         f'{self.folder}: belongs to a run with another config; it differs (there -> here) in\n'
-        f'  {lines}\nName another --workdir, or pass --overwrite to delete it and start over.'
+        f'  {lines}\n{records}'
+        'Name another --workdir, or pass --overwrite to delete it and start over.'
       )
 
   def claim(
@@ -348,11 +368,14 @@ class Run:
   ) -> None:
     """Makes a directory that passed `check` this run's own; another run's content is deleted."""
     if (self.folder / 'config.json').exists() and self._origin()['identity'] != identity:
-      # Renamed first: an interrupted deletion must not leave half a run under its name.
-      doomed = self.folder.with_name(f'.{self.folder.name}.deleted')
+      # Renamed first: an interrupted deletion must not leave half a run under its name. A link to
+      # the directory stays.
+      folder = self.folder.resolve()
+      doomed = folder.with_name(f'.{folder.name}.deleted')
       shutil.rmtree(doomed, ignore_errors=True)
-      self.folder.rename(doomed)
+      folder.rename(doomed)
       shutil.rmtree(doomed)
+      folder.mkdir()
     self.folder.mkdir(parents=True, exist_ok=True)
     folders = {role: str(run.source.absolute()) for role, run in parents.items()}
     origin = {'identity': identity, 'parents': folders, 'mesh': mesh}

@@ -6,6 +6,7 @@ import fcntl
 import functools
 import json
 import pathlib
+import re
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from rlhf_jax.common import determinism, processes, trees
 from rlhf_jax.common.errors import ConfigError, RunError
 from rlhf_jax.config import ExperimentConfig, load_config
 from rlhf_jax.config_values import canonical_json, from_dict, to_dict
+from rlhf_jax.data.changes import FileState, file_state, require_unchanged
 from rlhf_jax.data.config import CONTROL, TRAINED_TOKENIZERS, DataConfig
 from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.data.segments import make as make_segments
@@ -35,6 +37,8 @@ from rlhf_jax.training.writers import read_rows
 
 # A network file system may show a new file to other machines only after a while.
 _SEEN_SECONDS = 60
+# The data files that this process has read.
+_READ: dict[str, FileState | None] = {}
 
 
 class Stage(NamedTuple):
@@ -162,8 +166,18 @@ def _needed(config: ExperimentConfig) -> tuple[str, ...]:
 
 
 def load_data(data: DataConfig, root: str | pathlib.Path) -> Feedback | ControlFeedback:
-  """The feedback of a stage; the stages of one process that read the same data share it."""
-  return _load(canonical_json(to_dict(data)), quarantine_file(data, root))
+  """The feedback of a stage; the stages of one process that read the same data share it.
+
+  Raises DataError also where a file is not what it was when this process first read it: stages that
+  belong together would learn from different records.
+  """
+  paths = [path for path in (data.path, data.held_out_path) if path and data.source == 'jsonl']
+  before = {path: _READ.get(path) or file_state(path) for path in paths}
+  feedback = _load(canonical_json(to_dict(data)), quarantine_file(data, root))
+  for path, state in before.items():
+    require_unchanged(path, state)
+  _READ.update(before)
+  return feedback
 
 
 @functools.lru_cache(maxsize=2)
@@ -177,8 +191,10 @@ def _load(data: str, quarantine: pathlib.Path) -> Feedback | ControlFeedback:
 def quarantine_file(data: DataConfig, root: str | pathlib.Path) -> pathlib.Path:
   """Where bad records of a source go; the stages that read it under one root share the file."""
   name = pathlib.Path(data.path).name if data.path is not None else data.source
+  # One name, whatever a source is called: it may have separators in it.
+  name = re.sub(r'[^\w.-]+', '_', name)[:64]
   digest = fingerprint([data.source, data.path, data.held_out_path])[:8]
-  return pathlib.Path(root) / 'quarantine' / f'{name.replace(":", "_")}-{digest}.jsonl'
+  return pathlib.Path(root) / 'quarantine' / f'{name}-{digest}.jsonl'
 
 
 def _identity(
@@ -310,6 +326,7 @@ def _begin(stage: Stage, run: Run, built: Built) -> None:
     'mesh': dict(built.mesh.shape),
     'data_fingerprint': stage.feedback.fingerprint,
     'quarantined_records': stage.feedback.quarantined,
+    'damaged_sources': list(stage.feedback.damage),
     'training_rows': built.recipe.rows,
     'seeds': {'run': config.seed, 'evaluation': config.evaluation.seed},
   }

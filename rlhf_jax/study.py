@@ -4,7 +4,7 @@ import dataclasses
 
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.config import ExperimentConfig
-from rlhf_jax.config_values import differences, to_dict
+from rlhf_jax.config_values import NAME, differences, is_name, to_dict
 from rlhf_jax.data.config import EMBEDDED
 from rlhf_jax.objectives import objective_of
 
@@ -46,6 +46,10 @@ class StudyConfig:
         raise ConfigError(name, getattr(self, name), 'a number >= 0')
     if 'sft' in self.objectives:
       raise ConfigError('objectives.sft', '...', 'another name', "'sft' is the start.")
+    for name in self.objectives:
+      if not is_name(name):
+        field = f'objectives.{name}'
+        raise ConfigError(field, '...', f'a name of {NAME}', 'Folders have it in their names.')
     self._validate_matched()
     self._validate_stages()
 

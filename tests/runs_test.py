@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 
+import numpy as np
 import pytest
 
 from rlhf_jax import runs
@@ -96,7 +97,7 @@ def test_a_directory_that_is_free_or_its_own_passes(tmp_path: pathlib.Path) -> N
   (tmp_path / 'empty').mkdir()
   Run(tmp_path / 'empty').check(identity, overwrite=False)
   Run(tmp_path / 'absent').check(identity, overwrite=False)
-  with pytest.raises(RunError, match="data: 'd' -> 'e'"):
+  with pytest.raises(RunError, match="data: 'd' -> 'e'\n'data' stands for the records: those of"):
     run.check({**identity, 'data': 'e'}, overwrite=False)
 
 
@@ -135,3 +136,45 @@ def test_the_revision_marks_changed_files(
   assert revision is not None and len(revision) == 40
   (tmp_path / 'runs.py').write_text('changed')
   assert runs.git_revision() == revision + '+'
+
+
+def test_answers_are_read_by_number(tmp_path: pathlib.Path) -> None:
+  """A step may be from a file that somebody else wrote; it is no part of a path."""
+  run = Run(tmp_path / 'run')
+  folder = run.folder / 'evaluations'
+  folder.mkdir(parents=True)
+  np.savez(folder / '00000003.npz', kl=np.arange(2.0), prompt=np.array(['a', 'b']))
+  found = run.answers(3)
+  assert found['kl'].tolist() == [0, 1] and found['prompt'].tolist() == ['a', 'b']
+  np.savez(tmp_path / '00000003.npz', kl=np.zeros(2))
+  for step in ('../../00000003', '3', -1, 3.0, None, True):
+    with pytest.raises(RunError, match='is no number'):
+      run.answers(step)  # type: ignore[arg-type]
+  with pytest.raises(RunError, match='00000004.npz: missing'):
+    run.answers(4)
+
+
+def test_a_run_behind_a_link_is_deleted_in_its_place(tmp_path: pathlib.Path) -> None:
+  """The link stays, and what a link inside points to."""
+  run = claimed(tmp_path / 'disk' / 'dpo')
+  (tmp_path / 'kept').mkdir()
+  (run.folder / 'inside').symlink_to(tmp_path / 'kept', target_is_directory=True)
+  (tmp_path / 'dpo').symlink_to(run.folder, target_is_directory=True)
+  Run(tmp_path / 'dpo').claim({'config': {}, 'data': 'e'}, {}, {})
+  assert (tmp_path / 'dpo').is_symlink() and (tmp_path / 'kept').is_dir()
+  assert sorted(path.name for path in run.folder.iterdir()) == ['config.json']
+  assert not list((tmp_path / 'disk').glob('.*'))
+
+
+def test_a_run_hands_on_no_file_that_it_only_points_to(tmp_path: pathlib.Path) -> None:
+  """A directory from elsewhere could otherwise have files of this machine exported."""
+  run = claimed(tmp_path / 'sft')
+  (run.folder / 'hf').mkdir()
+  (run.folder / 'hf' / 'config.json').write_text('{}')
+  run.save_assets(tmp_path / 'first')
+  assert (tmp_path / 'first' / 'hf' / 'config.json').read_text() == '{}'
+  (tmp_path / 'secret').write_text('key')
+  (run.folder / 'hf' / 'tokenizer.json').symlink_to(tmp_path / 'secret')
+  with pytest.raises(RunError, match='tokenizer.json: a symbolic link'):
+    run.save_assets(tmp_path / 'second')
+  assert not (tmp_path / 'second').exists()

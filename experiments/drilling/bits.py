@@ -69,7 +69,10 @@ def _first_difference(found: Any, expected: Any, path: str = '') -> str:
 
 
 def _compare_arrays(found: pathlib.Path, expected: pathlib.Path) -> str:
-  with np.load(found) as arrays, np.load(expected) as wanted:
+  with (
+    np.load(found, allow_pickle=False) as arrays,
+    np.load(expected, allow_pickle=False) as wanted,
+  ):
     if sorted(arrays) != sorted(wanted):
       return f'has {sorted(arrays)}, not {sorted(wanted)}'
     for name, array in wanted.items():

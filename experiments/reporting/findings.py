@@ -48,6 +48,18 @@ def find(
   ]
 
 
+def of_data(quarantined: int, damage: Sequence[str]) -> list[str]:
+  """What was not learnt from: files that are damaged, and how many bad records were set aside."""
+  found = [f'The data is not whole: {said}.' for said in damage]
+  if quarantined:
+    many = '1 bad record was' if quarantined == 1 else f'{quarantined} bad records were'
+    found.append(
+      f'{many} set aside, neither learnt from nor evaluated on: the files in quarantine/ have the '
+      'reasons.'
+    )
+  return found
+
+
 def last_rows(rows: Sequence[Row], *, pooled: bool) -> list[Row]:
   """The row of the last step of each objective (pooled), or of each of its seeds."""
   last: dict[Any, Row] = {}

@@ -23,6 +23,8 @@ class Study:
     matched: what was held equal, as (name, text): the start, the preferences, the sampling.
     environment: versions and machine, as (name, text).
     kl_budget: nats a sequence that a policy should stay under, or None.
+    quarantined: how many bad records of the data were set aside.
+    damage: what is said of data files that are damaged from some line on.
   """
 
   title: str
@@ -30,6 +32,8 @@ class Study:
   matched: Sequence[tuple[str, str]] = ()
   environment: Sequence[tuple[str, str]] = ()
   kl_budget: float | None = None
+  quarantined: int = 0
+  damage: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,10 @@ def summarise(
     'rows': rows,
     'optimum': [point.to_dict() for point in optimum],
     'reward_model': _plain(reward_model),
-    'findings': findings_lib.find(checked, rows, optimum, reward_model, study.kl_budget, health),
+    'findings': [
+      *findings_lib.find(checked, rows, optimum, reward_model, study.kl_budget, health),
+      *findings_lib.of_data(study.quarantined, study.damage),
+    ],
     'matched_kl': matched.matched_kl(checked, optimum, kl_budgets),
     'prompts': int(checked[0]['kl'].size),
     'study': _plain(dataclasses.asdict(study)),

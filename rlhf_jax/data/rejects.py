@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 
 from rlhf_jax.common import processes
@@ -30,13 +31,32 @@ class Rejects:
 
   def __init__(self) -> None:
     self._rejects: list[_Reject] = []
+    self._damaged: list[_Reject] = []
 
   def __len__(self) -> int:
     return len(self._rejects)
 
-  def add(self, source: str, number: int, error: RecordError, raw: str) -> None:
-    """Notes the `number`-th line or record of `source` (from 1), why it is bad, and its text."""
-    self._rejects.append(_Reject(source, number, error.field, error.reason, raw))
+  @property
+  def damage(self) -> tuple[str, ...]:
+    """What is said of sources that are damaged from some line on, which is among the rejects."""
+    return tuple(f'{reject.place}: {reject.reason}' for reject in self._damaged)
+
+  def add(
+    self, source: str, number: int, error: RecordError, raw: str, *, damage: bool = False
+  ) -> None:
+    """Notes the `number`-th line or record of `source` (from 1), why it is bad, and its text.
+
+    With `damage` the rest of the source is lost: that is told first.
+    """
+    reject = _Reject(source, number, error.field, error.reason, raw)
+    self._rejects.append(reject)
+    if damage:
+      self._damaged.append(reject)
+
+  def extend(self, other: 'Rejects') -> None:
+    """Notes what another has noted."""
+    self._rejects += other._rejects
+    self._damaged += other._damaged
 
   def settle(self, on_error: str, quarantine: pathlib.Path | None) -> int:
     """Raises DataError for the first reject if 'strict', else writes all as JSON lines.
@@ -51,8 +71,11 @@ class Rejects:
     if on_error == 'quarantine' and quarantine is None:
       raise ValueError("on_error='quarantine' needs the path of a side file.")
     if not self._rejects:
+      if quarantine is not None and processes.is_main():
+        quarantine.unlink(missing_ok=True)  # of the source as it was before it was mended
       return 0
-    first, others = self._rejects[0], self._rejects[1:]
+    first = (self._damaged or self._rejects)[0]
+    others = [reject for reject in self._rejects if reject is not first]
     if on_error == 'strict':
       more = ''
       if others:
@@ -67,9 +90,11 @@ class Rejects:
     if not processes.is_main():
       return len(self._rejects)
     quarantine.parent.mkdir(parents=True, exist_ok=True)
-    with quarantine.open('w', encoding='utf-8') as file:
+    partial = quarantine.with_name(f'{quarantine.name}.{os.getpid()}')
+    with partial.open('w', encoding='utf-8') as file:
       for reject in self._rejects:
         file.write(json.dumps(dataclasses.asdict(reject)) + '\n')
+    partial.replace(quarantine)
     logging.warning(
       '%d bad records set aside in %s; the first: %s %s',
       len(self._rejects),

@@ -65,6 +65,7 @@ class ControlFeedback:
     bayes_accuracy: the best accuracy any judge can have on held-out comparisons; None without any.
     source: its name, for messages.
     quarantined: records set aside; there are none.
+    damage: of files; there are none.
   """
 
   train: ControlSplit
@@ -73,6 +74,7 @@ class ControlFeedback:
   bayes_accuracy: float | None
   source: str = 'embedded:lqr'
   quarantined: int = 0
+  damage: tuple[str, ...] = ()
 
   def require(self, split: str, kind: str) -> Judged:
     """What a split has of a kind; demonstrations and step ratings are the comparisons' segments.

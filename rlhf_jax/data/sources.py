@@ -80,7 +80,9 @@ def _from_records(config: DataConfig, quarantine: pathlib.Path | None) -> Feedba
       f'{len(held_out)} held out). Lower --config.data.held_out, or mend the source.'
     )
   name = config.source if config.path is None else f'{config.source}:{config.path}'
-  return Feedback(name, _split(kept), _split(held_out), quarantined=quarantined)
+  return Feedback(
+    name, _split(kept), _split(held_out), quarantined=quarantined, damage=rejects.damage
+  )
 
 
 def split_by_prompt(
@@ -123,10 +125,11 @@ def _digest(record: Record) -> str:
 def _read(config: DataConfig, rejects: Rejects) -> tuple[Sequence[Record], Sequence[Record] | None]:
   if config.source == 'jsonl':
     assert config.path is not None
-    kept = jsonl.read(config.path, rejects)
+    ids: dict[str | int, str] = {}
+    kept = jsonl.read(config.path, rejects, ids)
     if config.held_out_path is None:
       return kept, None
-    return kept, jsonl.read(config.held_out_path, rejects)
+    return kept, jsonl.read(config.held_out_path, rejects, ids)
   name = config.source.removeprefix('tfds:')
   rows = tfds.read(name, config.tfds.split, config.path, config.tfds, rejects)
   if config.tfds.held_out_split is None:

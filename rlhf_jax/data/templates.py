@@ -1,8 +1,11 @@
 """Chat templates: from dialogues to text, in the sandbox of transformers."""
 
+import contextlib
 import pathlib
 import re
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from rlhf_jax.common.errors import ConfigError, DataError
@@ -26,6 +29,8 @@ _TODAY = (
   '{% macro strftime_now(format) %}'
   "{{ {'%Y-%m-%d': '2024-07-26'}.get(format, '26 Jul 2024') }}{% endmacro %}"
 )
+# The sandbox bounds a loop, not loops within loops; real templates take a few milliseconds.
+_SECONDS = 30.0
 _GENERATION = re.compile(r'\{%-?\s*generation\s*-?%\}')
 
 
@@ -138,13 +143,14 @@ def _render(
 
   render_jinja: Any = render_jinja_template  # its annotations are not what it takes and gives
   try:
-    texts, spans = render_jinja(
-      [to_messages(dialogue)],
-      chat_template=(_TODAY + template) if 'strftime_now' in template else template,
-      return_assistant_tokens_mask=marked,
-      add_generation_prompt=ask,
-      **tokens,
-    )
+    with _limited(_SECONDS):
+      texts, spans = render_jinja(
+        [to_messages(dialogue)],
+        chat_template=(_TODAY + template) if 'strftime_now' in template else template,
+        return_assistant_tokens_mask=marked,
+        add_generation_prompt=ask,
+        **tokens,
+      )
   except ImportError:  # jinja2 is missing: transformers says so
     raise
   except Exception as error:  # whatever a foreign template meets
@@ -154,6 +160,29 @@ def _render(
       'the record, or name another template: --config.data.chat_template=FILE.jinja.'
     ) from error
   return texts[0], list(spans[0]) if marked else []
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+  """Raises TimeoutError in what takes longer.
+
+  Only the main thread can be interrupted, and only where nobody else has set the alarm.
+  """
+
+  def stop(*_: object) -> None:
+    raise TimeoutError(f'it takes longer than {seconds:g} seconds')
+
+  main = threading.current_thread() is threading.main_thread()
+  if not main or signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
+    yield
+    return
+  signal.signal(signal.SIGALRM, stop)
+  signal.setitimer(signal.ITIMER_REAL, seconds)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def _shown(dialogue: Dialogue) -> str:

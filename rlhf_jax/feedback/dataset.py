@@ -127,6 +127,7 @@ class Feedback:
     task: the task, where the true reward is known.
     bayes_accuracy: the best accuracy any judge can have on `held_out.comparisons`, where known.
     quarantined: how many bad records were set aside.
+    damage: what is said of files that are damaged from some line on.
     unconverted: what there was to learn from before a converter was applied, so that stages with
       different converters have one tokenizer; None where none was.
   """
@@ -137,6 +138,7 @@ class Feedback:
   task: Task | None = None
   bayes_accuracy: float | None = None
   quarantined: int = 0
+  damage: tuple[str, ...] = ()
   unconverted: Split | None = None
 
   def require(self, split: str, kind: str) -> tuple[Any, ...]:

@@ -78,6 +78,9 @@ def names_of(folder: pathlib.Path, held: Collection[str], where: str) -> list[st
       names = sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise CheckpointError(f'{index}: damaged ({error!r}).') from error
+    outside = [name for name in names if not is_plain(name)]
+    if outside:
+      raise CheckpointError(f'{index}: names {outside[0]!r:.200}, which is no file of its folder.')
     absent = [name for name in names if name not in held]
     if absent:
       raise CheckpointError(f'{index}: names {", ".join(absent)}, which {where} does not hold.')
@@ -90,6 +93,11 @@ def names_of(folder: pathlib.Path, held: Collection[str], where: str) -> list[st
       'AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto").save_pretrained(NEW_FOLDER).'
     )
   raise CheckpointError(f'{where}: there is neither {SINGLE} nor {INDEX}.')
+
+
+def is_plain(name: Any) -> bool:
+  """Whether what a file of a folder names is another file of it, not a path to somewhere else."""
+  return isinstance(name, str) and name not in ('', '.', '..') and not set(name) & set('/\\\0')
 
 
 def headers_of(file: pathlib.Path) -> Iterator[tuple[str, Header]]:

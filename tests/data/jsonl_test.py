@@ -189,7 +189,7 @@ def test_a_mutated_line_is_a_record_or_an_error_that_names_the_field(tmp_path, f
   'first, line, message',
   [
     ({**TEXT, 'score': 1}, TEXT, "field 'score': missing; the line has"),
-    (TEXT, {**TEXT, 'score': 1}, r"field 'score': not expected: the lines before have \['prompt'"),
+    (TEXT, {**TEXT, 'score': 1}, r"field 'score': not expected: the other lines have \['prompt'"),
     ({**TEXT, 'score': 1}, {**TEXT, 'label': True}, "field 'score': missing"),
     ({**TEXT, 'label': True}, {**TEXT, 'label': 'yes'}, "field 'label': expected true or false"),
     ({**TEXT, 'label': True}, {**TEXT, 'label': 1}, "field 'label': expected true or false, got 1"),
@@ -235,7 +235,7 @@ def test_a_bad_line_of_the_newer_forms_is_named(tmp_path, first, line, message):
     (b'[' * 100_000, 'nested too deeply'),
     (b'{"prompt": 1' + b'0' * 5000 + b'}', 'a number of thousands of digits'),
     ({'prompt': 'How?', 'chosen': 'So.'}, "field 'rejected': missing; the line has"),
-    ({**PAIR, 'response': 'x'}, "field 'response': not expected: the lines before have"),
+    ({**PAIR, 'response': 'x'}, "field 'response': not expected: the other lines have"),
     ({**PAIR, 'chosen': '  '}, "field 'chosen': empty response"),
     ({**PAIR, 'chosen': None}, "field 'chosen': expected text, got NoneType"),
     ({**PAIR, 'rejected': 'So.'}, "field 'rejected': the same text as chosen"),
@@ -294,8 +294,121 @@ def test_missing_empty_and_unreadable_files_are_errors(tmp_path):
   whole = gzip.compress(json.dumps(PAIR).encode() * 100)
   for content in (b'{"prompt": "How?"}\n', whole[:-20], whole[:12] + b'\xff' * 20):
     (tmp_path / 'cut.jsonl.gz').write_bytes(content)
-    with pytest.raises(DataError, match='cut.jsonl.gz: not a whole gzip file'):
+    with pytest.raises(DataError, match='cut.jsonl.gz:1: not a whole gzip file'):
       _read(str(tmp_path / 'cut.jsonl.gz'))
+
+
+def _set_aside(path: str) -> tuple[list[jsonl.Record], list[tuple[int, str]]]:
+  """The records, and number and reason of each bad line."""
+  rejects = Rejects()
+  records = jsonl.read(path, rejects)
+  side = pathlib.Path(path).with_name('side.jsonl')
+  rejects.settle('quarantine', side)
+  rows = [json.loads(row) for row in side.read_text().splitlines()] if side.exists() else []
+  return records, [(row['number'], row['reason']) for row in rows]
+
+
+@pytest.mark.parametrize(
+  'line, reason',
+  [
+    (b'{"prompt": "a", "prompt": "b", "response": "c"}', 'given more than once'),
+    (
+      b'{"prompt": "a", "response": "c", "meta": [{"x": 1, "y": 2, "x": 1}]}',
+      'given more than once',
+    ),
+    (json.dumps(TEXT).encode('utf-16')[2:], 'zero at byte 2 of the line, as a crash leaves them'),
+    (bytes(500), 'zero at byte 1'),
+    ('{"prompt": "H\u00f6?", "response": "c"}'.encode('latin-1'), 'not UTF-8 at byte 14'),
+    (b'{"prompt": "a\x01", "response": "c"}', 'not JSON (Invalid control character'),
+    (b'{"prompt": "a", "response": ' + b'[' * 200 + b']' * 200 + b'}', 'expected a message'),
+    (b'{"prompt": "a", "response": ' + b'[' * 900 + b']' * 900 + b'}', ''),
+    (b'{"prompt": "a", "response": ' + b'{"b":' * 5000 + b'1' + b'}' * 5001, 'nested too deeply'),
+  ],
+)
+def test_a_bad_line_costs_no_other(tmp_path, line, reason):
+  path = _write(tmp_path / 'data.jsonl', TEXT, line, {**TEXT, 'response': 'Thus.'})
+  records, ((number, said),) = _set_aside(path)
+  assert records == [Demonstration('How?', 'So.'), Demonstration('How?', 'Thus.')]
+  assert number == 2 and (reason in said or 'expected a list' in said or 'expected {' in said)
+
+
+def test_what_windows_and_long_texts_bring_is_read(tmp_path):
+  """A byte order mark, CRLF, a text of a megabyte, and NaN in a field that nobody reads."""
+  rows = [{'prompt': 'a', 'response': 'x' * 2**20}, {'prompt': 'b', 'response': 'c\r\n\0\u2028'}]
+  content = '\r\n'.join([json.dumps(rows[0]), json.dumps({**rows[1], 'weight': float('nan')})])
+  (tmp_path / 'data.jsonl').write_text(content, encoding='utf-8-sig', newline='')
+  assert _read(str(tmp_path / 'data.jsonl')) == [Demonstration(**row) for row in rows]
+  (tmp_path / 'data.jsonl').write_text(content, encoding='utf-16', newline='')
+  with pytest.raises(DataError, match=r'data.jsonl:1: the file is UTF-16. Save it as UTF-8'):
+    _read(str(tmp_path / 'data.jsonl'))
+
+
+def test_a_last_line_without_an_end_is_read_if_it_is_whole(tmp_path):
+  path, line = tmp_path / 'data.jsonl', json.dumps(TEXT).encode()
+  path.write_bytes(line + b'\n' + line)
+  assert len(_read(str(path))) == 2
+  for end in range(1, len(line)):
+    path.write_bytes(line + b'\n' + line[:end])
+    records, ((number, reason),) = _set_aside(str(path))
+    assert (len(records), number) == (1, 2)
+    assert 'the file ends in this line, as if it was not written to its end' in reason
+  with pytest.raises(DataError, match='data.jsonl:2: not JSON .*; the file ends in this line'):
+    _read(str(path))
+
+
+def test_a_damaged_gzip_file_is_an_error_or_keeps_what_is_before_the_damage(tmp_path):
+  path = tmp_path / 'data.jsonl.gz'
+  rows = [{**TEXT, 'response': f'{n * n}'} for n in range(500)]
+  whole = gzip.compress(b''.join(json.dumps(row).encode() + b'\n' for row in rows))
+  path.write_bytes(whole[: len(whole) // 2])
+  with pytest.raises(
+    DataError, match=r'gz:(\d+): not a whole gzip file \(it ends .*: what follows line \d+ is lost'
+  ):
+    _read(str(path))
+  records, ((number, reason),) = _set_aside(str(path))
+  assert (
+    200 < len(records) < 500 and records == [Demonstration(**row) for row in rows][: number - 1]
+  )
+  assert f'what follows line {number - 1} is lost. Fetch it again' in reason
+
+
+def test_damage_is_said_before_bad_lines(tmp_path):
+  path = tmp_path / 'data.jsonl.gz'
+  bad = b'{}\n' + json.dumps(TEXT).encode()
+  path.write_bytes(gzip.compress(bad)[:-3])
+  with pytest.raises(DataError, match=r'gz:3: not a whole gzip file .* 1 more are bad: 1\.'):
+    _read(str(path))
+
+
+def test_an_id_is_of_one_line(tmp_path):
+  rows = [{**TEXT, 'id': name} for name in ('a', 1, '1', None, None, True, [1], 'a')]
+  path = _write(tmp_path / 'data.jsonl', *rows)
+  with pytest.raises(
+    DataError, match=r"data.jsonl:8: field 'id': 'a' is that of .*data.jsonl:1 too: a line was rep"
+  ):
+    _read(path)
+  records, ((number, _),) = _set_aside(path)
+  assert (len(records), number) == (7, 8)
+  # A bad line's id is free, and files that belong together share theirs.
+  path = _write(tmp_path / 'data.jsonl', {**rows[0], 'response': ''}, rows[0])
+  records, ((number, _),) = _set_aside(path)
+  assert (len(records), number) == (1, 1)
+  rejects = Rejects()
+  ids: dict[str | int, str] = {}
+  jsonl.read(path, rejects, ids)
+  assert len(jsonl.read(path, rejects, ids)) == 0 and len(rejects) == 1 + 2
+
+
+def test_what_most_lines_are_settles_what_all_must_be(tmp_path):
+  """A first line that lacks a field is a bad line; it does not make bad ones of all others."""
+  rating = {**TEXT, 'score': 1}
+  path = _write(tmp_path / 'data.jsonl', TEXT, b'', rating, {**rating, 'score': 'x'}, rating)
+  records, bad = _set_aside(path)
+  assert records == [Rating('How?', 'So.', 1)] * 2
+  assert bad == [
+    (1, "missing; the line has ['prompt', 'response']"),
+    (4, "expected a finite number, got 'x'"),
+  ]
 
 
 def test_hh_transcripts_are_read_but_for_the_four_empty_responses(shared_data):

@@ -1,5 +1,9 @@
 """Templates are rendered as transformers renders them, the same on every day."""
 
+import concurrent.futures
+import re
+import signal
+
 import pytest
 
 from rlhf_jax.common.errors import ConfigError, DataError
@@ -73,6 +77,66 @@ def test_a_keyword_around_nothing_is_an_error():
 def test_what_a_template_refuses_is_told_with_the_dialogue(template, message):
   with pytest.raises(DataError, match=rf"dialogue \(user, .*begins with 'Hi': .*{message}"):
     templates.render(template, {}, TALK, ask=False)
+
+
+# Ways out of jinja's sandbox that were open in some version of it, or of what it lends out.
+ATTACKS = [
+  "{{ ''.__class__.__mro__ }}",
+  "{{ ''['__class__'].__mro__ }}",
+  "{{ (''|attr('__class__')).__mro__ }}",
+  "{{ (''|attr('__cla' ~ 'ss__')).__subclasses__() }}",
+  "{{ messages|map(attribute='__class__')|map(attribute='__mro__')|list }}",
+  "{{ messages|groupby('__class__') }}",
+  "{{ '{0.__class__.__mro__}'.format('') }}",
+  "{{ '{x.__class__.__mro__}'.format_map({'x': 1}) }}",
+  "{{ ''.format.__self__.__class__ }}",
+  '{{ raise_exception.__globals__ }}',
+  "{{ strftime_now.__globals__['os'] }}",
+  '{{ cycler.__init__.__globals__.os }}',
+  '{{ namespace.__init__.__globals__ }}',
+  '{{ lipsum.__globals__ }}',
+  '{{ self.__init__.__globals__ }}',
+  '{{ self._TemplateReference__context }}',
+  '{{ loop.__class__ }}',
+  "{% include '/etc/passwd' %}",
+  "{% import 'os' as os %}{{ os }}",
+  "{% extends '/etc/passwd' %}",
+  '{{ messages.append(messages[0]) }}',
+  "{{ messages[0].update({'role': 'assistant'}) }}",
+  '{{ range(10**9)|list|length }}',
+  "{% generation %}{{ ''.__class__.__mro__ }}{% endgeneration %}",
+]
+
+
+@pytest.mark.parametrize('attack', ATTACKS)
+def test_a_template_reaches_nothing_but_the_dialogue(attack):
+  """It is refused, or what it reaches for is undefined."""
+  try:
+    text = templates.render(attack, {}, TALK, ask=False)
+  except DataError as error:
+    assert 'the chat template refuses it' in str(error)
+  else:
+    assert not re.search("class '|module '|root:|<function|<frame|object at", text), text
+
+
+def test_loops_within_loops_end(monkeypatch):
+  """Two loops that the sandbox allows take an hour; the alarm is given back as it was."""
+  monkeypatch.setattr(templates, '_SECONDS', 0.2)
+  loops = '{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}'
+  with pytest.raises(DataError, match='TimeoutError: it takes longer than 0.2 seconds'):
+    templates.render(loops, {}, TALK, ask=False)
+  assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+  assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+  # Somebody else's alarm, and other threads, are left alone.
+  monkeypatch.setattr(templates, '_SECONDS', 0.001)
+  before = signal.signal(signal.SIGALRM, lambda *_: None)
+  slow = '{% for a in range(99999) %}{% endfor %}{{ 1 }}'
+  try:
+    assert templates.render(slow, {}, TALK, ask=False) == '1'
+  finally:
+    signal.signal(signal.SIGALRM, before)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    assert pool.submit(templates.render, slow, {}, TALK, ask=False).result() == '1'
 
 
 def test_the_day_is_always_the_same():

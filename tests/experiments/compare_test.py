@@ -98,6 +98,7 @@ def test_objectives_that_are_not_matched_are_refused():
     ({'seeds': ()}, 'seeds'),
     ({'seeds': (1, 1)}, 'seeds'),
     ({'objectives': {}}, 'objectives'),
+    ({'objectives': {'../x': STAGES['dpo']}}, 'objectives.../x'),
     ({'frontier_samples': -1}, 'frontier_samples'),
     ({'kl_budget': -0.5}, 'kl_budget'),
     ({'kl_budget': float('nan')}, 'kl_budget'),

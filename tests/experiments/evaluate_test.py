@@ -130,6 +130,13 @@ def test_a_function_that_paid_the_run_is_asked_again(parents: Path, tmp_path: Pa
   file.write_text(file.read_text() + '\n')
   said = message(run_program('evaluate', f'--run={tmp_path / "run"}'))
   assert 'length.py' in said and 'not as it was' in said
+  # A directory that came from elsewhere is data: it cannot bring the program that is run on it.
+  own = tmp_path / 'run' / 'length.py'
+  own.write_text(f'open({str(tmp_path / "ran")!r}, "w")\n{file.read_text()}')
+  origin = tmp_path / 'run' / 'config.json'
+  origin.write_text(origin.read_text().replace(str(file), str(own)))
+  said = message(run_program('evaluate', f'--run={tmp_path / "run"}'))
+  assert 'a program in its own folder' in said and not (tmp_path / 'ran').exists()
 
 
 def test_a_run_of_another_kind_is_refused(runs: Path) -> None:

@@ -146,6 +146,19 @@ def test_files_that_cannot_be_read(folder: Path) -> None:
   (folder / INDEX).write_text('{}')
   with pytest.raises(CheckpointError, match='damaged'):
     load(folder)
+  (folder.parent / 'outside').write_bytes(content)
+  for name in ('../outside', str(folder.parent / 'outside'), '..', '', 'a\\b', 3):
+    (folder / INDEX).write_text(json.dumps({'weight_map': {'lm_head.weight': name}}))
+    with pytest.raises(CheckpointError, match=f'{INDEX}: names .*, which is no file of its folder'):
+      load(folder)
+  for damaged in (
+    '[]',
+    '{"weight_map": {"a": [], "b": "c"}}',
+    '{"weight_map": {"a": 1, "b": "c"}}',
+  ):
+    (folder / INDEX).write_text(damaged)
+    with pytest.raises(CheckpointError, match='damaged'):
+      load(folder)
   (folder / 'config.json').write_text('[')
   with pytest.raises(CheckpointError, match='config.json: damaged'):
     load(folder)

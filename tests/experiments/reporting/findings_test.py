@@ -54,6 +54,15 @@ def test_a_reward_model_under_95_percent_of_bayes_is_said(fair, accuracy, warned
     assert '75.0%' in said[0] and 'under 95% of the 80.0%' in said[0]
 
 
+def test_what_was_set_aside_of_the_data_is_said(fair):
+  study = Study(title='t', command='c', quarantined=3, damage=('a.gz:7: not a whole gzip file',))
+  made = summarise(fair, optimum=(), reward_model=GOOD, study=study)
+  damage, bad = made['findings']
+  assert damage == 'The data is not whole: a.gz:7: not a whole gzip file.'
+  assert bad.startswith('3 bad records were set aside') and 'quarantine/' in bad
+  assert (made['study']['quarantined'], made['study']['damage']) == (3, [study.damage[0]])
+
+
 def test_an_unknown_label_noise_gives_no_warning(fair):
   assert findings(fair, reward_model={'accuracy': 0.51, 'bayes_accuracy': None}) == []
 
