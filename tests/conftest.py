@@ -4,8 +4,8 @@
 `JAX_COMPILATION_CACHE_DIR` keeps compiled programs elsewhere than in `.cache/xla`.
 """
 
+import importlib.metadata
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,11 +18,17 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
 # A simulated device holds a thread while it waits for another: with only as many threads as there
 # are cores, programs that overlap can come to wait for each other without end.
 os.environ.setdefault('PJRT_NPROC', '32')
-# XLA ends a process when a simulated device waits 40 s for another: on a busy machine that
-# is no sign of a deadlock.
-os.environ['XLA_FLAGS'] = ' '.join(
-  (os.environ.get('XLA_FLAGS', ''), '--xla_cpu_collective_call_terminate_timeout_seconds=600')
-).strip()
+_XLA_FLAGS = [
+  # XLA ends a process when a simulated device waits 40 s for another: on a busy machine that is no
+  # sign of a deadlock.
+  '--xla_cpu_collective_call_terminate_timeout_seconds=600',
+  # Tests compile much and compute little: programs are compiled in a quarter of the time.
+  '--xla_backend_optimization_level=0',
+  '--xla_llvm_disable_expensive_passes=true',
+]
+if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11):
+  _XLA_FLAGS.append('--xla_cpu_use_fusion_emitters=false')  # unknown to later versions
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_XLA_FLAGS]).strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -63,11 +69,3 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
   from tests import tiny
 
   return tiny.make_parents(tmp_path_factory.mktemp('parents'))
-
-
-@pytest.fixture(scope='module')
-def quick_compilation() -> Iterator[None]:
-  """Programs are compiled in half the time, and run slower; not for tests that compare bits."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)

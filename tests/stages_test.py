@@ -18,8 +18,6 @@ from rlhf_jax.training.loop import StopRequest
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 CONFIG_FILE = """
 from tests import tiny
 

@@ -10,7 +10,7 @@ from rlhf_jax.recipes.parts import abstract_decoder
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import trial
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 
 def test_a_checkpoint_goes_through_every_stage_and_back(tmp_path: Path) -> None:

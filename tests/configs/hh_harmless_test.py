@@ -22,9 +22,7 @@ def get_config(stage: str) -> ExperimentConfig:
 
 
 @pytest.fixture(scope='module')
-def runs(
-  shared_data: Path, tmp_path_factory: pytest.TempPathFactory, quick_compilation: None
-) -> dict[str, Run]:
+def runs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
   """Every stage after those it starts from, on a twentieth of the records."""
   folder = tmp_path_factory.mktemp('hh')
   found: dict[str, Run] = {}

@@ -24,7 +24,7 @@ from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny
 from tests.experiments.programs import message, run_program
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 
 def run(source: Path, target: Path, **given: Any) -> None:

@@ -14,7 +14,7 @@ from rlhf_jax.training.writers import read_rows
 from tests import tiny
 from tests.experiments.programs import message, run_program
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 ASKED = EvaluationConfig(prompts=8, records=10, batch_size=tiny.ROWS)
 POLICY = {'kl', 'proxy_reward', 'gold_reward', 'win_rate', 'length', 'finished'}

@@ -9,15 +9,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_program(name: str, *flags: str, typed: str = '') -> subprocess.CompletedProcess[str]:
-  """`python -m experiments.NAME flags`, with compiled programs shared with the tests'.
-
-  They are compiled in half the time, and run slower, as with the fixture `quick_compilation`.
-  """
+  """`python -m experiments.NAME flags`, with compiled programs shared with the tests'."""
   cache = f'--cache_dir={os.environ["JAX_COMPILATION_CACHE_DIR"]}'
   return subprocess.run(
     [sys.executable, '-m', f'experiments.{name}', cache, *flags],
     cwd=ROOT,
-    env={**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'},
     input=typed,
     capture_output=True,
     text=True,

@@ -11,7 +11,7 @@ from tests import tiny
 from tests.experiments.programs import message, run_program
 from tests.training.skipping_test import reward_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')

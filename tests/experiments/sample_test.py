@@ -14,7 +14,7 @@ from tests import tiny
 from tests.data import folders
 from tests.experiments.programs import message, run_program
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')

@@ -43,10 +43,7 @@ def program(case: str, folder: pathlib.Path) -> Program:
     f'--config={stages.HERE}:{case}',
     f'--cache_dir={os.environ["JAX_COMPILATION_CACHE_DIR"]}',
   )
-  environment = (
-    ('JAX_DISABLE_MOST_OPTIMIZATIONS', '1'),  # compiled in half the time
-    ('PYTHONPATH', str(ROOT)),
-  )
+  environment = (('PYTHONPATH', str(ROOT)),)
   if case == 'compare':
     return Program('compare', flags, environment)
   return Program('train', (*flags, f'--root={folder}'), environment)

@@ -18,8 +18,6 @@ from rlhf_jax.models.layers import Block
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests.models.architectures import ARCHITECTURES, VOCAB, make_config, make_params, run
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 ALL = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
 KEY = jax.random.key(3)
 TOKENS = jax.random.randint(jax.random.key(1), (2, 7), 0, VOCAB)

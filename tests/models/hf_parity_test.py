@@ -12,8 +12,6 @@ from rlhf_jax.models import roles
 from tests.golden.hf import cases
 from tests.models import hf_golden, hf_parity
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 # Absolute, of logits as large as 4; of gradients, relative to the largest of a tensor.
 TOLERANCE = 1e-5
 

@@ -54,7 +54,7 @@ def make_config(case: str, parents: Path) -> Any:
   ],
 )
 def test_what_is_resident_is_what_lives_on_the_devices(
-  case: str, adapter: str, parents: Path, quick_compilation: None
+  case: str, adapter: str, parents: Path
 ) -> None:
   """State, reference and reward model of a real stage: live bytes of every device within 10%."""
   config = make_config(case.removeprefix('judged '), parents)
@@ -76,7 +76,7 @@ def test_what_is_resident_is_what_lives_on_the_devices(
 
 
 @pytest.mark.slow
-def test_a_plan_of_ppo_has_every_role(parents: Path, quick_compilation: None) -> None:
+def test_a_plan_of_ppo_has_every_role(parents: Path) -> None:
   """Memory by role, operations by program and role, traffic by axis, verdicts; all as JSON too."""
   config = make_config('ppo', parents)
   plan = plans.make_plan(plan_stage(config, make_mesh(MESH), 0))
@@ -100,7 +100,7 @@ def test_a_plan_of_ppo_has_every_role(parents: Path, quick_compilation: None) ->
 
 
 @pytest.mark.slow
-def test_evaluations_are_planned_beside_the_step(parents: Path, quick_compilation: None) -> None:
+def test_evaluations_are_planned_beside_the_step(parents: Path) -> None:
   """Many more rows than a step's need more memory; the step costs no more operations."""
   config = make_config('dpo', parents)
   config.reward_model = RewardModelInitConfig(init=str(parents / 'reward_model'))
@@ -143,7 +143,7 @@ def test_what_a_plan_cannot_know_is_asked_for() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('method', ['lora', 'last_layers'])
-def test_training_in_part_is_planned(method: str, parents: Path, quick_compilation: None) -> None:
+def test_training_in_part_is_planned(method: str, parents: Path) -> None:
   """The optimizer has what is trained alone; the reference is what stays, at no further memory."""
   config = tiny.make_config('dpo', mesh=MESH, policy=InitConfig(init='configs/sft.py'))
   config.adapter = AdapterConfig(method=method)

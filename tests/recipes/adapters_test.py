@@ -22,7 +22,7 @@ from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 LORA = AdapterConfig(method='lora', rank=2, alpha=4.0, targets=('query', 'value', 'down'))
 TOP = AdapterConfig(method='last_layers')

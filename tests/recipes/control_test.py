@@ -308,7 +308,6 @@ def one_update(name: str, accumulation: int = 1, count: int = 1) -> tuple[Any, d
     for accumulation, count in ([(1, 8)] if name == 'lqr_cpl_dense' else [(4, 1), (2, 8)])
   ],
 )
-@pytest.mark.usefixtures('quick_compilation')
 def test_a_split_changes_nothing(name: str, accumulation: int, count: int, whole: Any) -> None:
   """Loss, metrics and gradients over microbatches and devices are those of one piece."""
   gradients, metrics = one_update(name, accumulation, count)

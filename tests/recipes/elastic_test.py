@@ -16,7 +16,7 @@ from rlhf_jax.training.checkpoints import CheckpointConfig, Checkpoints
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 STEPS, STOP = 6, 3
 MESHES = {8: MeshConfig(data=2, fsdp=2, tensor=2), 4: MeshConfig(data=1, fsdp=4), 1: MeshConfig()}

@@ -16,7 +16,7 @@ from rlhf_jax.recipes.probes import device_batches, prompt_columns, sample_score
 from rlhf_jax.runs import Run
 from tests import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 SAMPLES = 28
 

@@ -42,7 +42,6 @@ def test_cached_reference_log_probs_are_the_online_ones(
   assert runs['cached'] == runs['online']
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_an_evaluation_asks_what_the_stage_can_be_asked(parents: pathlib.Path) -> None:
   """Held-out likelihood of SFT, of every record once; preferences of DPO, whose start has none."""
   evaluation = dataclasses.replace(tiny.make_config('sft').evaluation, records=12)

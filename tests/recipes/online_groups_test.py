@@ -18,7 +18,7 @@ from rlhf_jax.objectives.rloo import RLOOConfig
 from rlhf_jax.recipes import Built, online
 from tests import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 SAMPLES = 4
 

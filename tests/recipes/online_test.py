@@ -23,7 +23,7 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 EPOCHS, MINIBATCHES = 3, 2
 

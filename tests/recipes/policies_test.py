@@ -26,7 +26,7 @@ from rlhf_jax.training.writers import read_rows
 from tests import tiny
 from tests.experiments.programs import run_program
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 # Much, for Q learns little in a few steps.
 BETA = 20.0

@@ -17,7 +17,7 @@ from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import put_batch
 from tests import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 
 def asks_for_a_loss(case: str) -> bool:

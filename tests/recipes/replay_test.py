@@ -18,7 +18,7 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 from tests import tiny
 from tests.training.skipping_test import SKIP, poisoned, reward_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 
 def stop(config: Any, folder: pathlib.Path, wrap: Any = lambda recipe: recipe) -> None:

@@ -15,7 +15,7 @@ from rlhf_jax.training.checkpoints import CheckpointConfig, Checkpoints
 from rlhf_jax.training.optimizer import OptimizerConfig
 from tests import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 HALF, WHOLE = 2, 4
 

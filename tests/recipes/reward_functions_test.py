@@ -21,8 +21,6 @@ from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
 from rlhf_jax.runs import Run
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 LEXICON = """
 WEIGHT = {weight}
 

@@ -24,7 +24,7 @@ from rlhf_jax.rollout.rewards import AGGREGATES
 from rlhf_jax.runs import Run
 from tests import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 COEFFICIENT = 0.7
 

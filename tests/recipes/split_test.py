@@ -17,7 +17,7 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 from rlhf_jax.training.state import TrainState
 from tests import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 # Mesh (data, fsdp, tensor), whose product is the number of devices, and microbatches.
 SPLITS = {

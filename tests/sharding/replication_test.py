@@ -23,7 +23,7 @@ from rlhf_jax.recipes import Built, parts
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh, put_batch
 from tests import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
+pytestmark = pytest.mark.slow
 
 MESHES = {
   'fsdp 4, tensor 2': MeshConfig(data=1, fsdp=4, tensor=2),

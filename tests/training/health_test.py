@@ -17,8 +17,6 @@ from rlhf_jax.training.health import USABLE, HealthConfig, MonitorConfig, SpikeC
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.training.step import Schedule, make_update, minibatch_order
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 OPTIMIZER = optax.adam(optax.linear_schedule(0.1, 0.05, 10))
 ROWS, ONE = 8, Schedule()
 

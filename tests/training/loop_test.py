@@ -27,8 +27,6 @@ from rlhf_jax.training.step import Schedule, make_update
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 EVALUATION = EvaluationConfig(every=4, prompts=8, records=8, batch_size=tiny.ROWS)
 
 

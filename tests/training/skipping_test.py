@@ -20,8 +20,6 @@ from rlhf_jax.training.writers import read_rows
 from tests import tiny
 from tests.training.loop_test import killed_at, rows
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 SKIP = HealthConfig(nonfinite='skip')
 # What it says depends on the responses alone, so that a resumed run meets the same.
 REWARD = """

@@ -22,8 +22,6 @@ from rlhf_jax.training.step import (
   split_rows,
 )
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 ROWS, LENGTH = 8, 5
 
 
