@@ -28,7 +28,7 @@ from absl import flags
 
 from experiments import cli
 from rlhf_jax.common.errors import RunError, UserError
-from rlhf_jax.config import CHECKPOINTS
+from rlhf_jax.config_parts import CHECKPOINTS
 from rlhf_jax.hf_folder import HfFolder, PeftFolder, open_source
 from rlhf_jax.models import hf_export, hf_peft
 from rlhf_jax.models.config import ModelConfig

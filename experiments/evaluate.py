@@ -42,7 +42,8 @@ from experiments import cli, cluster
 from rlhf_jax import stages
 from rlhf_jax.common import processes
 from rlhf_jax.common.errors import RunError, UserError
-from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
+from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.config_parts import CHECKPOINTS
 from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.evaluation.intervals import Measured, measured
 from rlhf_jax.feedback.dataset import Feedback

@@ -44,9 +44,10 @@ from experiments import cli
 from rlhf_jax import stages
 from rlhf_jax.common.errors import RunError
 from rlhf_jax.objectives import objective_of
+from rlhf_jax.provenance import environment_record
 from rlhf_jax.recipes.replay import Replay, replay, rows_of
 from rlhf_jax.recipes.rewards import reward_fingerprints
-from rlhf_jax.runs import Run, environment_record, write_json
+from rlhf_jax.runs import Run, write_json
 from rlhf_jax.training import dumps
 
 RUN = flags.DEFINE_string('run', None, 'The run directory.', required=True)

@@ -38,7 +38,8 @@ from absl import flags
 from experiments import cli, cluster
 from rlhf_jax.common import prng, processes
 from rlhf_jax.common.errors import ConfigError, RunError, UserError
-from rlhf_jax.config import CHECKPOINTS, ExperimentConfig
+from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.config_parts import CHECKPOINTS
 from rlhf_jax.feedback.dataset import Feedback, Split
 from rlhf_jax.feedback.dialogues import ASSISTANT, USER, Context, Message
 from rlhf_jax.feedback.dialogues import SYSTEM as SYSTEM_ROLE

@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rlhf_jax.common.errors import ConfigError, UserError
+from rlhf_jax.config_parts import (
+  EvaluationConfig,
+  InitConfig,
+  LogConfig,
+  RewardModelInitConfig,
+)
 from rlhf_jax.config_values import NAME, check_types, is_name
 from rlhf_jax.data.config import CONTROL, EMBEDDED, DataConfig
 from rlhf_jax.generation.config import GenerationConfig
@@ -17,108 +23,10 @@ from rlhf_jax.objectives import OBJECTIVES, ObjectiveConfig, demands_of, objecti
 from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.origins import Init, field_of, is_term
 from rlhf_jax.rollout.config import RolloutConfig
-from rlhf_jax.rollout.rewards import AGGREGATES
 from rlhf_jax.sharding.mesh import MeshConfig
 from rlhf_jax.training.checkpoints import CheckpointConfig
 from rlhf_jax.training.health import HealthConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
-
-CHECKPOINTS = ('final', 'best')
-
-
-@dataclasses.dataclass(kw_only=True)
-class InitConfig:
-  """Which finished stage a model comes from."""
-
-  # A run directory; a checkpoint folder of Hugging Face's, or hf:owner/name (docs/models.md); or a
-  # config file (`configs/sft.py`), whose stage is then run first unless its result is at hand.
-  # None: nothing (a policy then starts from random parameters).
-  init: str | None = None
-  # The stage's 'final' parameters, or those of its 'best' evaluation (needs checkpoint.best_metric
-  # there).
-  checkpoint: str = 'final'
-
-  def validate(self, path: str) -> None:
-    """Raises ConfigError for values that cannot work."""
-    if self.checkpoint not in CHECKPOINTS:
-      raise ConfigError(f'{path}.checkpoint', self.checkpoint, f'one of {CHECKPOINTS}')
-
-
-@dataclasses.dataclass(kw_only=True)
-class RewardModelInitConfig(InitConfig):
-  """Which finished reward models score responses."""
-
-  # Further ones, runs or configs like `init`: together they are an ensemble.
-  ensemble: tuple[str, ...] = ()
-  # The ensemble's score: its 'mean'; its 'worst' member's; or, 'uncertainty', the mean less
-  # uncertainty_coefficient times the variance over members (Coste et al. 2023).
-  aggregate: str = 'mean'
-  uncertainty_coefficient: float = 1.0
-
-  def validate(self, path: str) -> None:
-    """Raises ConfigError for values that cannot work."""
-    super().validate(path)
-    if self.aggregate not in AGGREGATES:
-      raise ConfigError(f'{path}.aggregate', self.aggregate, f'one of {AGGREGATES}')
-    if self.aggregate != 'mean' and not self.ensemble:
-      raise ConfigError(
-        f'{path}.aggregate',
-        self.aggregate,
-        "'mean' with a single reward model",
-        f'Name the other members in {path}.ensemble.',
-      )
-    members = (self.init, *self.ensemble)
-    if '' in members or len(set(members)) < len(members):
-      raise ConfigError(
-        f'{path}.ensemble',
-        self.ensemble,
-        f'other stages than {self.init!r} and each other',
-      )
-    if self.ensemble and self.init is None:
-      raise ConfigError(f'{path}.init', None, "the ensemble's first member")
-    if not self.uncertainty_coefficient >= 0:
-      raise ConfigError(
-        f'{path}.uncertainty_coefficient', self.uncertainty_coefficient, 'a number >= 0'
-      )
-
-
-@dataclasses.dataclass(kw_only=True)
-class EvaluationConfig:
-  """What is asked of the model along the run."""
-
-  # Steps between evaluations; 0: at the start and at the end only.
-  every: int = 0
-  # Held-out prompts to answer (one sampled response each), and held-out records to score; all if
-  # there are fewer. 0 asks nothing of the kind.
-  prompts: int = 128
-  records: int = 512
-  # Rows a forward pass.
-  batch_size: int = 64
-  # Seed of the sampled responses: equal seeds give equal random numbers, whatever the run's seed.
-  seed: int = 0
-
-  def validate(self, path: str) -> None:
-    """Raises ConfigError for values that cannot work."""
-    for name in ('every', 'prompts', 'records'):
-      if getattr(self, name) < 0:
-        raise ConfigError(f'{path}.{name}', getattr(self, name), 'an integer >= 0')
-    if self.batch_size < 1:
-      raise ConfigError(f'{path}.batch_size', self.batch_size, 'an integer >= 1')
-
-
-@dataclasses.dataclass(kw_only=True)
-class LogConfig:
-  """What is written along the run."""
-
-  # Steps merged into one row of metrics and one line of progress.
-  every: int = 10
-  # TensorBoard files beside the JSON lines.
-  tensorboard: bool = True
-
-  def validate(self, path: str) -> None:
-    """Raises ConfigError for values that cannot work."""
-    if self.every < 1:
-      raise ConfigError(f'{path}.every', self.every, 'an integer >= 1')
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -11,20 +11,15 @@ hf/             what the checkpoint folder it started from says of itself, for i
 """
 
 import hashlib
-import importlib.metadata
 import json
 import pathlib
-import platform
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import jax
 import numpy as np
 
-from rlhf_jax import __version__
-from rlhf_jax.common import determinism, processes
+from rlhf_jax.common import processes
 from rlhf_jax.common.errors import RunError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import KINDS, canonical_json, differences, from_dict
@@ -34,23 +29,12 @@ from rlhf_jax.evaluation import stored
 from rlhf_jax.models import adapters, attending, roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
+from rlhf_jax.provenance import BITS_DEPEND_ON
 from rlhf_jax.sharding.rules import placed
 from rlhf_jax.training.checkpoints import Checkpoints
 
 # Of a run that goes back to a checkpoint folder: its config.json, tokenizer files and so on.
 ASSETS = 'hf'
-
-# Of a record: what may change the last bits of a result.
-_BITS_DEPEND_ON = (
-  'git_revision',
-  'packages',
-  'backend',
-  'devices',
-  'processes',
-  'mesh',
-  'deterministic',
-)
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'transformers')
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
@@ -63,43 +47,6 @@ def write_json(path: pathlib.Path, values: Any) -> None:
 def fingerprint(values: Any) -> str:
   """SHA-256 of the canonical JSON of some values."""
   return hashlib.sha256(canonical_json(values).encode()).hexdigest()
-
-
-def git_revision() -> str | None:
-  """The revision of the code, with '+' when files differ from it; None outside a checkout."""
-  folder = pathlib.Path(__file__).parent
-
-  def git(*arguments: str) -> str:
-    return subprocess.run(
-      ['git', *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-    ).stdout.strip()
-
-  try:
-    return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
-  except (OSError, subprocess.SubprocessError):
-    return None
-
-
-def environment_record() -> dict[str, Any]:
-  """What a result depends on beside its config."""
-
-  def version(package: str) -> str | None:
-    try:
-      return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      return None
-
-  return {
-    'rlhf_jax': __version__,
-    'git_revision': git_revision(),
-    'packages': {package: version(package) for package in _PACKAGES},
-    'python': platform.python_version(),
-    'backend': jax.default_backend(),
-    'devices': [device.device_kind for device in jax.devices()],
-    'processes': jax.process_count(),
-    'deterministic': determinism.holds(),
-    'command': sys.argv,
-  }
 
 
 class Run:
@@ -390,7 +337,7 @@ class Run:
       earlier = before.pop('earlier')
       if changed := sorted(name for name in record if record[name] != before.get(name)):
         earlier.append(before)
-        if self._learnt and any(name in _BITS_DEPEND_ON for name in changed):
+        if self._learnt and any(name in BITS_DEPEND_ON for name in changed):
           processes.say(
             f'{self.folder}: goes on with another {", ".join(changed)}; its bits may differ from '
             'those of an undisturbed run'

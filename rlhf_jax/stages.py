@@ -27,10 +27,11 @@ from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.origins import path_of
+from rlhf_jax.provenance import environment_record, git_revision
 from rlhf_jax.recipes import Built, build
 from rlhf_jax.recipes.parts import chat_template, check_devices, check_role
 from rlhf_jax.recipes.rewards import reward_fingerprints
-from rlhf_jax.runs import Run, environment_record, fingerprint, git_revision, write_json
+from rlhf_jax.runs import Run, fingerprint, write_json
 from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.loop import LoopConfig, Outcome, train
 from rlhf_jax.training.writers import read_rows

@@ -24,10 +24,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 ROOT_UNIT = (
   'config',
+  'config_parts',
   'config_values',
   'hf_folder',
   'origins',
   'planning',
+  'provenance',
   'recipes',
   'runs',
   'stages',

@@ -2,12 +2,10 @@
 
 import json
 import pathlib
-import subprocess
 
 import numpy as np
 import pytest
 
-from rlhf_jax import runs
 from rlhf_jax.common.errors import RunError
 from rlhf_jax.config_values import to_dict
 from rlhf_jax.runs import Run, fingerprint, write_json
@@ -116,26 +114,6 @@ def test_a_run_that_never_made_a_step_gives_way_to_another(
   path.write_text('x')
   with pytest.raises(RunError, match='another config'):
     run.check({'data': 'e'}, overwrite=False)
-
-
-def test_the_revision_marks_changed_files(
-  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  """None outside a checkout, the hash within, '+' once a file differs from it."""
-  monkeypatch.setattr(runs, '__file__', str(tmp_path / 'runs.py'))
-  monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
-  assert runs.git_revision() is None
-  (tmp_path / 'runs.py').write_text('')
-  for command in (
-    ['init', '-q'],
-    ['add', '.'],
-    ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'x'],
-  ):
-    subprocess.run(['git', *command], cwd=tmp_path, check=True)
-  revision = runs.git_revision()
-  assert revision is not None and len(revision) == 40
-  (tmp_path / 'runs.py').write_text('changed')
-  assert runs.git_revision() == revision + '+'
 
 
 def test_answers_are_read_by_number(tmp_path: pathlib.Path) -> None:
