@@ -1,0 +1,136 @@
+"""What is timed: jobs of a fixed size on made-up text, as stages like any other."""
+
+import dataclasses
+import json
+import pathlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig, RewardModelInitConfig
+from rlhf_jax.data.config import DataConfig
+from rlhf_jax.generation.config import GenerationConfig
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.objectives import ObjectiveConfig
+from rlhf_jax.objectives.dpo import DPOConfig
+from rlhf_jax.objectives.grpo import GRPOConfig
+from rlhf_jax.objectives.ppo import PPOConfig
+from rlhf_jax.objectives.reward_model import RewardModelConfig
+from rlhf_jax.objectives.sft import SFTConfig
+
+# Llama-style decoders: 4.2M and 134M parameters.
+SIZES = {
+  'SMALL': ModelConfig(
+    vocab_size=2048, width=256, mlp_width=688, layers=4, heads=4, max_length=512, scan_layers=False
+  ),
+  'BASE': ModelConfig(
+    vocab_size=32_000,
+    width=768,
+    mlp_width=2048,
+    layers=12,
+    heads=12,
+    max_length=512,
+    scan_layers=False,
+  ),
+}
+# Ids of the word tokenizer that stand for no word.
+_SPECIAL = 4
+# Rows of data: enough for a few batches, each of other rows.
+_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A kind of stage and its shape.
+
+  Attributes:
+    objective: what is trained.
+    rows: demonstrations, comparisons or prompts a step.
+    prompt: tokens of each prompt.
+    response: tokens of each response.
+    parents: stages that it starts from.
+  """
+
+  objective: Callable[[], ObjectiveConfig]
+  rows: int
+  prompt: int
+  response: int
+  parents: tuple[str, ...] = ()
+
+
+# Everything but two tokens of a row is learnt, as peers learn whole texts.
+JOBS = {
+  'sft': Job(SFTConfig, 8, 2, 254),
+  'reward': Job(RewardModelConfig, 8, 128, 128, ('policy',)),
+  'dpo': Job(DPOConfig, 8, 128, 128, ('policy',)),
+  'dpo_cached': Job(lambda: DPOConfig(reference='cached'), 8, 128, 128, ('policy',)),
+  'generate': Job(SFTConfig, 32, 64, 128),
+  'ppo_iteration': Job(
+    lambda: PPOConfig(epochs=4, minibatches=4), 32, 64, 64, ('policy', 'reward_model')
+  ),
+  'grpo_iteration': Job(lambda: GRPOConfig(samples=8), 4, 64, 64, ('policy', 'reward_model')),
+}
+
+
+def words(size: str) -> list[str]:
+  """As many as the size's vocabulary has room for."""
+  return [f'w{number}' for number in range(SIZES[size].vocab_size - _SPECIAL)]
+
+
+def comparisons(size: str, job: Job) -> Iterator[dict[str, str]]:
+  """Made-up comparisons that fill every row: no token is padding."""
+  chance, known = random.Random(0), words(size)
+
+  def text(count: int) -> str:
+    return ' '.join(chance.choices(known, k=count))
+
+  for _ in range(_ROWS):
+    # <bos> and <eos> take a place each.
+    yield {
+      'prompt': text(job.prompt - 1),
+      'chosen': ' ' + text(job.response - 1),
+      'rejected': ' ' + text(job.response - 1),
+    }
+
+
+def config(
+  job_name: str, size: str, folder: pathlib.Path, tokenizer: pathlib.Path, **changes: Any
+) -> ExperimentConfig:
+  """The stage of a job, on data and from parents in `folder`, which are made if they are missing.
+
+  Args:
+    job_name: one of JOBS.
+    size: one of SIZES.
+    folder: keeps data and parents for the next time.
+    tokenizer: a folder with the size's vocabulary.
+    changes: fields of the model, such as dtype.
+  """
+  job = JOBS[job_name]
+  data = folder / f'{size}_{job.prompt}_{job.response}.jsonl'
+  if not data.exists():
+    lines = [json.dumps(row) for row in comparisons(size, job)]
+    data.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+  return ExperimentConfig(
+    name=f'{job_name}_{size}',
+    steps=10_000,
+    batch_size=job.rows,
+    objective=job.objective(),
+    data=DataConfig(
+      source='jsonl',
+      path=str(data),
+      held_out=8.0,
+      prompt_length=job.prompt,
+      response_length=job.response,
+      tokenizer=str(tokenizer),
+    ),
+    model=dataclasses.replace(SIZES[size], vocab_size=0, **changes),
+    policy=InitConfig(init=_parent(job, 'policy', folder)),
+    reward_model=RewardModelInitConfig(init=_parent(job, 'reward_model', folder)),
+    # Rollouts of full length: what is timed does not depend on what is sampled.
+    generation=GenerationConfig(stop_at_eos=False),
+    evaluation=EvaluationConfig(prompts=0, records=0),
+  )
+
+
+def _parent(job: Job, role: str, folder: pathlib.Path) -> str | None:
+  return str(folder / role) if role in job.parents else None
