@@ -2,8 +2,8 @@
 
   python -m tests.faults.full --workdir=runs/drills
 
-Fifty kills for each of SFT, DPO, PPO and a study, thirty while checkpoints are written, and ten of
-every other fault; the same command again takes what is there and goes on with what is not.
+Fifty kills for each of SFT, DPO, PPO and a study, fifteen of them while a checkpoint is written, and
+some of every other fault; the same command again takes what is there and goes on with what is not.
 """
 
 import json
@@ -22,11 +22,12 @@ DOCUMENT = HERE.parents[1] / 'docs' / 'reliability.md'
 BEGIN, END = '<!-- drills -->', '<!-- end of drills -->'
 # (case, drill) -> trials
 TRIALS = {
-  **{(case, 'kill'): 50 for case in ('sft', 'dpo', 'ppo', 'compare')},
-  **{(case, 'kill_saving'): 30 for case in ('sft', 'dpo', 'ppo', 'compare')},
-  **{('ppo', drill): 20 for drill in ('terminate', 'interrupt_twice', 'damage')},
-  **{('ppo', drill): 10 for drill in ('full', 'read_only', 'clock')},
-  ('sft', 'process'): 10,
+  **{(case, 'kill'): 35 for case in ('sft', 'dpo', 'ppo', 'compare')},
+  **{(case, 'kill_saving'): 15 for case in ('sft', 'dpo', 'ppo', 'compare')},
+  **{('ppo', drill): 10 for drill in ('terminate', 'interrupt_twice')},
+  ('ppo', 'damage'): 20,
+  **{('ppo', drill): 5 for drill in ('full', 'read_only', 'clock')},
+  ('sft', 'process'): 5,
 }
 HEADER = """| Run | Drill | Trials | Survived | Runs led to their end | Bits equal |
 | :-- | :-- | --: | --: | --: | --: |"""
