@@ -33,7 +33,7 @@ quickstart: dependencies ## Compare SFT, PPO, DPO and CPL on the embedded task: 
 	$(BIN)/python -m experiments.compare --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: lint types ## Check format, lint and types, and run the whole suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(TESTS)
 
 check: lint ## Quick subset for while you work: format, lint, and the tests not marked slow
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(TESTS)

@@ -22,18 +22,18 @@ pytestmark = pytest.mark.slow
 
 # How often, in one run of the tests.
 TRIALS = {
-  ('sft', 'kill'): 3,
+  ('sft', 'kill'): 2,
   ('sft', 'kill_saving'): 2,
-  ('sft', 'terminate'): 2,
+  ('sft', 'terminate'): 1,
   ('sft', 'interrupt_twice'): 1,
-  ('sft', 'damage'): 3,
+  ('sft', 'damage'): 2,
   ('sft', 'full'): 1,
   ('sft', 'read_only'): 1,
   ('sft', 'clock'): 1,
   ('sft', 'process'): 1,
   ('ppo', 'kill'): 2,
   ('ppo', 'kill_saving'): 1,
-  ('compare', 'kill'): 2,
+  ('compare', 'kill'): 1,
 }
 
 

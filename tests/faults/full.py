@@ -2,8 +2,8 @@
 
   python -m tests.faults.full --workdir=runs/drills
 
-Fifty kills for each of SFT, DPO, PPO and a study, fifteen of them while a checkpoint is written, and
-some of every other fault; the same command again takes what is there and goes on with what is not.
+Fifty kills for each of SFT, DPO, PPO and a study, fifteen of them while a checkpoint is written,
+and some of every other fault. The same command again goes on with what is not there yet.
 """
 
 import json

@@ -36,7 +36,9 @@ def study() -> StudyConfig:
     stage.steps = 12
     stage.policy = InitConfig()
     stage.reward_model = RewardModelInitConfig()
-    stage.evaluation = dataclasses.replace(stage.evaluation, every=6, prompts=tiny.ROWS)
+    stage.evaluation = dataclasses.replace(
+      stage.evaluation, every=6, prompts=tiny.ROWS, records=tiny.ROWS
+    )
   return StudyConfig(
     name='drill',
     sft=stages['sft'],

@@ -312,13 +312,18 @@ def test_an_overflowing_optimizer_is_noticed(tmp_path: pathlib.Path) -> None:
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
   """The first SIGINT is a request, the second does what it would have done without the loop."""
-  with loop.StopRequest() as stop:
-    stop.honoured = True
-    os.kill(os.getpid(), signal.SIGINT)
-    assert stop.requested
-    with pytest.raises(KeyboardInterrupt):
+  # A process that a script has started in the background ignores SIGINT.
+  previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with loop.StopRequest() as stop:
+      stop.honoured = True
       os.kill(os.getpid(), signal.SIGINT)
-  assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+      assert stop.requested
+      with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+  finally:
+    signal.signal(signal.SIGINT, previous)
 
 
 def test_a_signal_that_comes_too_late_is_not_lost(tmp_path: pathlib.Path) -> None:
