@@ -29,6 +29,8 @@ TRIALS = {
   **{('ppo', drill): 5 for drill in ('full', 'read_only', 'clock')},
   ('sft', 'process'): 5,
 }
+# Of a single stage: long enough for faults to find it at work.
+STAGE = ('--config.steps=150', '--config.checkpoint.every=10')
 HEADER = """| Run | Drill | Trials | Survived | Runs led to their end | Bits equal |
 | :-- | :-- | --: | --: | --: | --: |"""
 
@@ -42,6 +44,7 @@ def result(case: str, drill: str, trials: int, folder: pathlib.Path) -> dict:
       [
         *(sys.executable, '-m', 'experiments.drill', f'--config={HERE / "stages.py"}:{case}'),
         *(f'--drills={drill}', f'--trials={trials}', f'--workdir={workdir}'),
+        *(() if case == 'compare' else STAGE),
       ],
       check=True,
     )
