@@ -81,17 +81,16 @@ def on_main(function: Callable[[], T]) -> T:
   return answer
 
 
-def first_of(value: str | None) -> str | None:
-  """The value of the first process that has one, in every process; None if none has."""
+def gather(value: Any) -> list[Any]:
+  """The JSON values of all processes, in their order, in every process."""
   if not several():
-    return value
-  key = f'rlhf_jax/{next(_order)}/first'
+    return [value]
+  key = f'rlhf_jax/{next(_order)}/all'
   client().key_value_set(f'{key}/{jax.process_index()}', json.dumps(value))
-  told = (
+  return [
     json.loads(client().blocking_key_value_get(f'{key}/{process}', _FOREVER_MS))
     for process in range(jax.process_count())
-  )
-  return next((value for value in told if value is not None), None)
+  ]
 
 
 def check_same(what: str, value: str) -> None:

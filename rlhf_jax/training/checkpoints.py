@@ -47,6 +47,11 @@ class DamagedError(RunError):
   """A checkpoint is not what was written."""
 
 
+# What reading may say that tells nothing of the files: with these gone, it may go well.
+_NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
+_DAMAGED = 'this checkpoint is damaged'
+
+
 class Checkpoints:
   """The checkpoints of one run directory."""
 
@@ -55,22 +60,28 @@ class Checkpoints:
     self._config = config
     self._folder = folder
     folder.mkdir(parents=True, exist_ok=True)
-    unreadable = processes.on_main(self._unreadable)
+    whole, unreadable = processes.on_main(self._unreadable)
     if damaged := {int(step): DamagedError(text) for step, text in unreadable.items()}:
-      if len(damaged) == len(list(folder.glob('[0-9]*'))):
+      if not whole:
         self._refuse(damaged)
       self._set_aside(damaged)
     self._checkpointer = self._open()
 
-  def _unreadable(self) -> dict[str, str]:
-    """Steps whose metrics would keep orbax from opening the folder, and what is wrong with them."""
+  def _unreadable(self) -> tuple[int, dict[str, str]]:
+    """Steps whose metrics would keep orbax from opening the folder, and what is wrong with them.
+
+    How many others there are comes first.
+    """
     found = {}
-    for path in self._folder.glob('[0-9]*/metrics/metrics'):
+    steps = [path for path in self._folder.iterdir() if path.name.isdigit()]
+    for step in steps:
+      path = step / 'metrics' / 'metrics'
       try:
-        json.loads(path.read_bytes())
+        if path.exists():
+          json.loads(path.read_bytes())
       except ValueError as error:
-        found[path.parts[-3]] = f'{path}: this checkpoint is damaged ({error}).'
-    return found
+        found[step.name] = f'{path}: {_DAMAGED} ({error}).'
+    return len(steps) - len(found), found
 
   def _open(self) -> Any:
     from orbax.checkpoint import v1 as ocp
@@ -158,30 +169,37 @@ class Checkpoints:
     """The newest whole state, in the shapes and shardings of `abstract`, and its progress facts.
 
     With `before`, of those that were written before that step was made. Damaged checkpoints are set
-    aside, which is said, and the one before them is taken.
+    aside, which is said, and the one before them is taken. Where the best is kept, what the older
+    ones say of themselves is verified too: a worse one must not pass for it.
 
     Raises:
       RunError: there is no checkpoint, none is whole, or they are of another state.
     """
     damaged: dict[int, DamagedError] = {}
+    found: tuple[int, dict[str, Any], dict[str, Any]] | None = None
     for step in reversed(self._steps):
       if before is not None and step >= before:
         continue
       try:
-        loaded, progress = self._load(step, _by_part(abstract))
+        if found is None:
+          found = (step, *self._load(step, _by_part(abstract)))
+        elif self._config.best_metric:
+          self._noted(step)
       except DamagedError as error:
         damaged[step] = error
-        continue
-      if damaged:
-        self._checkpointer.close()
-        self._set_aside(damaged)
-        self._checkpointer = self._open()
-        processes.say(f'{self._folder}: falling back to step {step}')
-      break
-    else:
+    if found is None:
       if not damaged:
         raise RunError(f'{self._folder}: there is no checkpoint to resume from.')
       self._refuse(damaged)
+    taken, loaded, progress = found
+    if damaged:
+      self._checkpointer.close()
+      self._set_aside(damaged)
+      self._checkpointer = self._open()
+      if max(damaged) > taken:
+        processes.say(f'{self._folder}: falling back to step {taken}')
+      if self._config.best_metric:
+        processes.say(f'{self._folder}: the best of those that are left is step {self.best_step}')
 
     def roles(like: dict[str, Any]) -> dict[str, Any]:
       return {role: trees.unflatten(tree, loaded[_PARAMS + role]) for role, tree in like.items()}
@@ -212,26 +230,43 @@ class Checkpoints:
 
     orbax casts dtypes silently, reports wrong shapes misleadingly, and hardly checks values.
     """
-    where = f'{self._folder}/{step}'
+    from orbax.checkpoint import v1 as ocp
+
+    where = self._where(step)
     if step not in self._steps:
       raise RunError(f'{self._folder}: there is no checkpoint of step {step}.')
-    with self._reading(where):
-      metadata = self._checkpointer.checkpointables_metadata(step)
-      progress, sums = _unsealed(metadata.custom_metadata, metadata.metrics)
+    progress, sums = self._noted(step)
     for part, leaves in abstract.items():
       _check_fits(where, part, leaves, sums)
-    with self._reading(where):
+    # Of several processes, only some may meet damage: none may wait for another before all agree.
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    with self._reading(where), ocp.Context(multiprocessing_options=alone):
       loaded = self._checkpointer.load_checkpointables(step, abstract)
+    found = {part: checksums(loaded[part]) for part in abstract}
+    with self._reading(where):
       for part in abstract:
-        found = checksums(loaded[part])
-        if changed := [name for name in found if found[name] != sums[part][name]]:
+        if changed := [name for name in found[part] if found[part][name] != sums[part][name]]:
           more = f' and {len(changed) - 1} others' if len(changed) > 1 else ''
           raise ValueError(f'{part}: {changed[0]!r}{more} differ from what was written')
     return loaded, progress
 
+  def _noted(self, step: int) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """What was noted of a step when it was written: progress facts and checksums."""
+    with self._reading(self._where(step)):
+      metadata = self._checkpointer.checkpointables_metadata(step)
+      noted = _unsealed(metadata.custom_metadata, metadata.metrics)
+    return noted
+
+  def _where(self, step: int) -> str:
+    return f'{self._folder}/{step}'
+
   @contextlib.contextmanager
   def _reading(self, where: str) -> Iterator[None]:
-    """Raises DamagedError, in every process, for whatever goes wrong inside in one of them."""
+    """Raises DamagedError, in every process, for whatever goes wrong inside in one of them.
+
+    RunError for what says nothing of the files, such as a lack of memory.
+    """
     reason = None
     # orbax and asyncio print pages about what is said in a line here.
     loggers = [logging.getLogger(name) for name in ('absl', 'asyncio')]
@@ -241,13 +276,20 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # there is no telling what a damaged file makes libraries raise
-      reason = _innermost(error)
+      said = _innermost(error)
+      reason = f'{_DAMAGED} ({said}).'
+      if isinstance(error, MemoryError | PermissionError) or any(x in said for x in _NOT_DAMAGE):
+        reason = (
+          f'it cannot be read ({said}). Mend the cause, and run the same command again; or move it '
+          'away, to go on from the one before.'
+        )
     finally:
       for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
-    reason = processes.first_of(reason)
+    reason = next((said for said in processes.gather(reason) if said is not None), None)
     if reason is not None:
-      raise DamagedError(f'{where}: this checkpoint is damaged ({reason}).')
+      _agree_on_operations()
+      raise (DamagedError if reason.startswith(_DAMAGED) else RunError)(f'{where}: {reason}')
 
   def _refuse(self, damaged: dict[int, DamagedError]) -> NoReturn:
     found = ' '.join(str(error) for error in damaged.values())
@@ -287,6 +329,18 @@ class Checkpoints:
     """Waits for the writing that is under way; raises RunError if it fails."""
     with self._writing():
       self._checkpointer.close()
+
+
+def _agree_on_operations() -> None:
+  """Counts orbax's operations alike again in processes of which only some have met damage.
+
+  Those that save together wait for each other under these numbers.
+  """
+  from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator  # not public
+
+  most = max(processes.gather(int(OperationIdGenerator.get_current_operation_id())))
+  while int(OperationIdGenerator.get_current_operation_id()) < most:
+    OperationIdGenerator.next_operation_id()
 
 
 def _preservation(config: CheckpointConfig) -> Any:

@@ -283,9 +283,52 @@ def test_values_that_only_the_checksums_tell_are_noticed(
   checkpoints.close()
 
 
+def test_a_worse_one_does_not_pass_for_the_best(
+  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """A digit of an older checkpoint's metric has changed: it is JSON still, but not what it was."""
+  checkpoints = opened(tmp_path / 'checkpoints', keep=2, best_metric='reward')
+  for step, reward in ((1, 4.0), (2, 0.5), (3, 0.25)):
+    checkpoints.save(step, make_state(step), {}, {'reward': reward})
+  checkpoints.close()
+  path = tmp_path / 'checkpoints' / '2' / 'metrics' / 'metrics'
+  path.write_text(path.read_text().replace('0.5', '9.5'))
+  checkpoints = opened(tmp_path / 'checkpoints', keep=2, best_metric='reward')
+  assert checkpoints.best_step == 2
+  state, _ = checkpoints.restore(abstract_of(make_state()))
+  assert int(state.step) == 3 and checkpoints.best_step == 1
+  said = capsys.readouterr().out
+  assert '/2: this checkpoint is damaged' in said and 'falling back' not in said
+  assert 'the best of those that are left is step 1' in said
+  checkpoints.close()
+
+
+@pytest.mark.parametrize(
+  'error', [MemoryError(), ValueError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')]
+)
+def test_what_says_nothing_of_the_files_is_no_damage(
+  error: Exception, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """A device that is full, say: no checkpoint is set aside, and nobody is told to delete one."""
+  folder = written(tmp_path / 'checkpoints')
+  checkpoints = opened(folder)
+
+  def load(step: int, abstract: Any) -> Any:
+    raise error
+
+  monkeypatch.setattr(checkpoints._checkpointer, 'load_checkpointables', load)
+  with pytest.raises(RunError, match='/3: it cannot be read .*Mend the cause') as caught:
+    checkpoints.restore(abstract_of(make_state()))
+  assert 'damaged' not in str(caught.value) and 'delete' not in str(caught.value)
+  assert sorted(path.name for path in folder.iterdir()) == ['2', '3']
+  checkpoints.close()
+
+
 def test_the_only_checkpoint_is_not_thrown_away(tmp_path: pathlib.Path) -> None:
+  """Though a kill has left half of another one beside it."""
   folder = written(tmp_path / 'checkpoints')
   shutil.rmtree(folder / '2')
+  (folder / '4.orbax-checkpoint-tmp').mkdir()
   (folder / '3' / 'metrics' / 'metrics').write_text('{"rew')
   with pytest.raises(RunError, match='/3/metrics/metrics: .*damaged.*delete'):
     opened(folder, best_metric='reward')
