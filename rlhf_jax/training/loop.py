@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import pathlib
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from rlhf_jax.training.progress import Progress
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.training.stopping import StopRequest
-from rlhf_jax.training.writers import JsonlWriter, TensorBoardWriter, Writer
+from rlhf_jax.training.writers import JsonlWriter, PrefixedWriter, TensorBoardWriter, Writer
 
 
 class LoopConfig(NamedTuple):
@@ -111,9 +110,9 @@ class _Run:
     self.evaluations.append(JsonlWriter(self.folder / 'evaluations.jsonl', keep_through=keep))
     self.health.append(JsonlWriter(self.folder / 'health.jsonl', keep_through=keep))
     if self.config.tensorboard:
-      board = functools.partial(TensorBoardWriter, self.folder / 'tensorboard', keep_through=keep)
-      self.metrics.append(board())
-      self.evaluations.append(board(prefix='evaluation/'))
+      board = TensorBoardWriter(self.folder / 'tensorboard', keep_through=keep)
+      self.metrics.append(board)
+      self.evaluations.append(PrefixedWriter(board, 'evaluation/'))
 
   def step(self, step: int) -> None:
     """Dispatches one iteration, and settles the one before."""
@@ -163,11 +162,13 @@ class _Run:
     good = (
       'there is no checkpoint' if latest is None else f'the last good checkpoint is step {latest}'
     )
+    skip = ', among them --config.health.nonfinite=skip in another --workdir'
+    skip = '' if self.config.health.nonfinite == 'skip' else skip
     raise NonFiniteError(
       f'{self.folder}: step {done.step}: {reason}. The batch and the metrics of that step are in '
       f'{path} and {path.with_suffix(".json")}; {good}. '
       f'python -m experiments.replay --run={self.folder} makes the step again and says where it '
-      'goes wrong; docs/health.md has remedies, among them --config.health.nonfinite=skip.'
+      f'goes wrong; docs/health.md has remedies{skip}.'
     )
 
   def tell(self, events: Sequence[Event]) -> None:
@@ -227,6 +228,8 @@ class _Run:
     # Another stage may start from a checkpoint that was evaluated: it gets the last touch too.
     state = self.state if scalars is None else self.recipe.finish(self.state)
     self.final = state if step == self.config.steps else None
+    for writer in self.writers:
+      writer.sync()
     self.checkpoints.save(step, state, facts, scalars)
     self.skip_time()
 
@@ -243,8 +246,12 @@ class _Run:
     """What the loop returns."""
     return Outcome(state, self.tokens, self.seconds, stopped, self.monitors.skipped_updates)
 
+  @property
+  def writers(self) -> list[Writer]:
+    return [*self.metrics, *self.evaluations, *self.health]
+
   def close(self) -> None:
-    for writer in (*self.metrics, *self.evaluations, *self.health):
+    for writer in self.writers:
       writer.close()
 
 

@@ -5,7 +5,8 @@ import struct
 
 import pytest
 
-from rlhf_jax.training.writers import JsonlWriter, TensorBoardWriter, read_rows
+from rlhf_jax.common.errors import RunError
+from rlhf_jax.training.writers import JsonlWriter, PrefixedWriter, TensorBoardWriter, read_rows
 
 
 def test_rows_are_readable_at_once(tmp_path: pathlib.Path) -> None:
@@ -32,6 +33,20 @@ def test_rows_beyond_the_checkpoint_are_dropped(
   assert [row['step'] for row in read_rows(path)] == steps
 
 
+def test_a_damaged_row_is_not_lost_in_silence(
+  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """A changed bit in the middle: no text any more, or no JSON. Only the last line may be half."""
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 1}\n{"step": 2, "text": "\xff"}\n{"step"; 3}\n{"step": 4}\n{"ste')
+  with pytest.raises(RunError, match='metrics.jsonl:2: damaged'):
+    read_rows(path)
+  JsonlWriter(path, keep_through=4).close()
+  assert [row['step'] for row in read_rows(path)] == [1, 2, 4]
+  said = capsys.readouterr().out
+  assert said.count('warning: ') == 1 and f'{path}:3: damaged: this row is lost' in said
+
+
 def events(folder: pathlib.Path) -> list[tuple[str, int, float]]:
   """(tag, step, value) of the scalars in event files, oldest file first, and purges as ''."""
   from tensorboardX.proto import event_pb2
@@ -50,24 +65,30 @@ def events(folder: pathlib.Path) -> list[tuple[str, int, float]]:
 
 
 def test_tensorboard_gets_the_numbers_and_hides_what_is_made_again(tmp_path: pathlib.Path) -> None:
-  """A resumed writer tells readers to forget steps beyond the checkpoint."""
+  """A resumed writer tells readers to forget steps beyond the checkpoint, and those before stay."""
   writer = TensorBoardWriter(tmp_path, keep_through=-1)
   writer.write(4, {'loss': 0.5, 'note': 'text is left out'})
-  writer.close()
+  writer.sync()  # and then a kill
   assert [event for event in events(tmp_path) if event[0]] == [('loss', 4, 0.5)]
   resumed = TensorBoardWriter(tmp_path, keep_through=3)
   resumed.write(4, {'loss': 0.25})
   resumed.close()
   start = 1.0  # SessionLog.START
-  assert ('', 4, start) in events(tmp_path)
-  assert ('loss', 4, 0.25) in events(tmp_path)
+  found = events(tmp_path)
+  assert found == [('', 0, start), ('loss', 4, 0.5), ('', 4, start), ('loss', 4, 0.25)]
+  writer.close()
 
 
 def test_tensorboard_tells_evaluations_from_training(tmp_path: pathlib.Path) -> None:
-  """Both have a 'kl': under one tag they would be drawn as one curve."""
-  for prefix in ('', 'evaluation/'):
-    writer = TensorBoardWriter(tmp_path, keep_through=-1, prefix=prefix)
-    writer.write(1, {'kl': 0.5})
-    writer.close()
-  content = b''.join(path.read_bytes() for path in sorted(tmp_path.iterdir()))
-  assert content.count(b'evaluation/kl') == 1 and content.count(b'kl') == 2
+  """Both have a 'kl': under one tag they would be drawn as one curve.
+
+  They share a file: what a second one says of steps that are made again would hide rows of the
+  first, which readers have read before.
+  """
+  writer = TensorBoardWriter(tmp_path, keep_through=-1)
+  evaluations = PrefixedWriter(writer, 'evaluation/')
+  for board in (writer, evaluations):
+    board.write(1, {'kl': 0.5})
+  writer.close()
+  found = [tag for tag, _, _ in events(tmp_path)]
+  assert found == ['', 'kl', 'evaluation/kl'] and len(list(tmp_path.iterdir())) == 1
