@@ -12,6 +12,7 @@ hf/             what the checkpoint folder it started from says of itself, for i
 
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -40,8 +41,24 @@ ASSETS = 'hf'
 def write_json(path: pathlib.Path, values: Any) -> None:
   """Writes a JSON file that is either whole or absent."""
   temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(canonical_json(values) + '\n', encoding='utf-8')
+  with temporary.open('w', encoding='utf-8') as file:
+    file.write(canonical_json(values) + '\n')
+    file.flush()
+    os.fsync(file.fileno())  # or a machine that fails may have the name and not the content
   temporary.replace(path)
+
+
+_MADE_AGAIN = 'Delete it, and run the command of its directory again: that writes it anew.'
+
+
+def _read_json(path: pathlib.Path, remedy: str) -> Any:
+  """The content of a JSON file; None where there is none. Raises RunError for a damaged one."""
+  if not path.is_file():
+    return None
+  try:
+    return json.loads(path.read_bytes())
+  except ValueError as error:
+    raise RunError(f'{path}: damaged ({error}). {remedy}') from error
 
 
 def fingerprint(values: Any) -> str:
@@ -63,8 +80,7 @@ class Run:
   @property
   def result(self) -> dict[str, Any] | None:
     """The content of result.json; None while the run is not finished."""
-    path = self.folder / 'result.json'
-    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
+    return _read_json(self.folder / 'result.json', _MADE_AGAIN)
 
   def finished(self, identity: dict[str, Any]) -> bool:
     """Whether the directory holds the result of this very config."""
@@ -72,13 +88,12 @@ class Run:
 
   def _origin(self) -> dict[str, Any]:
     """The content of config.json: 'identity' and 'parents'."""
-    path = self.folder / 'config.json'
-    if not path.is_file():
+    origin = _read_json(
+      self.folder / 'config.json', 'Put it back, or run the stage in another folder.'
+    )
+    if origin is None:
       raise RunError(f'{self.folder}: not a run directory (it has no config.json).')
-    try:
-      return json.loads(path.read_text(encoding='utf-8'))
-    except json.JSONDecodeError as error:
-      raise RunError(f'{path}: damaged ({error}).') from error
+    return origin
 
   @property
   def config(self) -> ExperimentConfig:
@@ -105,8 +120,8 @@ class Run:
   @property
   def record(self) -> dict[str, Any]:
     """The content of record.json: what made it; empty where there is none."""
-    path = self.folder / 'record.json'
-    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    record = _read_json(self.folder / 'record.json', _MADE_AGAIN)
+    return {} if record is None else record
 
   @property
   def revision(self) -> str | None:
@@ -332,9 +347,8 @@ class Run:
     """Writes record.json; what it said before, if a run goes on elsewhere, stays in 'earlier'."""
     path = self.folder / 'record.json'
     earlier = []
-    if path.is_file():
-      before = json.loads(path.read_text(encoding='utf-8'))
-      earlier = before.pop('earlier')
+    if before := self.record:
+      earlier = before.pop('earlier', [])
       if changed := sorted(name for name in record if record[name] != before.get(name)):
         earlier.append(before)
         if self._learnt and any(name in BITS_DEPEND_ON for name in changed):

@@ -62,8 +62,12 @@ def test_what_is_no_run_or_not_finished_is_named(tmp_path: pathlib.Path) -> None
   with pytest.raises(RunError, match='not finished'):
     run.step('final')
   (tmp_path / 'dpo' / 'config.json').write_text('{"identity": ')
-  with pytest.raises(RunError, match='damaged'):
+  with pytest.raises(RunError, match='config.json: damaged'):
     _ = run.config
+  for name in ('result', 'record'):
+    (tmp_path / 'dpo' / f'{name}.json').write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(RunError, match=f'{name}.json: damaged.*Delete it, and run the command'):
+      getattr(run, name)
 
 
 def test_a_record_keeps_what_it_said_where_a_run_goes_on_elsewhere(
