@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import json
@@ -36,6 +37,8 @@ from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.loop import LoopConfig, Outcome, train
 from rlhf_jax.training.writers import read_rows
 
+# What file systems say that know no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # A network file system may show a new file to other machines only after a while.
 _SEEN_SECONDS = 60
 # The data files that this process has read.
@@ -114,6 +117,12 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     except BlockingIOError:
       print(f'{folder}: another process works there; waiting for it', flush=True)
       fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      print(
+        f'{folder}: no locks ({error.strerror}): start nothing else there meanwhile', flush=True
+      )
     processes.barrier(f'lock of {folder}')
     yield
 

@@ -1,7 +1,10 @@
 """Stages run the ones they start from once, and refuse what does not belong together."""
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -171,6 +174,21 @@ def test_a_run_directory_says_where_it_came_from(parents: pathlib.Path) -> None:
   assert result['step'] == 3 and result['metrics']['step'] == 3 and result['tokens'] > 0
   assert len(result['params_sha256']) == 64 and result['best_step'] is None
   assert Run(folder).model.vocab_size == len(tiny.feedback_of(6).task.vocabulary()) + 4
+
+
+def test_a_file_system_without_locks_is_no_obstacle(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """As some of clusters are; what else goes wrong with a lock is an error."""
+  for number, allowed in ((errno.ENOSYS, True), (errno.EIO, False)):
+
+    def refuse(*unused: Any, number: int = number) -> None:
+      raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(stages.fcntl, 'flock', refuse)
+    with contextlib.nullcontext() if allowed else pytest.raises(OSError):
+      with stages.locked(tmp_path / 'run'):
+        assert 'start nothing else there' in capsys.readouterr().out
 
 
 @pytest.mark.slow
