@@ -141,15 +141,23 @@ def run(main: Callable[[], int], *, resumable: bool = False) -> None:
     except UserError as error:
       fail(str(error))
     except OSError as error:
-      if error.errno not in _STORAGE or flags.FLAGS.debug:
+      message = storage_message(error, resumable=resumable)
+      if message is None or flags.FLAGS.debug:
         raise
-      fail(f'{error.filename or "a file"}: {error.strerror}. {_AGAIN if resumable else ""}'.strip())
+      fail(message)
 
   # --help shows the flags of the program's own module: these belong to every program.
   for name in SHARED:
     if name in flags.FLAGS:
       flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
   app.run(guarded, flags_parser=parse)
+
+
+def storage_message(error: OSError, *, resumable: bool) -> str | None:
+  """What to tell the user of an error of storage; None for any other error."""
+  if error.errno not in _STORAGE:
+    return None
+  return f'{error.filename or "a file"}: {error.strerror}. {_AGAIN if resumable else ""}'.strip()
 
 
 def _stop(number: int, frame: object) -> NoReturn:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from absl import flags
 
+from experiments import cli
 from rlhf_jax.common import processes
 from rlhf_jax.common.errors import UserError
 
@@ -82,8 +83,9 @@ def joined(main: Callable[[], int], *, resumable: bool = False) -> Callable[[], 
       fail(f'error: {error}', 1)
     except KeyboardInterrupt:
       fail('interrupted', 130)
-    except Exception:
-      fail(traceback.format_exc(), 1)
+    except Exception as error:
+      storage = isinstance(error, OSError) and cli.storage_message(error, resumable=resumable)
+      fail(f'error: {storage}' if storage else traceback.format_exc(), 1)
     finally:  # an orderly end, which jax's service does not outlive
       ended.set()
       watch.join()

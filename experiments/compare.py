@@ -143,7 +143,7 @@ def frontier(study: StudyConfig, stages: Stages, folder: pathlib.Path) -> list[F
     **{part: to_dict(getattr(config, part)) for part in ('data', 'generation', 'evaluation')},
   }
   path = folder / 'frontier' / f'{fingerprint(made_from)[:16]}.npy'
-  if not processes.on_main(path.exists):
+  if not processes.on_main(lambda: kept(path)):
     processes.say(f'optimal frontier: {study.frontier_samples} responses of SFT to each prompt')
     feedback = load_data(config.data, folder)
     assert isinstance(feedback, Feedback), 'a study is of texts'
@@ -152,6 +152,18 @@ def frontier(study: StudyConfig, stages: Stages, folder: pathlib.Path) -> list[F
       rewards = reference_rewards(parts, study.frontier_samples)
     processes.on_main(lambda: keep(rewards, path))
   return optimal_frontier(np.load(path, allow_pickle=False)) if processes.is_main() else []
+
+
+def kept(path: pathlib.Path) -> bool:
+  """Whether there is an array that `keep` wrote; one that is damaged is made again."""
+  try:
+    np.load(path, allow_pickle=False)
+  except FileNotFoundError:
+    return False
+  except (ValueError, EOFError) as error:
+    print(f'{path}: damaged ({error}); made again', flush=True)
+    return False
+  return True
 
 
 def keep(rewards: np.ndarray, path: pathlib.Path) -> None:

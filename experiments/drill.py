@@ -16,7 +16,6 @@ Exit codes: 0 all survived with equal bits, 1 something did not, or something gi
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -123,8 +122,8 @@ def main() -> int:
     )
     for note in [*outcome.notes, *([f'BROKEN: {broken}'] if broken else [])]:
       print(f'  {note}', flush=True)
+    write_json(folder / 'drills.json', [dataclasses.asdict(row) for row in rows])
   print(table(rows))
-  write_json(folder / 'drills.json', [json.loads(json.dumps(dataclasses.asdict(r))) for r in rows])
   return cli.DONE if all(row.passed for row in rows) else cli.USER_ERROR
 
 

@@ -107,7 +107,7 @@ def check(run: Run) -> None:
       if was.get(name) != sha:
         raise RunError(f'{run.folder}: {name} is not as it was when it paid the run. Restore it.')
   then, now = run.record, environment_record()
-  for name in ('packages', 'git_revision', 'backend', 'devices'):
+  for name in ('packages', 'git_revision', 'backend', 'devices', 'processes'):
     if then.get(name) != now[name]:
       print(f'note: {name} then {then.get(name)}, now {now[name]}: numbers may differ')
 

@@ -74,8 +74,12 @@ def test_all_objectives_start_from_the_same_parameters_on_the_same_data(finished
 
 
 @pytest.mark.slow
-def test_a_finished_study_is_reported_again_without_training(finished, monkeypatch):
+def test_a_finished_study_is_reported_again_without_training(finished, monkeypatch, capsys):
+  """What the frontier is estimated from is made again where its file is damaged."""
   folder, summary = finished
+  (frontier,) = (folder / 'frontier').iterdir()
+  whole = frontier.read_bytes()
+  frontier.write_bytes(whole[: len(whole) // 2])
   times = {path: path.stat().st_mtime_ns for path in folder.glob('*/result.json')}
   monkeypatch.setattr('rlhf_jax.stages.train', None)  # any training would fail
   with tiny.devices(1):
@@ -83,6 +87,7 @@ def test_a_finished_study_is_reported_again_without_training(finished, monkeypat
   assert again is not None
   assert again['rows'] == summary['rows'] and again['optimum'] == summary['optimum']
   assert times == {path: path.stat().st_mtime_ns for path in folder.glob('*/result.json')}
+  assert frontier.read_bytes() == whole and f'{frontier}: damaged' in capsys.readouterr().out
 
 
 def test_objectives_that_are_not_matched_are_refused():

@@ -36,21 +36,23 @@ HEADER = """| Run | Drill | Trials | Survived | Runs led to their end | Bits equ
 
 
 def result(case: str, drill: str, trials: int, folder: pathlib.Path) -> dict:
-  """What a drill came to, from an earlier time if it is there."""
+  """What a drill came to, from an earlier time if it went well then."""
   workdir = folder / f'{case}_{drill}'
   path = workdir / 'result_of_drill.json'
-  if not path.exists():
-    subprocess.run(
-      [
-        *(sys.executable, '-m', 'experiments.drill', f'--config={HERE / "stages.py"}:{case}'),
-        *(f'--drills={drill}', f'--trials={trials}', f'--workdir={workdir}'),
-        *(() if case == 'compare' else STAGE),
-      ],
-      check=True,
-    )
-    (row,) = json.loads((workdir / 'drills.json').read_text())
+  if path.exists():
+    return json.loads(path.read_text())
+  (workdir / 'drills.json').unlink(missing_ok=True)
+  done = subprocess.run(
+    [
+      *(sys.executable, '-m', 'experiments.drill', f'--config={HERE / "stages.py"}:{case}'),
+      *(f'--drills={drill}', f'--trials={trials}', f'--workdir={workdir}'),
+      *(() if case == 'compare' else STAGE),
+    ]
+  )
+  (row,) = json.loads((workdir / 'drills.json').read_text())
+  if done.returncode == 0:
     write_json(path, row)
-  return json.loads(path.read_text())
+  return row
 
 
 def main(argv: list[str]) -> None:
