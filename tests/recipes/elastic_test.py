@@ -18,8 +18,8 @@ from tests import tiny
 
 pytestmark = pytest.mark.slow
 
-STEPS, STOP = 6, 3
-MESHES = {8: MeshConfig(data=2, fsdp=2, tensor=2), 4: MeshConfig(data=1, fsdp=4), 1: MeshConfig()}
+STEPS, STOP = 4, 2
+MESHES = {8: MeshConfig(data=2, fsdp=2, tensor=2), 1: MeshConfig()}
 
 
 def run(config: Any, folder: pathlib.Path, devices: int, stop: int | None = None) -> None:
@@ -44,24 +44,27 @@ def run(config: Any, folder: pathlib.Path, devices: int, stop: int | None = None
         stages.run_stage(config, folder, root=folder.parent)
 
 
-@pytest.mark.parametrize('case', ['sft', 'ppo'])
 def test_a_run_goes_on_with_other_devices(
-  case: str, parents: pathlib.Path, tmp_path: pathlib.Path
+  parents: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  """On 8 devices, then 4, then 1: parameters, optimizer state and metrics as on 1 throughout."""
-  config = tiny.make_config(case, parents, steps=STEPS)
+  """PPO on 8 devices, then 1: parameters, optimizer state and metrics as on 1 throughout.
+
+  Once it is finished, it is so on any mesh. (From 2 processes to 1:
+  tests/experiments/cluster_processes_test.py.)
+  """
+  config = tiny.make_config('ppo', parents, steps=STEPS)
   config.optimizer.learning_rate = 1e-3
-  config.checkpoint = CheckpointConfig(every=1)
+  config.checkpoint = CheckpointConfig(every=STOP)
   config.log.every = 1
-  run(config, tmp_path / 'moved', 8, stop=2)
-  run(config, tmp_path / 'moved', 4, stop=4)
-  run(config, tmp_path / 'moved', 1)
   run(config, tmp_path / 'still', 1)
+  run(config, tmp_path / 'moved', 8, stop=STOP)
+  run(config, tmp_path / 'moved', 1)
+  assert f'going on from step {STOP}' in capsys.readouterr().out
   records = [
     json.loads((tmp_path / name / 'record.json').read_text()) for name in ('moved', 'still')
   ]
   sizes = [record['mesh'] for record in [*records[0]['earlier'], *records]]
-  assert [size['fsdp'] for size in sizes] == [2, 4, 1, 1]
+  assert [size['fsdp'] for size in sizes] == [2, 1, 1]
   with tiny.devices(1):
     abstract = tiny.build_recipe(config).recipe.abstract
   found = {}
@@ -76,12 +79,5 @@ def test_a_run_goes_on_with_other_devices(
   for moved, still in zip(*rows, strict=True):
     moved.pop('seconds'), still.pop('seconds')
     assert moved == pytest.approx(still, rel=1e-3, abs=1e-4)
-
-
-def test_a_finished_run_is_finished_on_any_mesh(
-  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-  config = tiny.make_config('sft', steps=1)
-  run(config, tmp_path / 'run', 4)
-  run(config, tmp_path / 'run', 1)
+  run(config, tmp_path / 'moved', 8)
   assert 'finished already' in capsys.readouterr().out
