@@ -351,9 +351,10 @@ class Run:
       earlier = before.pop('earlier', [])
       if changed := sorted(name for name in record if record[name] != before.get(name)):
         earlier.append(before)
-        if self._learnt and any(name in BITS_DEPEND_ON for name in changed):
+        others = [name for name in changed if name in BITS_DEPEND_ON]
+        if self._learnt and others:
           processes.say(
-            f'{self.folder}: goes on with another {", ".join(changed)}; its bits may differ from '
+            f'{self.folder}: goes on with another {", ".join(others)}; its bits may differ from '
             'those of an undisturbed run'
           )
     write_json(path, {**record, 'earlier': earlier})
