@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -201,7 +202,10 @@ class _Run:
       folder = self.folder / 'evaluations'
       folder.mkdir(exist_ok=True)
       temporary = folder / 'unfinished.npz'
-      np.savez(temporary, **arrays)  # type: ignore[arg-type]
+      with temporary.open('wb') as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
       temporary.replace(folder / f'{step:08}.npz')
     row = {**scalars, 'tokens': self.tokens, 'seconds': round(self.seconds, 3)}
     for writer in self.evaluations:

@@ -49,6 +49,8 @@ def result(case: str, drill: str, trials: int, folder: pathlib.Path) -> dict:
       *(() if case == 'compare' else STAGE),
     ]
   )
+  if not (workdir / 'drills.json').exists():
+    sys.exit(f'{case} {drill}: it could not begin; what it said is above')
   (row,) = json.loads((workdir / 'drills.json').read_text())
   if done.returncode == 0:
     write_json(path, row)

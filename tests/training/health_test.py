@@ -80,9 +80,13 @@ def test_a_skipped_update_leaves_no_trace(bad: str) -> None:
   assert int(found.step) == 3
 
 
-def test_the_other_minibatches_of_a_step_are_learnt_from() -> None:
-  """One row is bad: the minibatch that holds it is left out in each epoch, the rest by hand."""
-  schedule = Schedule(2, 4)
+@pytest.mark.parametrize('accumulation', [1, 2])
+def test_the_other_minibatches_of_a_step_are_learnt_from(accumulation: int) -> None:
+  """One row is bad: the minibatch that holds it is left out in each epoch, the rest by hand.
+
+  Whole minibatches are, though only one of their microbatches is bad.
+  """
+  schedule = Schedule(2, 4, accumulation)
   state = start(SKIP)
   order = np.asarray(minibatch_order(state.stream(Stream.MINIBATCHES), ROWS, schedule))
   batch = batch_of(0)
