@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from tests import tiny
 from tests.experiments.programs import ROOT, message, run_program
 
 pytestmark = pytest.mark.slow
@@ -131,8 +130,8 @@ def test_a_real_mistake_in_a_process_of_its_own(tmp_path: pathlib.Path) -> None:
   assert 'model.heads=4' in message(done) and not (tmp_path / 'run').exists()
 
 
-def test_a_terminated_program_goes_on_with_the_same_bits(tmp_path: pathlib.Path) -> None:
-  """SIGTERM: exit code 75, the state saved; the same command finishes as if undisturbed."""
+def test_a_terminated_program_says_that_it_can_go_on(tmp_path: pathlib.Path) -> None:
+  """SIGTERM: exit code 75, the state saved; that it then ends as ever is in tests/faults."""
   file = tmp_path / 'config.py'
   file.write_text(
     'from tests import tiny\n'
@@ -165,17 +164,3 @@ def test_a_terminated_program_goes_on_with_the_same_bits(tmp_path: pathlib.Path)
   assert not (tmp_path / 'run' / 'result.json').exists()
   steps = [int(path.name) for path in (tmp_path / 'run' / 'checkpoints').iterdir()]
   assert len(steps) == 1 and 10 <= steps[0] < STEPS
-
-  again = subprocess.run(
-    command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-  )
-  assert again.returncode == 0, again.stderr
-  assert f'going on from step {steps[0]}' in again.stdout
-  config = tiny.make_config('sft', steps=STEPS)
-  config.log.every = 10
-  config.optimizer.learning_rate = 0.02
-  whole = tiny.run_stage(config, tmp_path / 'whole')
-  result = json.loads((tmp_path / 'run' / 'result.json').read_text())
-  assert result['params_sha256'] == whole.outcome.run.params_sha256
-  rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-  assert [row['step'] for row in rows] == list(range(10, STEPS + 1, 10))
