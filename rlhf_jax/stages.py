@@ -268,6 +268,25 @@ def _parent(
       'a stage that does not start from this one',
       f'{" -> ".join(chain)} is a circle.',
     )
+  needed = _needed_stage(config, field, init)
+  stage = resolve(needed, root, (*chain, init))
+  folder = pathlib.Path(root) / 'stages' / f'{needed.name}-{fingerprint(stage.identity)[:12]}'
+  run = Run(folder)
+  with locked(folder):
+    if not check(run, stage.identity, overwrite=False):
+      processes.say(f'{config.name}: first its {role.replace("_", " ")}, {init}, in {folder}')
+      if _execute(stage, run).stopped:
+        raise StoppedError
+      return run
+  if run.revision != git_revision():
+    # Its fingerprint covers config, data and parents; whether the code between matters, only the
+    # user knows.
+    processes.say(f'{config.name}: {folder} was made by revision {run.revision} of the code')
+  return run
+
+
+def _needed_stage(config: ExperimentConfig, field: str, init: str) -> ExperimentConfig:
+  """The stage of a config file that `config` starts from, on the devices and the data of that."""
   needed = load_config(init)
   if not isinstance(needed, ExperimentConfig):
     raise ConfigError(field, init, f'the config of one stage, not a {type(needed).__name__}')
@@ -283,20 +302,7 @@ def _parent(
     )
   own = {name: getattr(needed.data, name) for name in ('responses', 'convert')}
   needed.data = dataclasses.replace(config.data, **own)
-  stage = resolve(needed, root, (*chain, init))
-  folder = pathlib.Path(root) / 'stages' / f'{needed.name}-{fingerprint(stage.identity)[:12]}'
-  run = Run(folder)
-  with locked(folder):
-    if not check(run, stage.identity, overwrite=False):
-      processes.say(f'{config.name}: first its {role.replace("_", " ")}, {init}, in {folder}')
-      if _execute(stage, run).stopped:
-        raise StoppedError
-      return run
-  if run.revision != git_revision():
-    # Its fingerprint covers config, data and parents; whether the code between matters, only the
-    # user knows.
-    processes.say(f'{config.name}: {folder} was made by revision {run.revision} of the code')
-  return run
+  return needed
 
 
 def _execute(stage: Stage, run: Run) -> StageOutcome:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import pathlib
@@ -13,6 +12,7 @@ import jax
 
 from rlhf_jax.common import processes, trees
 from rlhf_jax.common.errors import ConfigError, RunError
+from rlhf_jax.training import seals
 from rlhf_jax.training.checksums import checksums
 from rlhf_jax.training.state import TrainState
 
@@ -160,7 +160,7 @@ class Checkpoints:
       state = jax.tree.map(lambda x: x.copy(), state)
     with self._writing():
       self._checkpointer.save_checkpointables_async(
-        step, _by_part(state), metrics=kept, custom_metadata=_sealed(progress, kept, sums)
+        step, _by_part(state), metrics=kept, custom_metadata=seals.seal(progress, kept, sums)
       )
 
   def restore(
@@ -237,7 +237,7 @@ class Checkpoints:
       raise RunError(f'{self._folder}: there is no checkpoint of step {step}.')
     progress, sums = self._noted(step)
     for part, leaves in abstract.items():
-      _check_fits(where, part, leaves, sums)
+      seals.check_fits(where, part, leaves, sums)
     # Of several processes, only some may meet damage: none may wait for another before all agree.
     own = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
@@ -245,17 +245,14 @@ class Checkpoints:
       loaded = self._checkpointer.load_checkpointables(step, abstract)
     found = {part: checksums(loaded[part]) for part in abstract}
     with self._reading(where):
-      for part in abstract:
-        if changed := [name for name in found[part] if found[part][name] != sums[part][name]]:
-          more = f' and {len(changed) - 1} others' if len(changed) > 1 else ''
-          raise ValueError(f'{part}: {changed[0]!r}{more} differ from what was written')
+      seals.check_values(found, sums)
     return loaded, progress
 
   def _noted(self, step: int) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
     """What was noted of a step when it was written: progress facts and checksums."""
     with self._reading(self._where(step)):
       metadata = self._checkpointer.checkpointables_metadata(step)
-      noted = _unsealed(metadata.custom_metadata, metadata.metrics)
+      noted = seals.unseal(metadata.custom_metadata, metadata.metrics)
     return noted
 
   def _where(self, step: int) -> str:
@@ -368,44 +365,6 @@ def _by_part(state: TrainState) -> dict[str, Any]:
   """Each role's parameters apart, so that another stage can load one; flat, canonically named."""
   params = {_PARAMS + role: trees.flatten(tree) for role, tree in state.by_role.items()}
   return {**params, _REST: trees.flatten(_rest(state))}
-
-
-def _sealed(
-  progress: dict[str, Any], metrics: dict[str, float] | None, sums: dict[str, dict[str, str]]
-) -> dict[str, Any]:
-  """What is noted beside the arrays, with a digest of its own."""
-  return {'progress': progress, 'arrays': sums, 'sha256': _digest(progress, metrics, sums)}
-
-
-def _unsealed(noted: Any, metrics: Any) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
-  """Progress facts and checksums; raises ValueError if they are not what was noted."""
-  if not isinstance(noted, dict) or not {'progress', 'arrays', 'sha256'} <= noted.keys():
-    raise ValueError('its _CHECKPOINT_METADATA has no checksums')
-  if _digest(noted['progress'], metrics, noted['arrays']) != noted['sha256']:
-    raise ValueError('its _CHECKPOINT_METADATA or metrics differ from what was written')
-  return noted['progress'], noted['arrays']
-
-
-def _digest(progress: Any, metrics: Any, sums: Any) -> str:
-  noted = [progress, metrics or None, sums]
-  return hashlib.sha256(json.dumps(noted, sort_keys=True).encode()).hexdigest()
-
-
-def _check_fits(where: str, part: str, leaves: dict[str, Any], sums: dict[str, Any]) -> None:
-  """Raises RunError unless a part was written with these names, shapes and dtypes."""
-  if part not in sums:
-    raise RunError(
-      f'{where}: there are no {part!r} in this checkpoint; it has {", ".join(sorted(sums))}.'
-    )
-  found = {name: text.partition(':')[0] for name, text in sums[part].items()}
-  wanted = {name: f'{leaf.dtype.name}{list(leaf.shape)}' for name, leaf in leaves.items()}
-  for name in sorted(found.keys() | wanted.keys()):
-    if found.get(name) != wanted.get(name):
-      raise RunError(
-        f'{where}: {part} {name!r} is {found.get(name, "absent")} in the checkpoint, expected '
-        f'{wanted.get(name, "absent")}: it was written by a run with another model, objective or '
-        'optimizer.'
-      )
 
 
 def _innermost(error: BaseException) -> str:
