@@ -89,6 +89,9 @@ def test_a_plan_of_ppo_has_every_role(parents: Path) -> None:
   assert plan.resident['policy'] == device_bytes(state.params['policy'])
   assert plan.resident['optimizer'] == device_bytes(state.opt_state)
   assert plan.cache > 0 and plan.gradients >= plan.resident['policy']
+  assert set(plan.reading) == set(plan.flops['scoring'])
+  large = dataclasses.replace(plan, reading=plan.reading | {'reward_model': 1e9})
+  assert large.estimated_peak - plan.held == pytest.approx(1e9, rel=1e-3)
   axes = {each.axes for program in plan.programs.values() for each in program.read.collectives}
   assert {'fsdp', 'tensor'} <= axes
   text = '\n'.join(report.lines(plan, 'H100'))
