@@ -140,7 +140,12 @@ class PeftFolder(HfFolder):
   def __init__(self, source: str | pathlib.Path):
     """Reads both configs; raises CheckpointError."""
     self.adapter = open_adapter(pathlib.Path(source))
-    super().__init__(self.adapter.base)
+    try:
+      super().__init__(self.adapter.base)
+    except CheckpointError as error:
+      raise CheckpointError(
+        f'{self.source}: it needs the model it was trained on. {error}'
+      ) from error
     if self.adapter.scores and not self.opened.scores:
       if self.adapter.score is None:
         raise CheckpointError(

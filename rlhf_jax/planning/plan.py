@@ -188,8 +188,7 @@ def _reading(
     asked *= rows['updated'].number // config.batch_size
   found = {}
   for role, model in models.items():
-    # Policies read a step's rows in microbatches, as its updates do; reward models all at once.
-    step = read.number if role in judges else read.number // config.accumulation
+    step = read.number // config.accumulation  # in microbatches, as updates do
     number = max(step if role in scoring else 0, asked if compiled.evaluations else 0)
     if number:
       share = max(number // (mesh['data'] * mesh['fsdp']), 1)

@@ -227,6 +227,9 @@ def test_a_base_that_is_not_there_is_named(folder: Path) -> None:
   for name in ('gpt2', 'owner/a-name.v2'):
     change(folder, base_model_name_or_path=name, revision='main')
     assert hf_peft.open_adapter(folder).base == f'hf:{name}@main'
+  change(folder, base_model_name_or_path=str(folder))
+  with pytest.raises(CheckpointError, match=f'^{folder}: it needs the model it was trained on'):
+    open_source(folder)
 
 
 def test_damaged_folders_and_other_bases_are_refused(folder: Path) -> None:
