@@ -57,8 +57,9 @@ def in_two(model: ModelConfig, params: Any) -> jax.Array:
   return read(params)
 
 
-@pytest.mark.parametrize('scan_layers', [False, True])
-@pytest.mark.parametrize('name', ['gpt2', 'llama3', 'gemma2'])
+@pytest.mark.parametrize(
+  ('name', 'scan_layers'), [('gpt2', False), ('llama3', True), ('gemma2', False), ('gemma2', True)]
+)
 def test_joined_equals_merged(name: str, scan_layers: bool) -> None:
   """x W + scale (x A) B is x (W + scale A B), for every projection, with a cache too."""
   model = make_config(name, scan_layers=scan_layers)
@@ -119,8 +120,7 @@ def test_about_one_percent_of_a_real_decoder_is_trained() -> None:
   assert 0.005 < count(trained) / count(abstract) < 0.012
 
 
-@pytest.mark.parametrize('scan_layers', [False, True])
-@pytest.mark.parametrize('name', ['gpt2', 'llama3'])
+@pytest.mark.parametrize(('name', 'scan_layers'), [('gpt2', False), ('llama3', True)])
 def test_the_last_layers_are_trained_as_they_would_be_in_the_whole(
   name: str, scan_layers: bool
 ) -> None:
