@@ -20,6 +20,7 @@ Exit codes: 0 done, 1 something given is wrong (one message says what), 130 ende
 was written is deleted.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -30,7 +31,7 @@ from experiments import cli
 from rlhf_jax.common.errors import RunError, UserError
 from rlhf_jax.config_parts import CHECKPOINTS
 from rlhf_jax.hf_folder import HfFolder, PeftFolder, open_source
-from rlhf_jax.models import hf_export, hf_peft
+from rlhf_jax.models import hf_export, hf_hub, hf_peft
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import DTYPES, SHARD_BYTES
 from rlhf_jax.objectives import demands_of, objective_of
@@ -90,7 +91,7 @@ def main() -> int:
     for flag in (ROLE, CHECKPOINT, ADAPTER):
       if flag.value != flag.default:
         raise UserError(
-          f'--{flag.name}={flag.value}: {source.folder} is a checkpoint folder, which has one '
+          f'--{flag.name}={flag.value}: {SOURCE.value} is a checkpoint folder, which has one '
           'model. Leave it out.'
         )
     if isinstance(source, PeftFolder):
@@ -101,7 +102,7 @@ def main() -> int:
     export_adapter(source, target)
   else:
     export(source, target, shard_bytes)
-  print(f'{source.folder} -> {target}')
+  print(f'{SOURCE.value} -> {target}')
   return cli.DONE
 
 
@@ -182,7 +183,7 @@ def export_adapter(run: Run, target: pathlib.Path) -> None:
         f'--adapter: {run.folder} started from {parent.source}, which PEFT cannot take for a base. '
         'Write that as a folder first (--source), and name it with --base.'
       )
-    base = str(parent.folder)
+    base = hf_hub.name_of(parent.folder) or str(parent.folder)
   scores = trained == 'reward_model'
   family = hf_export.family_of(target, model, assets_of(run), scores=scores)
   params = run.restore_adapter(host_mesh(), CHECKPOINT.value)
@@ -203,7 +204,7 @@ def value_function(run: Run, model: ModelConfig, kind: str, mesh: jax.sharding.M
 def assets_of(run: Run) -> hf_export.Assets:
   """The config and the tokenizer of the folder a run goes back to, or its own tokenizer alone."""
   if isinstance(run, HfFolder):
-    return hf_export.read_assets(run.folder)
+    return dataclasses.replace(hf_export.read_assets(run.folder), tokenizer=run.tokenizer_folder)
   if (run.folder / ASSETS).is_dir():
     return hf_export.read_assets(run.folder / ASSETS, trained=run.folder / 'tokenizer')
   return hf_export.Assets(run.folder / 'tokenizer')

@@ -42,7 +42,8 @@ class ExperimentConfig:
   # Rows (demonstrations, comparisons or prompts) an iteration, over all devices; objectives that
   # sample several responses to each prompt have so many times more of those.
   batch_size: int = 64
-  # Microbatches a minibatch is split into, to save memory; the gradients are the same.
+  # Microbatches a minibatch is split into, to save memory; the gradients are the same. Who scores a
+  # step's rows (policy, reference, reward models) reads them in as many parts.
   accumulation: int = 1
   # Whether a GPU may use only kernels that give the same bits each time, as CPUs and TPUs do; some
   # are slower (docs/reproducibility.md).

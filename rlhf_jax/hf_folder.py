@@ -5,10 +5,12 @@ import functools
 import hashlib
 import pathlib
 import shutil
+from collections.abc import Iterable
 from typing import Any
 
 from rlhf_jax.common.errors import CheckpointError, RunError
 from rlhf_jax.config import ExperimentConfig
+from rlhf_jax.data import tokenizer_folders
 from rlhf_jax.data.tokenizer_folders import GENERATION
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.tokenizers import load as load_tokenizer
@@ -60,13 +62,8 @@ class HfFolder(Run):
     """Of its files: the weights, what they mean as a decoder, the tokenizer and where it stops."""
     names = (CONFIG, GENERATION, *hf_export.TOKENIZER_FILES)
     weights = sorted({header.file for header in self.opened.headers.values()})
-    files = [path for name in names if (path := self.folder / name).is_file()]
-    digest = hashlib.sha256()
-    for path in (*files, *weights):
-      status = path.stat()
-      part = _sha256(path, status.st_size, status.st_mtime_ns)
-      digest.update(f'{path.name}:{part}\n'.encode())
-    return digest.hexdigest()
+    files = [self.folder / name for name in names]
+    return _digest([*files, *weights]).hexdigest()
 
   def params_identity(self, checkpoint: str) -> str:
     """What tells its parameters from all others; raises RunError for another than 'final'."""
@@ -99,13 +96,18 @@ class HfFolder(Run):
     found = {DTYPES.get(header.dtype, 'float32') for header in self.opened.headers.values()}
     return next(iter(found)) if len(found) == 1 else 'float32'
 
+  @property
+  def tokenizer_folder(self) -> pathlib.Path:
+    """Where its tokenizer and chat template lie."""
+    return self.folder
+
   def tokenizer(self) -> Tokenizer:
     """Its tokenizer; raises CheckpointError if that has more ids than there are embeddings."""
-    tokenizer = load_tokenizer(self.folder)
+    tokenizer = load_tokenizer(self.tokenizer_folder)
     if tokenizer.vocab_size > self.model.vocab_size:
       raise CheckpointError(
-        f'{self.folder}: its tokenizer has {tokenizer.vocab_size} ids, and its model embeddings '
-        f'for {self.model.vocab_size}. Use the tokenizer it was trained with.'
+        f'{self.tokenizer_folder}: its tokenizer has {tokenizer.vocab_size} ids, and its model '
+        f'embeddings for {self.model.vocab_size}. Use the tokenizer it was trained with.'
       )
     return tokenizer
 
@@ -129,7 +131,7 @@ class HfFolder(Run):
     for name in (CONFIG, GENERATION):
       if (self.folder / name).is_file():
         shutil.copyfile(self.folder / name, target / ASSETS / name)
-    hf_export.copy_tokenizer(self.folder, target / ASSETS)
+    hf_export.copy_tokenizer(self.tokenizer_folder, target / ASSETS)
 
 
 class PeftFolder(HfFolder):
@@ -138,7 +140,12 @@ class PeftFolder(HfFolder):
   def __init__(self, source: str | pathlib.Path):
     """Reads both configs; raises CheckpointError."""
     self.adapter = open_adapter(pathlib.Path(source))
-    super().__init__(self.adapter.base)
+    try:
+      super().__init__(self.adapter.base)
+    except CheckpointError as error:
+      raise CheckpointError(
+        f'{self.source}: it needs the model it was trained on. {error}'
+      ) from error
     if self.adapter.scores and not self.opened.scores:
       if self.adapter.score is None:
         raise CheckpointError(
@@ -155,12 +162,23 @@ class PeftFolder(HfFolder):
   @property
   def params_sha256(self) -> str:
     """Of the base and of the adapter's files."""
-    digest = hashlib.sha256(super().params_sha256.encode())
-    for path in (self.source / name for name in FILES):
-      if path.is_file():
-        status = path.stat()
-        digest.update(_sha256(path, status.st_size, status.st_mtime_ns).encode())
+    names = FILES if self.tokenizer_folder == self.folder else (*FILES, *hf_export.TOKENIZER_FILES)
+    digest = _digest(self.source / name for name in names)
+    digest.update(super().params_sha256.encode())
     return digest.hexdigest()
+
+  @property
+  def tokenizer_folder(self) -> pathlib.Path:
+    """The adapter's where it has a tokenizer, which may have another template than the base's."""
+    own = (self.source / tokenizer_folders.CONFIG).is_file()
+    return self.source if own else self.folder
+
+  def tokenizer(self) -> Tokenizer:
+    """As of a whole model; responses end where the base ends them, too."""
+    found = super().tokenizer()
+    of_base = tokenizer_folders.stop_tokens(self.folder)
+    more = (i for i in of_base if i not in found.stop_ids and i < found.vocab_size)
+    return dataclasses.replace(found, stops=(*found.stops, *more))
 
   def restore_role(self, role: str, abstract: Any, checkpoint: str = 'final') -> Any:
     """The parameters of its role, in the shardings of `abstract`."""
@@ -185,6 +203,17 @@ def open_source(source: str | pathlib.Path) -> Run:
 def is_source(source: str) -> bool:
   """Whether a name is that of a directory or of something on the hub, not of a config file."""
   return source.startswith(HUB) or pathlib.Path(source).is_dir()
+
+
+def _digest(paths: Iterable[pathlib.Path]) -> Any:
+  """SHA-256 of the names and contents of those files that there are."""
+  digest = hashlib.sha256()
+  for path in paths:
+    if path.is_file():
+      status = path.stat()
+      part = _sha256(path, status.st_size, status.st_mtime_ns)
+      digest.update(f'{path.name}:{part}\n'.encode())
+  return digest
 
 
 @functools.lru_cache(maxsize=1024)

@@ -25,6 +25,7 @@ from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny
 
 MESH = MeshConfig(data=1)
+LORA = AdapterConfig(method='lora', rank=2, targets=('query', 'down'))
 TEMPLATE = '{% for m in messages %}{{ m.content }} {% endfor %}'
 
 
@@ -50,6 +51,24 @@ def config_of(case: str, folders: Path) -> Any:
   if config.reward_model.init is not None:
     config.reward_model = RewardModelInitConfig(init=str(folders / 'scorer'))
   return config
+
+
+def write_adapter(folder: Path, base: HfFolder, matrices: Any) -> None:
+  """Low-rank matrices as PEFT keeps them."""
+  hf_peft.export_adapter(
+    folder, base.opened.family, base.model, LORA, matrices, base=str(base.folder)
+  )
+
+
+def make_adapter(folder: Path, base: HfFolder) -> None:
+  """Random ones in a new folder."""
+  key, rng = jax.random.key(0), np.random.default_rng(0)
+  abstract = jax.eval_shape(
+    lambda: adapters.init(LORA, base.model, decoder.init(base.model, key), key)
+  )
+  folder.mkdir()
+  draw = lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32)  # noqa: E731
+  write_adapter(folder, base, jax.tree.map(draw, abstract))
 
 
 def test_a_folder_has_what_the_run_had(folders: Path, parents: Path) -> None:
@@ -158,20 +177,30 @@ def test_half_precision_judges_compute_in_it(folders: Path, tmp_path: Path) -> N
     assert HfFolder(tmp_path / name).model.dtype == dtype
 
 
+def test_the_tokenizer_beside_an_adapter_goes_first(folders: Path, tmp_path: Path) -> None:
+  """As trainers leave it there, with a chat template of its own; the base's stops go on to hold."""
+  base, adapter = HfFolder(shutil.copytree(folders / 'policy', tmp_path / 'base')), tmp_path / 'own'
+  make_adapter(adapter, base)
+  source = open_source(adapter)
+  assert isinstance(source, HfFolder) and source.tokenizer_folder == base.folder
+  (base.folder / 'generation_config.json').write_text('{"eos_token_id": [2, 7]}')
+  plain, before = source.tokenizer(), source.params_identity('final')
+  assert plain.template == TEMPLATE and plain.stop_ids == (2, 7)
+  dataclasses.replace(plain, template='{{ 1 }}', stops=()).save(adapter)
+  found = source.tokenizer()
+  assert found.template == '{{ 1 }}' and found.stop_ids == (2, 7)
+  assert source.params_identity('final') != before
+  source.save_assets(tmp_path)
+  assert (tmp_path / ASSETS / 'chat_template.jinja').read_text() == '{{ 1 }}'
+  assert json.loads((tmp_path / ASSETS / 'config.json').read_text())['model_type'] == 'llama'
+
+
 @pytest.mark.slow
 def test_a_run_that_starts_from_an_adapter_keeps_it(folders: Path, tmp_path: Path) -> None:
   """Base, adapter and what was trained on them; what lies there later must be the same."""
-  adapter, model = tmp_path / 'adapter', HfFolder(folders / 'policy').model
-  config = AdapterConfig(method='lora', rank=2, targets=('query', 'down'))
-  abstract = jax.eval_shape(
-    lambda: adapters.init(config, model, decoder.init(model, jax.random.key(0)), jax.random.key(0))
-  )
-  rng = np.random.default_rng(0)
-  trained = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), abstract)
-  adapter.mkdir()
-  family = HfFolder(folders / 'policy').opened.family
-  base = str(folders / 'policy')
-  hf_peft.export_adapter(adapter, family, model, config, trained, base=base)
+  adapter, base = tmp_path / 'adapter', HfFolder(folders / 'policy')
+  make_adapter(adapter, base)
+  config = LORA
   stage = config_of('sft', folders)
   stage.policy, stage.adapter = InitConfig(init=str(adapter)), config
   with tiny.devices(1):
@@ -187,7 +216,7 @@ def test_a_run_that_starts_from_an_adapter_keeps_it(folders: Path, tmp_path: Pat
   leaves = trees.flatten(expected)
   for name, leaf in trees.flatten(found).items():
     np.testing.assert_allclose(leaf, leaves[name], atol=1e-6, err_msg=name)
-  hf_peft.export_adapter(adapter, family, model, config, own, base=base)
+  write_adapter(adapter, base, own)
   with pytest.raises(RunError, match='other parameters lie now'):
     run.restore_role('policy', abstract_decoder(run.model, mesh))
 

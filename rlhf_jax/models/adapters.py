@@ -7,6 +7,7 @@ the whole base decoder: the same arrays are the reference.
 """
 
 import dataclasses
+import fnmatch
 import math
 import zlib
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ class AdapterConfig:
   alpha: float = 16.0
   # The projections that get matrices: 'query', 'key', 'value' and 'out' of the attention, 'gate',
   # 'up' and 'down' of the MLP (Hu et al. 2022: query and value; Dettmers et al. 2023, QLoRA: all).
+  # A name with * stands for all that it matches, of names like 'attention.query' and 'mlp.up' too:
+  # '*' for all that the decoder has, 'mlp.*' for those of the MLP.
   targets: tuple[str, ...] = ('query', 'value')
   # Probability that an entry of A's input is dropped in updates (PEFT's `lora_dropout`). Samples,
   # scores and evaluations have none.
@@ -72,17 +75,27 @@ class AdapterConfig:
       raise ConfigError(f'{path}.dropout', self.dropout, 'a number in [0, 1)')
     if not self.targets or len(set(self.targets)) < len(self.targets):
       raise ConfigError(f'{path}.targets', self.targets, 'one or more projections, each once')
-    if unknown := sorted(set(self.targets) - set(PROJECTIONS)):
-      raise ConfigError(
-        f'{path}.targets', self.targets, f'names among {", ".join(PROJECTIONS)}, not {unknown[0]!r}'
-      )
+    for target in self.targets:
+      if not any(_matches(name, target) for name in PROJECTIONS):
+        raise ConfigError(
+          f'{path}.targets',
+          self.targets,
+          f"names among {', '.join(PROJECTIONS)}, or patterns like 'mlp.*', not {target!r}",
+        )
+
+  def projections(self, model: ModelConfig) -> tuple[str, ...]:
+    """The projections of a decoder that get matrices."""
+    return tuple(
+      name for name in _projections(model) if any(_matches(name, target) for target in self.targets)
+    )
 
   def check(self, model: ModelConfig, path: str) -> None:
     """Raises ConfigError if a decoder has no such projections or not so many layers."""
-    if self.method == 'lora' and 'gate' in self.targets and not model.gated_mlp:
-      raise ConfigError(
-        f'{path}.targets', self.targets, "no 'gate': the MLP of this decoder has none"
-      )
+    for target in self.targets if self.method == 'lora' else ():
+      if not any(_matches(name, target) for name in _projections(model)):
+        raise ConfigError(
+          f'{path}.targets', self.targets, f'no {target!r}: the MLP of this decoder has no gate'
+        )
     if self.method == 'last_layers' and self.last_layers >= model.layers:
       raise ConfigError(
         f'{path}.last_layers',
@@ -90,6 +103,17 @@ class AdapterConfig:
         f'fewer than the {model.layers} layers of the decoder',
         f"{path}.method='none' trains all of it.",
       )
+
+
+def _projections(model: ModelConfig) -> list[str]:
+  """Those that a decoder has."""
+  return [name for name in PROJECTIONS if name != 'gate' or model.gated_mlp]
+
+
+def _matches(name: str, target: str) -> bool:
+  """Whether a projection is meant by an entry of `AdapterConfig.targets`."""
+  whole = f'{PROJECTIONS[name].group or "attention"}.{name}'
+  return any(fnmatch.fnmatchcase(each, target) for each in (name, whole))
 
 
 def base_of(config: AdapterConfig, params: Params) -> Params:
@@ -128,7 +152,7 @@ def init(config: AdapterConfig, model: ModelConfig, base: Params, key: Array) ->
     }
 
   keys = dict(zip(sorted(PROJECTIONS), jax.random.split(key, len(PROJECTIONS)), strict=True))
-  return _nest({name: fill(name, keys[name]) for name in config.targets})
+  return _nest({name: fill(name, keys[name]) for name in config.projections(model)})
 
 
 def abstract(config: AdapterConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
@@ -158,7 +182,7 @@ def logical_axes(config: AdapterConfig, model: ModelConfig) -> Params:
       'lora_b': ('layers', None, *names[inputs:]),
     }
 
-  return _nest({name: cut(name) for name in config.targets})
+  return _nest({name: cut(name) for name in config.projections(model)})
 
 
 def frozen_of(config: AdapterConfig, model: ModelConfig, base: Params) -> Params:
@@ -170,7 +194,7 @@ def frozen_of(config: AdapterConfig, model: ModelConfig, base: Params) -> Params
   constants = {'lora_scale': np.full(model.layers, config.alpha / config.rank, np.float32)}
   if config.dropout:
     constants['lora_rate'] = np.full(model.layers, config.dropout, np.float32)
-  return join(base, _nest({name: constants for name in config.targets}))
+  return join(base, _nest({name: constants for name in config.projections(model)}))
 
 
 def join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

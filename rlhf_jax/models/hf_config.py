@@ -40,6 +40,17 @@ class Settings:
     """The value of a key that may be missing."""
     return self._values.get(key, default)
 
+  def whole(self, key: str, least: int = 1) -> int:
+    """A whole number; raises CheckpointError for anything else, or less."""
+    value = self[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+      raise self.error(key, value, f'an integer >= {least}')
+    return value
+
+  def window(self) -> int | None:
+    """How many tokens windowed layers see, if the file says so."""
+    return None if self['sliding_window'] is None else self.whole('sliding_window')
+
   def error(self, key: str, value: object, expected: str, remedy: str = '') -> CheckpointError:
     """What is wrong with the value of a key."""
     return CheckpointError(f'{self.where}: {key}={value!r}: expected {expected}. {remedy}'.strip())
@@ -82,7 +93,7 @@ def _rotation_of(settings: Settings, key: str, rope: Any) -> Fields:
     raise settings.error(key, rope, 'one set of rotation parameters')
   try:
     return _rotation_fields(settings, key, rope)
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
     raise settings.error(key, rope, f'rotation parameters with a number for {error}') from error
 
 
@@ -167,7 +178,7 @@ def _write_layer_types(model: ModelConfig) -> Fields:
 
 
 def _read_mistral(settings: Settings) -> Fields:
-  window = settings['sliding_window']
+  window = settings.window()
   local = _layer_types(settings, lambda _: window is not None)
   if len(set(local)) > 1:
     raise settings.error('layer_types', settings['layer_types'], 'one kind for all layers')
@@ -175,8 +186,8 @@ def _read_mistral(settings: Settings) -> Fields:
 
 
 def _read_qwen(settings: Settings) -> Fields:
-  window = settings['sliding_window'] if settings['use_sliding_window'] else None
-  first = settings['max_window_layers']
+  window = settings.window() if settings['use_sliding_window'] else None
+  first = 0 if window is None else settings.whole('max_window_layers', 0)
   return _windows(window, _layer_types(settings, lambda i: window is not None and i >= first))
 
 
@@ -190,7 +201,7 @@ def _write_qwen(model: ModelConfig) -> Fields:
 
 def _read_gemma2(settings: Settings) -> Fields:
   local = _layer_types(settings, lambda i: (i + 1) % 2 > 0)
-  return _windows(settings['sliding_window'], local)
+  return _windows(settings.window(), local)
 
 
 def _write_gemma2(model: ModelConfig) -> Fields:
@@ -201,9 +212,10 @@ def _write_gemma2(model: ModelConfig) -> Fields:
 
 def _read_gemma3(settings: Settings) -> Fields:
   """Windows and rotations: windowed layers have a base of their own, and are never scaled."""
-  period = settings.get('sliding_window_pattern', settings.get('_sliding_window_pattern', 6))
+  keys = ('sliding_window_pattern', '_sliding_window_pattern')
+  period = next((settings.whole(key) for key in keys if settings.get(key) is not None), 6)
   local = _layer_types(settings, lambda i: (i + 1) % period > 0)
-  fields = _windows(settings['sliding_window'], local)
+  fields = _windows(settings.window(), local)
   key, given = _given_rotation(settings)
   nested = key == 'rope_parameters'
   full = dict((given.get(FULL) or {}) if nested else given)
@@ -240,18 +252,23 @@ def _write_gemma_scales(model: ModelConfig) -> Fields:
   return {'query_pre_attn_scalar': round(scalar) or scalar}
 
 
-GEMMA_SCALES = Aspect(
-  lambda settings: {
-    'query_scale': settings['query_pre_attn_scalar'] ** -0.5,
-    'embedding_scale': math.sqrt(settings['hidden_size']),
-  },
-  _write_gemma_scales,
-)
+def _read_gemma_scales(settings: Settings) -> Fields:
+  key = 'query_pre_attn_scalar'
+  scalar = settings[key]
+  if isinstance(scalar, bool) or not isinstance(scalar, int | float) or not scalar > 0:
+    raise settings.error(key, scalar, 'a number > 0')
+  return {
+    'query_scale': scalar**-0.5,
+    'embedding_scale': math.sqrt(settings.whole('hidden_size')),
+  }
+
+
+GEMMA_SCALES = Aspect(_read_gemma_scales, _write_gemma_scales)
 
 
 def _read_gpt2_mlp(settings: Settings) -> Fields:
-  inner = settings['n_inner']
-  return {'mlp_width': 4 * settings['n_embd'] if inner is None else inner}
+  absent = settings['n_inner'] is None
+  return {'mlp_width': 4 * settings.whole('n_embd') if absent else settings.whole('n_inner')}
 
 
 GPT2_MLP = Aspect(_read_gpt2_mlp, lambda model: {'n_inner': model.mlp_width})

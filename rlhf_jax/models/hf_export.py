@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ import numpy as np
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError
 from rlhf_jax.data import tokenizers
-from rlhf_jax.data.tokenizer_folders import GENERATION, TEMPLATE
+from rlhf_jax.data.tokenizer_folders import GENERATION, TEMPLATE, read_json
 from rlhf_jax.models import hf_layout, hf_model
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_families import Family
@@ -34,6 +33,7 @@ from rlhf_jax.models.hf_load import (
   Score,
   ignored,
   open_tensor,
+  verify,
 )
 from rlhf_jax.models.hf_model import Piece
 
@@ -178,8 +178,9 @@ def convert(
   """Writes a checkpoint again, in another type (None: each tensor's own) or other shards.
 
   Tensors pass one by one, and lose nothing if the type is kept. Arguments and errors are those of
-  `export_policy`.
+  `export_policy`; tensors that are not those of its config.json are an error too.
   """
+  verify(checkpoint)
   entries = []
   for name, header in checkpoint.headers.items():
     if ignored(name):
@@ -254,7 +255,7 @@ def read_assets(folder: pathlib.Path, trained: pathlib.Path | None = None) -> As
   values: dict[str, Any] = {}
   for field, name in (('config', CONFIG), ('generation', GENERATION)):
     path = folder / name
-    values[field] = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
+    values[field] = read_json(path) if path.is_file() else None
   return Assets(folder, trained=trained, **values)
 
 
@@ -293,8 +294,9 @@ def _generation(assets: Assets) -> dict[str, Any]:
   stops = tokenizers.load(assets.trained or assets.tokenizer).stop_ids
   values = dict(_special_ids(assets.tokenizer) if assets.generation is None else assets.generation)
   known = values.get('eos_token_id')
-  if set(known if isinstance(known, list) else [known]) != set(stops):
-    values['eos_token_id'] = list(stops)
+  known = known if isinstance(known, list) else [] if known is None else [known]
+  if set(stops) - set(known):
+    values['eos_token_id'] = [*stops, *(i for i in known if i not in stops)]
   return values
 
 

@@ -20,6 +20,7 @@ HUB = 'hf:'  # what names of the hub start with, as those of data sets do
 _SMALL = ('*.json', '*.jinja', 'tokenizer*', 'merges.txt', 'vocab*', 'adapter_model.safetensors')
 # The same weights in the layouts of their authors, and in folders below.
 _NEVER = ('*/*', 'consolidated*')
+_MODELS = 'models--'  # how the hub's library begins the folders it keeps models in
 
 
 @functools.cache  # a name means the same all the time that a program runs
@@ -28,8 +29,23 @@ def download(source: str) -> pathlib.Path:
 
   Raises CheckpointError if there is none, or it cannot be reached and is not here yet.
   """
-  _, revision = _parse(source)
+  _, revision = parse(source)
   return _snapshot(source, revision, _SMALL)
+
+
+def name_of(folder: pathlib.Path) -> str | None:
+  """`hf:owner/name@commit` of a folder that was downloaded; None for a folder of the user's own."""
+  repository = folder.parent.parent.name
+  if folder.parent.name != 'snapshots' or not repository.startswith(_MODELS):
+    return None
+  name = repository.removeprefix(_MODELS).replace('--', '/')
+  return f'{HUB}{name}@{folder.name}'
+
+
+def parse(source: str) -> tuple[str, str | None]:
+  """The name and the revision of `hf:owner/name[@revision]`, None if it names none."""
+  name, _, revision = source.removeprefix(HUB).partition('@')
+  return name, revision or None
 
 
 def tensor_files(folder: pathlib.Path, source: str | None) -> list[pathlib.Path]:
@@ -52,7 +68,7 @@ def tensor_files(folder: pathlib.Path, source: str | None) -> list[pathlib.Path]
     pass
   import huggingface_hub
 
-  name, _ = _parse(source)
+  name, _ = parse(source)
   # The folder is named by the commit: the tensors are to be those of the config that was read.
   listing = _asked(source, huggingface_hub.list_repo_files, name, revision=folder.name)
   names = names_of(folder, listing, source)
@@ -60,17 +76,12 @@ def tensor_files(folder: pathlib.Path, source: str | None) -> list[pathlib.Path]
   return files_of(folder)
 
 
-def _parse(source: str) -> tuple[str, str | None]:
-  name, _, revision = source.removeprefix(HUB).partition('@')
-  return name, revision or None
-
-
 def _snapshot(source: str, revision: str | None, names: Sequence[str]) -> pathlib.Path:
   """Downloads what matches some names."""
   import huggingface_hub
 
   settings = dict(revision=revision, allow_patterns=list(names), ignore_patterns=list(_NEVER))
-  name, _ = _parse(source)
+  name, _ = parse(source)
   return pathlib.Path(_asked(source, huggingface_hub.snapshot_download, name, **settings))
 
 

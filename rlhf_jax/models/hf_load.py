@@ -20,7 +20,7 @@ import numpy as np
 
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError
-from rlhf_jax.models import hf_layout, hf_model
+from rlhf_jax.models import decoder, hf_layout, hf_model
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_families import Family, Tensor
 from rlhf_jax.models.hf_files import CONFIG, DTYPES, Header, headers_of
@@ -85,7 +85,13 @@ class Checkpoint:
   @property
   def score_bias(self) -> float:
     """What is added to the score of a reward model; see `hf_export.score_of`."""
-    return float(self.config.get(OWN, {}).get(SCORE_BIAS, 0.0))
+    own = self.config.get(OWN, {})
+    bias = own.get(SCORE_BIAS, 0.0) if isinstance(own, Mapping) else own
+    if isinstance(bias, bool) or not isinstance(bias, int | float):
+      raise CheckpointError(
+        f'{self.folder / CONFIG}: {OWN}={own!r}: expected {SCORE_BIAS!r} in it.'
+      )
+    return float(bias)
 
   def as_scorer(self) -> 'Checkpoint':
     """Its trunk as that of a reward model."""
@@ -140,12 +146,15 @@ def open_checkpoint(source: str | pathlib.Path) -> Checkpoint:
   family = hf_model.family_of(where, config)
   model = hf_model.to_model(where, config, family)
   kinds = config.get('architectures') or [family.causal_lm]
+  if not isinstance(kinds, list):
+    raise CheckpointError(f'{path}: architectures={kinds!r}: expected a list of names.')
   checkpoint = Checkpoint(folder, config, family, model, scores=False, hub=hub)
   if family.classifier in kinds:
-    labels = len(config.get('id2label', {0: '', 1: ''}))
-    if labels != 1:
+    labels = config.get('id2label', {'0': '', '1': ''})  # what transformers leaves out
+    if not isinstance(labels, Mapping) or len(labels) != 1:
+      count = f'{len(labels)} labels' if isinstance(labels, Mapping) else f'id2label={labels!r}'
       raise CheckpointError(
-        f'{path}: a classifier with {labels} labels: expected 1 (num_labels=1), the score.'
+        f'{path}: a classifier with {count}: expected 1 (num_labels=1), the score.'
       )
     return checkpoint.as_scorer()
   return checkpoint
@@ -212,6 +221,15 @@ def load_scorer(checkpoint: Checkpoint, abstract: Params, score: Score | None = 
   return trees.unflatten(
     abstract, placed | {f'trunk.{name}': leaf for name, leaf in loaded.items()}
   )
+
+
+def verify(checkpoint: Checkpoint) -> None:
+  """Raises CheckpointError unless its files hold the tensors of its config; reads headers alone."""
+  abstract = jax.eval_shape(lambda: decoder.init(checkpoint.model, jax.random.key(0)))
+  sources = _plan(checkpoint, trees.flatten(abstract))
+  if checkpoint.scores:
+    sources[SCORE.name] = [Piece('head.kernel', None, SCORE)]
+  _verify(checkpoint, sources)
 
 
 def _plan(checkpoint: Checkpoint, leaves: Mapping[str, Any]) -> dict[str, list[Piece]]:

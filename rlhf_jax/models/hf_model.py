@@ -100,7 +100,7 @@ def to_model(where: str, config: Mapping[str, Any], family: Family | None = None
   for name, key in family.fields.items():
     value = settings[key]
     if name == 'activation':
-      if value not in ACTIVATIONS:
+      if not isinstance(value, str) or value not in ACTIVATIONS:
         raise settings.error(key, value, f'one of {", ".join(ACTIVATIONS)}')
       value = ACTIVATIONS[value]
     _check_type(settings, name, key, value)

@@ -10,7 +10,6 @@ PEFT has no place for, the score's bias, is in a file of ours.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -21,12 +20,13 @@ import numpy as np
 
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError
+from rlhf_jax.data.tokenizer_folders import read_json
 from rlhf_jax.models import hf_layout, hf_model
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_families import Family
 from rlhf_jax.models.hf_files import Entry, Header, headers_of, write_file, write_json
-from rlhf_jax.models.hf_hub import HUB
+from rlhf_jax.models.hf_hub import HUB, parse
 from rlhf_jax.models.hf_load import SCORE, SCORE_BIAS, Checkpoint, Score
 from rlhf_jax.models.hf_model import Piece
 from rlhf_jax.models.layers import PROJECTIONS
@@ -39,6 +39,7 @@ _TENSOR = re.compile(
   r'base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])(\.default)?\.weight$'
 )
 _SCORE = re.compile(r'base_model\.model\.score(\.modules_to_save)?(\.default)?\.weight$')
+_NAME = re.compile(r'\w[\w.-]*(/\w[\w.-]*)?')  # of the hub; all else is a path
 _SCORES = 'SEQ_CLS'
 _HEADS = {'score', 'classifier'}  # PEFT lists both, though a model has one of them
 # What an adapter may not ask for, and what it must say of it.
@@ -55,6 +56,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
   'target_parameters': (None, []),
   'trainable_token_indices': (None,),
   'alora_invocation_tokens': (None,),
+  'arrow_config': (None,),
+  'kasa_config': (None,),
+  'monteclora_config': (None,),
 }
 
 
@@ -81,18 +85,26 @@ class PeftAdapter:
 
   @property
   def base(self) -> str:
-    """The checkpoint it was trained on: a folder, or `hf:owner/name[@revision]`."""
+    """The checkpoint it was trained on: a folder, or `hf:owner/name[@revision]`.
+
+    Raises CheckpointError for a path where there is none.
+    """
     base, revision = str(self.config['base_model_name_or_path']), self.config.get('revision')
     if pathlib.Path(base).is_dir() or base.startswith(HUB):
       return base
+    if not _NAME.fullmatch(base):
+      raise CheckpointError(
+        f'{self.folder / ADAPTER_CONFIG}: base_model_name_or_path={base!r}: there is no such '
+        'folder here. Write the one of the model it was trained on, or owner/name of the hub.'
+      )
     return f'{HUB}{base}' + (f'@{revision}' if revision else '')
 
   def scale(self, module: str, rank: int) -> float:
     """The factor on B A: alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
     alpha = self.config.get('lora_alpha', 8)
-    for pattern, own in (self.config.get('alpha_pattern') or {}).items():
-      if re.match(rf'(.*\.)?({pattern})$', module):
-        alpha = own
+    patterns = self.config.get('alpha_pattern') or {}
+    matching = (own for name, own in patterns.items() if re.match(rf'(.*\.)?({name})$', module))
+    alpha = next(matching, alpha)  # PEFT too takes the first
     return alpha / (rank**0.5 if self.config.get('use_rslora') else rank)
 
 
@@ -105,29 +117,13 @@ def open_adapter(folder: pathlib.Path) -> PeftAdapter:
   """Reads config and headers.
 
   Raises:
-    CheckpointError: it is no LoRA adapter, asks for what the decoder does not have, or is damaged.
+    CheckpointError: it is no LoRA adapter, or asks for what the decoder does not have.
+    DataError: its config is damaged.
   """
   path = folder / ADAPTER_CONFIG
-  try:
-    config = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise CheckpointError(f'{path}: damaged ({error}).') from error
-  if config.get('peft_type') != 'LORA':
-    raise CheckpointError(f"{path}: peft_type={config.get('peft_type')!r}: expected 'LORA'.")
-  if not config.get('base_model_name_or_path'):
-    raise CheckpointError(
-      f'{path}: base_model_name_or_path is empty: write the folder of the model it was trained on.'
-    )
+  config = read_json(path)
+  _check_config(path, config)
   scores = config.get('task_type') == _SCORES
-  for key, allowed in _ONLY.items():
-    value = config.get(key)
-    if key == 'modules_to_save' and scores and set(value or ()) <= _HEADS:
-      continue
-    if value not in allowed:
-      raise CheckpointError(
-        f'{path}: {key}={value!r} is not supported, only {allowed[-1]!r}. Merge the adapter '
-        'into its model with PEFT (merge_and_unload), and use that.'
-      )
   if not (folder / ADAPTER).is_file():
     raise CheckpointError(f'{folder}: there is no {ADAPTER}. Save it with safe_serialization=True.')
   score = None
@@ -143,6 +139,43 @@ def open_adapter(folder: pathlib.Path) -> PeftAdapter:
   if lonely := [module for module, pair in tensors.items() if len(pair) < 2]:
     raise CheckpointError(f'{folder / ADAPTER}: {lonely[0]} has only one of its two matrices.')
   return PeftAdapter(folder, config, tensors, score)
+
+
+def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Raises CheckpointError for what is no LoRA adapter, or one that asks for more than that."""
+  if config.get('peft_type') != 'LORA':
+    raise CheckpointError(f"{path}: peft_type={config.get('peft_type')!r}: expected 'LORA'.")
+  if not config.get('base_model_name_or_path'):
+    raise CheckpointError(
+      f'{path}: base_model_name_or_path is empty: write the folder of the model it was trained on.'
+    )
+  scores = config.get('task_type') == _SCORES
+  for key, allowed in _ONLY.items():
+    value = config.get(key)
+    heads = value if key == 'modules_to_save' and scores and isinstance(value, list) else [None]
+    if all(head in _HEADS for head in heads):
+      continue
+    if value not in allowed:
+      raise CheckpointError(
+        f'{path}: {key}={value!r} is not supported, only {allowed[-1]!r}. Merge the adapter '
+        'into its model with PEFT (merge_and_unload), and use that.'
+      )
+  patterns = config.get('alpha_pattern') or {}
+  alphas = [
+    config.get('lora_alpha', 8),
+    *(patterns.values() if isinstance(patterns, dict) else ['']),
+  ]
+  try:
+    for name in patterns:
+      re.compile(name)
+    usable = not any(isinstance(a, bool) or not isinstance(a, int | float) for a in alphas)
+  except (TypeError, re.error):
+    usable = False
+  if not usable:
+    raise CheckpointError(
+      f'{path}: lora_alpha={config.get("lora_alpha")!r}, alpha_pattern={patterns!r}: expected a '
+      'number, and numbers by regular expressions.'
+    )
 
 
 def read_score(adapter: PeftAdapter, width: int) -> Score | None:
@@ -161,9 +194,7 @@ def read_score(adapter: PeftAdapter, width: int) -> Score | None:
       f'{adapter.folder / ADAPTER}: {adapter.score} is {list(weight.shape)}, expected '
       f'[1, {width}], of a classifier with one label (num_labels=1).'
     )
-  path = adapter.folder / OURS
-  ours = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-  return Score(weight, float(ours.get(SCORE_BIAS, 0.0)))
+  return Score(weight, float(read_json(adapter.folder / OURS).get(SCORE_BIAS, 0.0)))
 
 
 def add_adapter(adapter: PeftAdapter, checkpoint: Checkpoint, params: Any) -> Any:
@@ -258,11 +289,11 @@ def export_adapter(
     model: the decoder.
     config: with method 'lora'.
     trained: the tree of `adapters.init`.
-    base: where PEFT is to find the base, a folder or a name of the hub.
+    base: where PEFT is to find the base, a folder or a name of the hub (`hf:`, `@revision`).
     score: that of a reward model; None: of a policy.
   """
   modules: dict[str, dict[str, Piece]] = {}
-  for name in config.targets:
+  for name in config.projections(model):
     group = f'{PROJECTIONS[name].group}.' if PROJECTIONS[name].group else ''
     param = f'layers.{group}{name}.kernel'
     for module, pieces in hf_model.plan(family, model.layers, [param], str(target)).items():
@@ -283,12 +314,14 @@ def export_adapter(
     )
     write_json(target / OURS, {SCORE_BIAS: score.bias})
   write_file(target / ADAPTER, entries)
+  base, revision = parse(base) if base.startswith(HUB) else (base, None)
   kinds = sorted({re.split(r'\.\d+\.', module)[-1] for module in modules})
   values = {
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM' if score is None else _SCORES,
     'modules_to_save': None if score is None else ['score'],
     'base_model_name_or_path': base,
+    'revision': revision,
     'r': config.rank,
     'lora_alpha': config.alpha,
     'lora_dropout': config.dropout,

@@ -140,20 +140,58 @@ def activation_bytes(
   heads = (model.heads + 2 * model.num_kv_heads) * model.size_per_head / tensor
   hidden = (2 if model.gated_mlp else 1) * model.mlp_width / tensor
   products = tokens * (3 * width + heads + hidden) * size
-  # Norms and the gated product; scores twice in float32 and once as weights.
+  # Norms and the gated product.
   others = tokens * (2 * width + 2 * model.mlp_width / tensor) * size
-  scores = rows.number * model.heads / tensor * rows.length**2 * (8 + size)
-  layer = products + others + (scores if plain_attention else 0.0)
+  layer = products + others + _score_bytes(model, rows, tensor, plain_attention)
   saved = {'full': tokens * width * size, 'dots': products, 'none': layer}[model.remat]
-  gathered = 2.0 * block_weights(model) / tensor * size
+  return Activations(
+    saved * model.layers,
+    (0.0 if model.remat == 'none' else layer) + _gathered_bytes(model, tensor),
+    _readout_bytes(model, rows, tensor),
+  )
+
+
+def reading_bytes(
+  model: ModelConfig,
+  rows: Rows,
+  mesh: dict[str, int],
+  *,
+  plain_attention: bool,
+  scored: bool = True,
+) -> float:
+  """What an accelerator's compiler would hold to read sequences without a gradient.
+
+  One layer at a time, of its two halves the larger, and what `activation_bytes` has of weights and
+  logits. Arguments are those of `activation_bytes`, and of `forward_flops`.
+  """
+  size, tensor = jnp.dtype(model.dtype).itemsize, mesh['tensor']
+  tokens = rows.number * rows.length
+  heads = (model.heads + 2 * model.num_kv_heads) * model.size_per_head / tensor
+  attention = tokens * heads * size + _score_bytes(model, rows, tensor, plain_attention)
+  mlp = tokens * (2 if model.gated_mlp else 1) * model.mlp_width / tensor * size
+  stream = 3 * tokens * model.width * size  # what comes in, its norm, what goes out
+  readout = _readout_bytes(model, rows, tensor) if scored else 0.0
+  return stream + max(attention, mlp) + _gathered_bytes(model, tensor) + readout
+
+
+def _score_bytes(model: ModelConfig, rows: Rows, tensor: int, plain_attention: bool) -> float:
+  """Attention scores, twice in float32 and once as weights; kernels keep them to themselves."""
+  size = jnp.dtype(model.dtype).itemsize
+  held = rows.number * model.heads / tensor * rows.length**2 * (8 + size)
+  return held if plain_attention else 0.0
+
+
+def _gathered_bytes(model: ModelConfig, tensor: int) -> float:
+  """The weights of a layer, gathered over fsdp, and of the next one."""
+  return 2.0 * block_weights(model) / tensor * jnp.dtype(model.dtype).itemsize
+
+
+def _readout_bytes(model: ModelConfig, rows: Rows, tensor: int) -> float:
+  """Logits in float32 and what comes of them, of a chunk of the vocabulary where it is cut."""
   ids = model.padded_vocab_size / tensor
   if model.vocab_chunk is not None:
     ids = min(ids, model.vocab_chunk)
-  return Activations(
-    saved * model.layers,
-    (0.0 if model.remat == 'none' else layer) + gathered,
-    3.0 * rows.number * rows.response * ids * 4,
-  )
+  return 3.0 * rows.number * rows.response * ids * 4
 
 
 def sequences_in(batch: Any, prompt: int) -> Rows:

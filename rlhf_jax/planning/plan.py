@@ -33,6 +33,8 @@ class Plan:
     sampling_weights: bytes of the weights that sampling reads, in the compute type, likewise.
     decoded: bytes that sampling reads of a device's memory.
     activations: an estimate for the update on an accelerator, by role of the trained decoders.
+    reading: an estimate of what a forward pass holds there, by role of all that score for a step or
+      an evaluation, whichever reads more at a time.
     programs: what the compiler made of each program of a step.
     evaluations: and of evaluations along the run.
     flops: operations of a step over all devices, by program and role.
@@ -48,6 +50,7 @@ class Plan:
   sampling_weights: float
   decoded: float
   activations: dict[str, Activations]
+  reading: dict[str, float]
   programs: dict[str, CompiledProgram]
   evaluations: dict[str, CompiledProgram]
   flops: dict[str, dict[str, float]]
@@ -80,7 +83,8 @@ class Plan:
     """Bytes at the worst moment, with the estimated activations of an accelerator."""
     extra = max(p.extra for p in self._all)
     update = self.gradients + sum(each.total for each in self.activations.values())
-    return int(self.held + extra + max(update, self.cache + self.sampling_weights))
+    reading = max(self.reading.values(), default=0.0)
+    return int(self.held + extra + max(update, reading, self.cache + self.sampling_weights))
 
   def fits(self, memory: float) -> bool:
     """Whether both peaks are below what programs can have of a device's memory."""
@@ -93,6 +97,7 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
   mesh = {name: int(size) for name, size in stage.mesh.shape.items()}
   decoders = _trained_decoders(stage, compiled)
   rows = _rows(stage, compiled)
+  flops = _flops(stage, compiled, decoders, rows)
   accumulated = 2 if stage.config.accumulation > 1 else 1
   online = 'generation' in compiled.programs
   sampled = [rows['sampled']] if online else []
@@ -122,9 +127,10 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
       )
       for role, model in decoders.items()
     },
+    reading=_reading(stage, compiled, decoders, rows, set(flops.get('scoring', ()))),
     programs=compiled.programs,
     evaluations=compiled.evaluations,
-    flops=_flops(stage, compiled, decoders, rows),
+    flops=flops,
     notes=stage.notes + _notes(stage, compiled),
   )
 
@@ -163,6 +169,37 @@ def _rows(stage: PlannedStage, compiled: Compiled) -> dict[str, Rows]:
   sampled = Rows(config.batch_size * demands.samples, data.prompt_length, data.response_length)
   device = updated._replace(number=max(updated.number // shares, 1))
   return {'updated': updated, 'device': device, 'sampled': sampled}
+
+
+def _reading(
+  stage: PlannedStage,
+  compiled: Compiled,
+  decoders: dict[str, ModelConfig],
+  rows: dict[str, Rows],
+  scoring: set[str],
+) -> dict[str, float]:
+  """What reading takes at the most, by role: of a step's sequences, or of an evaluation's."""
+  config, mesh = stage.config, {name: int(size) for name, size in stage.mesh.shape.items()}
+  judges = {role: run.model for role, run in stage.reward_models.items()}
+  models = decoders | {role: judges.get(role, stage.model) for role in compiled.frozen}
+  read = rows['sampled'] if 'generation' in compiled.programs else rows['updated']
+  asked = config.evaluation.batch_size
+  if 'records' in compiled.evaluations:
+    asked *= rows['updated'].number // config.batch_size
+  found = {}
+  for role, model in models.items():
+    step = read.number // config.accumulation  # in microbatches, as updates do
+    number = max(step if role in scoring else 0, asked if compiled.evaluations else 0)
+    if number:
+      share = max(number // (mesh['data'] * mesh['fsdp']), 1)
+      found[role] = arithmetic.reading_bytes(
+        model,
+        read._replace(number=share),
+        mesh,
+        plain_attention=stage.plain_attention,
+        scored=role in ('policy', 'reference'),
+      )
+  return found
 
 
 def _flops(
@@ -229,6 +266,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
       'sampling_weights': plan.sampling_weights,
       'read_while_sampling': plan.decoded,
       'activations_estimated': {role: each._asdict() for role, each in plan.activations.items()},
+      'reading_estimated': plan.reading,
       'peak_compiled_for_cpu': plan.compiled_peak,
       'peak_estimated': plan.estimated_peak,
     },

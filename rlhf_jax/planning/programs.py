@@ -265,7 +265,7 @@ def _online(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
 
   def scoring(state: TrainState, inputs: Any) -> Any:
     sampled, sequences = inputs
-    scored = _pay(list(rewards.values()), sequences)
+    scored = _pay(list(rewards.values()), sequences, config.accumulation)
     collected, _ = complete(params_of(state), parts.reference, state.carry, sampled, scored)
     return collected.batch
 
@@ -273,9 +273,9 @@ def _online(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
   return _Pieces(learner.trainer, {'generation': generation, 'scoring': scoring}, evaluations)
 
 
-def _pay(models: list[FrozenRewardModel], sequences: Sequences) -> Scored:
+def _pay(models: list[FrozenRewardModel], sequences: Sequences, splits: int = 1) -> Scored:
   """The sum of what all reward models say; rewards computed on the host cost devices nothing."""
-  found = [make_score(model)(sequences) for model in models]
+  found = [make_score(model, splits)(sequences) for model in models]
   if not found:
     return Scored(jnp.zeros(sequences.response.shape[0]))
   token = [scored.token_rewards for scored in found if scored.token_rewards is not None]

@@ -67,6 +67,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     kinds = {'saved': each.saved, 'one layer': each.working, 'read-out': each.readout}
     split = ', '.join(f'{name} {binary(size)}' for name, size in kinds.items())
     parts.append((f'activations of {role}', binary(each.total), f'estimate: {split}'))
+  for role, size in plan.reading.items():
+    parts.append((f'reading by {role}', binary(size), 'estimate: one layer, and logits'))
   yield from _table(parts)
   yield 'peak of a device:'
   yield from _table(

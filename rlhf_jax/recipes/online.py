@@ -220,7 +220,8 @@ def make_rollout(
 ) -> Callable[[TrainState, Any], Prepared]:
   """An iteration before its updates: samples, scores, and what the objective makes of them."""
   config = parts.config
-  sample, reward = make_rollout_sampler(parts), make_reward(parts, reward_model, strict=False)
+  sample = make_rollout_sampler(parts)
+  reward = make_reward(parts, reward_model, strict=False, splits=config.accumulation)
   names = reward_names(config.rollout)
   complete = make_completion(parts, policy)
   demands = demands_of(config.objective)

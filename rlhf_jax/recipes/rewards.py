@@ -17,6 +17,7 @@ import numpy as np
 from rlhf_jax.common.errors import ConfigError, UserError
 from rlhf_jax.common.masked import masked_sum
 from rlhf_jax.common.processes import gather_rows, shared_rows, to_host
+from rlhf_jax.common.rows import map_rows
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.evaluation.policy import decode_sequences
 from rlhf_jax.models import roles
@@ -92,14 +93,17 @@ def load_member(parts: Parts, run: Run, checkpoint: str) -> FrozenRewardModel:
   return FrozenRewardModel((model,), (params,), objective_of(objective).by_token)
 
 
-def make_score(reward_model: FrozenRewardModel) -> Score:
-  """Normalised scores; the parameters are an argument of the jitted function."""
+def make_score(reward_model: FrozenRewardModel, splits: int = 1) -> Score:
+  """Normalised scores, read in `splits` parts; parameters are an argument of what is jitted."""
   models, _, by_token, kind, coefficient = reward_model
 
   @jax.jit
   def score(params: tuple[Any, ...], sequences: Sequences) -> Scored:
     judge = roles.token_reward if by_token else roles.reward_score
-    members = [judge(model, tree, sequences) for model, tree in zip(models, params, strict=True)]
+    members = [
+      map_rows(functools.partial(judge, model, tree), sequences, splits)
+      for model, tree in zip(models, params, strict=True)
+    ]
     scores = aggregate(jnp.stack(members), kind, coefficient)
     disagreement = None
     if len(members) > 1:
@@ -121,10 +125,11 @@ def reward_names(config: RolloutConfig) -> tuple[str, ...]:
 
 
 def make_reward(
-  parts: Parts, reward_model: FrozenRewardModel | None, *, strict: bool = True
+  parts: Parts, reward_model: FrozenRewardModel | None, *, strict: bool = True, splits: int = 1
 ) -> Score:
   """The score that the config's rewards make up, of responses as they are scored.
 
+  Reward models read them in `splits` parts.
   What a function says that is not finite raises UserError where `strict`, and else is handed on.
   """
   configs = parts.config.rollout.rewards
@@ -132,10 +137,10 @@ def make_reward(
   for number, config in enumerate(configs):
     if config.init is not None:
       own = load_member(parts, parts.parents[f'reward_{number}'], 'final')
-      judges.append(make_score(own))
+      judges.append(make_score(own, splits))
     elif config.source == 'reward_model':
       assert reward_model is not None
-      judges.append(make_score(reward_model))
+      judges.append(make_score(reward_model, splits))
     elif config.source == 'task':
       task = parts.feedback.task
       if task is None:

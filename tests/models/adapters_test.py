@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -56,8 +57,9 @@ def in_two(model: ModelConfig, params: Any) -> jax.Array:
   return read(params)
 
 
-@pytest.mark.parametrize('scan_layers', [False, True])
-@pytest.mark.parametrize('name', ['gpt2', 'llama3', 'gemma2'])
+@pytest.mark.parametrize(
+  ('name', 'scan_layers'), [('gpt2', False), ('llama3', True), ('gemma2', False), ('gemma2', True)]
+)
 def test_joined_equals_merged(name: str, scan_layers: bool) -> None:
   """x W + scale (x A) B is x (W + scale A B), for every projection, with a cache too."""
   model = make_config(name, scan_layers=scan_layers)
@@ -118,8 +120,7 @@ def test_about_one_percent_of_a_real_decoder_is_trained() -> None:
   assert 0.005 < count(trained) / count(abstract) < 0.012
 
 
-@pytest.mark.parametrize('scan_layers', [False, True])
-@pytest.mark.parametrize('name', ['gpt2', 'llama3'])
+@pytest.mark.parametrize(('name', 'scan_layers'), [('gpt2', False), ('llama3', True)])
 def test_the_last_layers_are_trained_as_they_would_be_in_the_whole(
   name: str, scan_layers: bool
 ) -> None:
@@ -235,6 +236,7 @@ def test_every_trained_leaf_has_a_place(name: str, config: AdapterConfig) -> Non
     ({'method': 'lora', 'targets': ()}, 'targets'),
     ({'method': 'lora', 'targets': ('q_proj',)}, 'targets'),
     ({'method': 'lora', 'targets': ('query', 'query')}, 'targets'),
+    ({'method': 'lora', 'targets': ('attention.up*',)}, 'targets'),
     ({'method': 'last_layers', 'last_layers': 0}, 'last_layers'),
     ({'method': 'none', 'rank': 4}, 'rank'),
     ({'method': 'lora', 'last_layers': 2}, 'last_layers'),
@@ -247,8 +249,35 @@ def test_what_cannot_be_meant_is_refused(changes: dict[str, Any], field: str) ->
   assert caught.value.field == f'adapter.{field}'
 
 
+@pytest.mark.parametrize(
+  ('targets', 'name', 'expected'),
+  [
+    (('*',), 'default', ALL),
+    (('*',), 'gpt2', tuple(name for name in ALL if name != 'gate')),
+    (('attention.*', 'up'), 'default', ('query', 'key', 'value', 'out', 'up')),
+    (('mlp.*', 'mlp.up', '?e*'), 'gpt2', ('key', 'up', 'down')),
+  ],
+)
+def test_patterns_stand_for_the_projections_that_there_are(
+  targets: tuple[str, ...], name: str, expected: tuple[str, ...]
+) -> None:
+  """Each once, whatever matches it; what is trained is that of the names written out."""
+  model, config = make_config(name), lora(targets=targets)
+  config.validate('adapter')
+  config.check(model, 'adapter')
+  assert config.projections(model) == expected
+  base = jax.eval_shape(lambda: decoder.init(model, KEY))
+  init = functools.partial(adapters.init, model=model, base=base, key=KEY)
+  shapes = [jax.eval_shape(lambda c=c: init(c)) for c in (config, lora(targets=expected))]
+  assert shapes[0] == shapes[1]
+  axes = adapters.logical_axes(config, model)
+  ranks = jax.tree.map(len, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+  assert ranks == jax.tree.map(lambda leaf: leaf.ndim, shapes[0])
+
+
 def test_what_the_decoder_lacks_is_refused() -> None:
-  with pytest.raises(ConfigError, match="no 'gate'"):
-    lora().check(make_config('gpt2'), 'adapter')
+  for target in ('gate', 'mlp.g*'):
+    with pytest.raises(ConfigError, match=re.escape(f'no {target!r}')):
+      lora(targets=('query', target)).check(make_config('gpt2'), 'adapter')
   with pytest.raises(ConfigError, match='fewer than the 2 layers'):
     AdapterConfig(method='last_layers', last_layers=2).check(make_config('default'), 'adapter')

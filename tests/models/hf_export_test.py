@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,17 @@ def test_conversion_of_folders(tmp_path: Path) -> None:
   assert config_of(tmp_path / 'half')['dtype'] == 'bfloat16'
   for name, tensor in tensors(source).items():
     np.testing.assert_array_equal(half[name], tensor.astype(ml_dtypes.bfloat16))
+
+
+def test_conversion_of_what_is_no_checkpoint(tmp_path: Path) -> None:
+  """Tensors that its config does not have, or of other types, are named, and nothing is written."""
+  shutil.copytree(hf_golden.FOLDER / 'llama_scorer', tmp_path / 'spoilt')
+  hf_export.convert(hf_load.open_checkpoint(tmp_path / 'spoilt'), tmp_path / 'whole')
+  spoilt = tensors(tmp_path / 'spoilt')
+  del spoilt['model.norm.weight']
+  spoilt['score.weight'] = spoilt['score.weight'].astype(np.float64)
+  safetensors.save_file(spoilt, tmp_path / 'spoilt' / SINGLE)
+  message = 'model.norm.weight is missing; score.weight is of type F64'
+  with pytest.raises(CheckpointError, match=message):
+    hf_export.convert(hf_load.open_checkpoint(tmp_path / 'spoilt'), tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()

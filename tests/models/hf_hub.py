@@ -17,7 +17,7 @@ class Hub:
 
   Attributes:
     remote: a folder `owner/name` for each repository.
-    local: what was downloaded, a folder `owner/name/COMMIT` each.
+    local: what was downloaded, a folder `models--owner--name/snapshots/COMMIT` each.
     revisions: those that were asked for.
     reachable: whether there is a network.
   """
@@ -39,7 +39,10 @@ class Hub:
 
   def downloaded(self, name: str) -> set[str]:
     """The names of the files that are here."""
-    return {path.name for path in (self.local / name / COMMIT).glob('*')}
+    return {path.name for path in self._snapshot(name).glob('*')}
+
+  def _snapshot(self, name: str) -> Path:
+    return self.local / f'models--{name.replace("/", "--")}' / 'snapshots' / COMMIT
 
   def _list(self, name: str, revision: str | None) -> list[str]:
     self._connect(revision)
@@ -53,7 +56,7 @@ class Hub:
     allow_patterns: list[str],
     ignore_patterns: list[str],
   ) -> str:
-    target = self.local / name / COMMIT
+    target = self._snapshot(name)
     if not self.reachable and target.is_dir():
       return str(target)
     for file in self._list(name, revision):

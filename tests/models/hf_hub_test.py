@@ -14,7 +14,7 @@ from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError
 from rlhf_jax.config import InitConfig, RewardModelInitConfig
 from rlhf_jax.hf_folder import HfFolder, PeftFolder, open_source
-from rlhf_jax.models import hf_load
+from rlhf_jax.models import hf_hub, hf_load
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import INDEX, SINGLE
 from rlhf_jax.planning.stage import plan_stage
@@ -49,6 +49,8 @@ def test_tensors_are_downloaded_when_they_are_read(hub: Hub) -> None:
   checkpoint = hf_load.open_checkpoint('hf:owner/policy@v1')
   assert hub.downloaded('owner/policy') == {'config.json'} and hub.revisions == ['v1']
   assert hf_load.is_checkpoint('hf:owner/policy@v1')
+  assert hf_hub.name_of(checkpoint.folder) == f'hf:owner/policy@{COMMIT}'
+  assert hf_hub.name_of(LLAMA) is None
   params = hf_load.load_decoder(checkpoint, hf_golden.abstract_decoder(checkpoint.model))
   assert hub.downloaded('owner/policy') == {'config.json', SINGLE}
   assert set(hub.revisions[1:]) == {COMMIT}

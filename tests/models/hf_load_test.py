@@ -176,6 +176,15 @@ def test_a_policy_is_no_reward_model(folder: Path) -> None:
   change_config(folder, architectures=['LlamaForSequenceClassification'], id2label=three)
   with pytest.raises(CheckpointError, match='3 labels'):
     hf_load.open_checkpoint(folder)
+  change_config(folder, id2label=1)
+  with pytest.raises(CheckpointError, match='a classifier with id2label=1'):
+    hf_load.open_checkpoint(folder)
+  change_config(folder, id2label={'0': 'score'}, rlhf_jax={'score_bias': 'high'})
+  with pytest.raises(CheckpointError, match=r'rlhf_jax=.*high.*expected'):
+    print(hf_load.open_checkpoint(folder).score_bias)
+  change_config(folder, architectures='LlamaForCausalLM')
+  with pytest.raises(CheckpointError, match="architectures='LlamaForCausalLM': expected a list"):
+    hf_load.open_checkpoint(folder)
 
 
 def test_copies_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,35 @@ def test_what_is_refused(name: str, changes: dict[str, Any], message: str) -> No
   assert str(caught.value).startswith('folder/config.json: ')
 
 
+@pytest.mark.parametrize('name', ['gemma3', 'gpt2', 'gpt_neox', 'mistral_short_window', 'qwen2'])
+def test_odd_values_are_refused_if_they_are_read(name: str) -> None:
+  """Whatever a key holds, no other error than ours is raised, and it names the file."""
+  config = config_of(name) | {'use_sliding_window': True}
+  older = ('rope_scaling', 'rope_theta', 'sliding_window_pattern', 'attn_logit_softcapping')
+  refused = 0
+  for key in (*config, *older):
+    for value in (
+      None,
+      True,
+      '',
+      'x',
+      -1,
+      0,
+      float('nan'),
+      float('inf'),
+      [],
+      [1, 2],
+      {},
+      {'a': None},
+    ):
+      try:
+        hf_model.to_model('folder/config.json', config | {key: value})
+      except CheckpointError as error:
+        assert str(error).startswith('folder/config.json: ')
+        refused += 1
+  assert refused > 100
+
+
 @pytest.mark.parametrize(
   ('name', 'model_type'),
   [

@@ -12,7 +12,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 from rlhf_jax.common import trees
-from rlhf_jax.common.errors import CheckpointError
+from rlhf_jax.common.errors import CheckpointError, DataError
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.hf_folder import PeftFolder, open_source
 from rlhf_jax.models import adapters, decoder, hf_export, hf_peft, roles
@@ -77,13 +77,27 @@ def test_ours_as_theirs_and_back(name: str, targets: tuple[str, ...], tmp_path: 
     lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
     jax.eval_shape(lambda base: adapters.init(config, model, base, jax.random.key(0)), base),
   )
-  hf_peft.export_adapter(tmp_path, family, model, config, trained, base='owner/name')
+  hf_peft.export_adapter(tmp_path, family, model, config, trained, base='hf:owner/name@v1')
   joined = adapters.join(adapters.frozen_of(config, model, base), trained)
   expected = trees.flatten(jax.device_get(adapters.merge(model, joined)))
   adapter = hf_peft.open_adapter(tmp_path)
-  assert adapter.base == 'hf:owner/name' and adapter.config['fan_in_fan_out'] == (name == 'gpt2')
+  assert adapter.config['base_model_name_or_path'] == 'owner/name'
+  assert adapter.base == 'hf:owner/name@v1' and adapter.config['fan_in_fan_out'] == (name == 'gpt2')
   for leaf, found in trees.flatten(hf_peft.add_adapter(adapter, golden.checkpoint, base)).items():
     np.testing.assert_allclose(found, expected[leaf], atol=1e-5, err_msg=leaf)
+
+
+def test_the_first_pattern_that_matches_has_the_alpha(folder: Path) -> None:
+  """As in PEFT, of a module's name or of its end; with rsLoRA over the root of the rank."""
+  change(folder, lora_alpha=6, alpha_pattern={r'layers\.1\.self_attn\.o_proj': 3, 'o_proj': 5})
+  adapter = hf_peft.open_adapter(folder)
+  scales = [
+    adapter.scale(f'model.layers.{layer}.self_attn.{name}_proj', 4)
+    for layer, name in ((0, 'o'), (1, 'o'), (1, 'q'))
+  ]
+  assert scales == [5 / 4, 3 / 4, 6 / 4]
+  change(folder, use_rslora=True)
+  assert hf_peft.open_adapter(folder).scale('model.layers.0.self_attn.q_proj', 4) == 3
 
 
 def test_a_folder_stands_for_a_run(folder: Path) -> None:
@@ -191,6 +205,9 @@ def test_a_reward_adapter_has_one_score(tmp_path: Path) -> None:
     ({'bias': 'all'}, "bias='all' is not supported, only 'none'"),
     ({'modules_to_save': ['lm_head']}, 'modules_to_save'),
     ({'base_model_name_or_path': ''}, 'base_model_name_or_path is empty'),
+    ({'lora_alpha': '16'}, "lora_alpha='16'.*expected a number"),
+    ({'alpha_pattern': {'q_proj': None}}, 'alpha_pattern=.*expected a number'),
+    ({'alpha_pattern': {'(': 2}}, 'numbers by regular expressions'),
   ],
 )
 def test_what_the_decoder_lacks_is_refused(
@@ -199,6 +216,20 @@ def test_what_the_decoder_lacks_is_refused(
   change(folder, **changes)
   with pytest.raises(CheckpointError, match=said):
     hf_peft.open_adapter(folder)
+
+
+def test_a_base_that_is_not_there_is_named(folder: Path) -> None:
+  """A path of another machine is no name of the hub; what could be one is taken for it."""
+  for path in ('/data/models/llama', '../llama', 'C:\\llama'):
+    change(folder, base_model_name_or_path=path)
+    with pytest.raises(CheckpointError, match=f'{hf_peft.ADAPTER_CONFIG}.*no such folder here'):
+      open_source(folder)
+  for name in ('gpt2', 'owner/a-name.v2'):
+    change(folder, base_model_name_or_path=name, revision='main')
+    assert hf_peft.open_adapter(folder).base == f'hf:{name}@main'
+  change(folder, base_model_name_or_path=str(folder))
+  with pytest.raises(CheckpointError, match=f'^{folder}: it needs the model it was trained on'):
+    open_source(folder)
 
 
 def test_damaged_folders_and_other_bases_are_refused(folder: Path) -> None:
@@ -212,6 +243,7 @@ def test_damaged_folders_and_other_bases_are_refused(folder: Path) -> None:
   (folder / hf_peft.ADAPTER).unlink()
   with pytest.raises(CheckpointError, match='there is no adapter_model.safetensors'):
     hf_peft.open_adapter(folder)
-  (folder / hf_peft.ADAPTER_CONFIG).write_text('{')
-  with pytest.raises(CheckpointError, match='damaged'):
-    hf_peft.open_adapter(folder)
+  for damaged in ('{', '[]'):
+    (folder / hf_peft.ADAPTER_CONFIG).write_text(damaged)
+    with pytest.raises(DataError, match=hf_peft.ADAPTER_CONFIG):
+      hf_peft.open_adapter(folder)

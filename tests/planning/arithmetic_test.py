@@ -108,3 +108,20 @@ def test_activations_follow_remat_and_vocabulary_chunks() -> None:
   assert none.saved > dots.saved > full.saved == 6 * 4 * ROWS.length * ROWS.number * 64
   assert none.readout == 3 * 4 * ROWS.number * ROWS.response * 256
   assert bytes_of(vocab_chunk=32).readout == none.readout / 8
+
+
+def test_reading_takes_one_layer_and_what_is_scored() -> None:
+  """However many layers there are; twice for twice the rows, but for the weights."""
+  mesh = {'data': 1, 'fsdp': 1, 'tensor': 2}
+
+  def bytes_of(rows: Rows = ROWS, scored: bool = True, plain: bool = True, **changes: Any) -> float:
+    config = make_config(**WIDE, **changes)
+    return arithmetic.reading_bytes(config, rows, mesh, plain_attention=plain, scored=scored)
+
+  assert bytes_of(layers=6) == bytes_of()
+  logits = 3 * 4 * ROWS.number * ROWS.response * 256
+  assert bytes_of() - bytes_of(scored=False) == logits
+  weights = 2 * arithmetic.block_weights(make_config(**WIDE)) / 2 * 4
+  twice = bytes_of(ROWS._replace(number=2 * ROWS.number))
+  assert twice - weights == 2 * (bytes_of() - weights)
+  assert bytes_of(plain=False) < bytes_of() and bytes_of(dtype='bfloat16') < bytes_of()

@@ -15,7 +15,7 @@ from rlhf_jax.data.config import DataConfig
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.planning import plan as plans
-from rlhf_jax.planning import report
+from rlhf_jax.planning import programs, report
 from rlhf_jax.planning.accelerators import ACCELERATORS, accelerator
 from rlhf_jax.planning.arithmetic import Rows, cache_bytes
 from rlhf_jax.planning.programs import device_bytes
@@ -89,6 +89,9 @@ def test_a_plan_of_ppo_has_every_role(parents: Path) -> None:
   assert plan.resident['policy'] == device_bytes(state.params['policy'])
   assert plan.resident['optimizer'] == device_bytes(state.opt_state)
   assert plan.cache > 0 and plan.gradients >= plan.resident['policy']
+  assert set(plan.reading) == set(plan.flops['scoring'])
+  large = dataclasses.replace(plan, reading=plan.reading | {'reward_model': 1e9})
+  assert large.estimated_peak - plan.held == pytest.approx(1e9, rel=1e-3)
   axes = {each.axes for program in plan.programs.values() for each in program.read.collectives}
   assert {'fsdp', 'tensor'} <= axes
   text = '\n'.join(report.lines(plan, 'H100'))
@@ -152,6 +155,29 @@ def test_training_in_part_is_planned(method: str, parents: Path) -> None:
   plan = plans.make_plan(stage)
   assert plan.resident['policy'] < plan.resident['reference (frozen)']
   assert plan.resident['optimizer'] == pytest.approx(2 * plan.resident['policy'], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'case',
+  ['cpl_scored', 'orpo', 'kto', 'alol', 'reward_listwise', 'reward_process', 'grpo', 'best_of_n'],
+)
+def test_every_kind_of_objective_can_be_trained_in_part(
+  case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Scoring, samples and update are traced: of the decoder only the matrices are in the state."""
+  trace: Any = lambda function, arguments, stage: jax.eval_shape(function, *arguments)  # noqa: E731
+  monkeypatch.setattr(programs, '_compile', trace)
+  config = tiny.make_config(case, mesh=MESH, policy=InitConfig(init='configs/sft.py'))
+  config.adapter, config.model = AdapterConfig(method='lora', targets=('*',)), ModelConfig()
+  if case in ('grpo', 'best_of_n'):
+    config.reward_model = RewardModelInitConfig(init='configs/reward_model.py')
+  config.validate()
+  state = programs.compile_stage(plan_stage(config, make_mesh(MESH), 0)).state
+  (trained,) = state.params.values()
+  leaves = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(trained)}
+  heads = {'kernel', 'bias', 'gain'} if case.startswith('reward') else set()
+  assert leaves == {'lora_a', 'lora_b'} | heads
 
 
 def test_a_checkpoint_folder_needs_no_weights_to_be_planned(tmp_path: Path) -> None:

@@ -83,13 +83,16 @@ def scores_by(parts: Parts, folder: pathlib.Path, token: bool = False) -> np.nda
 def test_an_ensemble_scores_as_numpy_says(
   names: str, aggregate: str, parents: pathlib.Path, judges: pathlib.Path
 ) -> None:
-  """Mean, worst member, or mean less coefficient x variance, of the members' own scores."""
+  """Mean, worst member, or mean less coefficient x variance, of the members' own scores.
+
+  Whether they read all rows at once or, of three members, in two parts.
+  """
   parts = parts_of(make_config(parents, *(judges / name for name in names), aggregate=aggregate))
   with jax.set_mesh(parts.mesh):
     members = np.stack([scores_by(parts, judges / name) for name in names])
     loaded = load_reward_model(parts)
     assert loaded is not None
-    found: Any = make_score(loaded)(some_sequences(parts))
+    found: Any = make_score(loaded, splits=len(names) - 1)(some_sequences(parts))
   expected = {
     'mean': members.mean(0),
     'worst': members.min(0),
@@ -109,7 +112,7 @@ def test_an_ensemble_of_process_reward_models(parents: pathlib.Path, judges: pat
     loaded = load_reward_model(parts)
     assert loaded is not None and loaded.by_token
     rows = some_sequences(parts)
-    found: Any = make_score(loaded)(rows)
+    found: Any = make_score(loaded, splits=4)(rows)
     tokens = np.where(rows.response_mask, scores_by(parts, members[0], token=True), 0.0)
   np.testing.assert_allclose(found.token_rewards, tokens, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(found.scores, tokens.sum(-1), rtol=1e-4, atol=1e-5)
