@@ -10,6 +10,7 @@ stated). The ceiling is a plain product of large matrices, measured in the same 
 on the machine makes every number meaningless: its load is stated too.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -28,6 +29,7 @@ from rlhf_jax.common import prng
 from rlhf_jax.common.types import Prompts
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.data import tokenizers
+from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.objectives import demands_of
 from rlhf_jax.planning.arithmetic import Rows, forward_flops, generation_flops, training_flops
 from rlhf_jax.recipes import Built, build
@@ -74,7 +76,7 @@ def training(built: Built) -> Callable[[], Any]:
   def step() -> Any:
     nonlocal state, number
     prepared = recipe.prepare(state, recipe.batch(number))
-    state, metrics = recipe.update(state.replace(carry=prepared.carry), prepared.batch)
+    state, metrics = recipe.update(dataclasses.replace(state, carry=prepared.carry), prepared.batch)
     number += 1
     return metrics
 
@@ -129,7 +131,9 @@ def measure(folder: pathlib.Path) -> dict[str, Any]:
   loading = time.perf_counter() - start
   with jax.set_mesh(built.mesh):
     if JOB.value == 'generate':
-      parts = load_parts(resolved.config, resolved.parents, resolved.feedback)
+      feedback = resolved.feedback
+      assert isinstance(feedback, Feedback), 'jobs are of texts'
+      parts = load_parts(resolved.config, resolved.parents, feedback)
       step = sampling(config, built, parts)
     else:
       step = training(built)
