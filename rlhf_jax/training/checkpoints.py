@@ -154,10 +154,11 @@ class Checkpoints:
       return
     name = self._config.best_metric
     kept = {name: metrics[name]} if metrics and name and name in metrics else None
-    sums = {part: checksums(leaves) for part, leaves in _by_part(state).items()}
     if jax.default_backend() == 'cpu':
-      # Here host arrays are views of buffers that the next update may reuse: write from a copy.
+      # Here host arrays are views of buffers: the next update could not reuse those of the state,
+      # or would while they are written. A copy is summed up and written.
       state = jax.tree.map(lambda x: x.copy(), state)
+    sums = {part: checksums(leaves) for part, leaves in _by_part(state).items()}
     with self._writing():
       self._checkpointer.save_checkpointables_async(
         step, _by_part(state), metrics=kept, custom_metadata=seals.seal(progress, kept, sums)
