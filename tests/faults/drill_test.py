@@ -31,7 +31,7 @@ TRIALS = {
   ('sft', 'read_only'): 1,
   ('sft', 'clock'): 1,
   ('sft', 'process'): 1,
-  ('ppo', 'kill'): 2,
+  ('ppo', 'kill'): 1,
   ('ppo', 'kill_saving'): 1,
   ('compare', 'kill'): 1,
 }
