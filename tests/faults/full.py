@@ -57,6 +57,15 @@ def result(case: str, drill: str, trials: int, folder: pathlib.Path) -> dict:
   return row
 
 
+def write(lines: list[str]) -> None:
+  """Puts the table into the document."""
+  text = DOCUMENT.read_text(encoding='utf-8')
+  before, _, rest = text.partition(BEGIN)
+  after = rest.partition(END)[2]
+  table = '\n'.join(lines)
+  DOCUMENT.write_text(f'{before}{BEGIN}\n{table}\n{END}{after}', encoding='utf-8')
+
+
 def main(argv: list[str]) -> None:
   del argv
   folder = pathlib.Path(WORKDIR.value)
@@ -65,12 +74,8 @@ def main(argv: list[str]) -> None:
     outcome = result(case, drill, trials, folder)['outcome']
     counts = (outcome[name] for name in ('trials', 'survived', 'finished', 'equal'))
     lines.append(f'| {case} | {drill} | ' + ' | '.join(str(count) for count in counts) + ' |')
-  text = DOCUMENT.read_text(encoding='utf-8')
-  before, _, rest = text.partition(BEGIN)
-  after = rest.partition(END)[2]
-  table = '\n'.join(lines)
-  DOCUMENT.write_text(f'{before}{BEGIN}\n{table}\n{END}{after}', encoding='utf-8')
-  print(table)
+    write(lines)
+  print('\n'.join(lines))
 
 
 if __name__ == '__main__':
