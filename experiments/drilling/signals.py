@@ -81,7 +81,7 @@ def _kill(ground: Ground, running: Running, workdir: pathlib.Path) -> bool:
 
 
 def _kill_saving(ground: Ground, running: Running, workdir: pathlib.Path) -> bool:
-  """SIGKILL while a checkpoint is being written."""
+  """SIGKILL up to 50 ms after a checkpoint is seen being written."""
   # What a killed one has left is cleaned up first.
   running.wait_until(lambda: not ground.saving(workdir))
   came = running.wait_until(lambda: ground.saving(workdir))
@@ -114,7 +114,7 @@ def kill(ground: Ground, trials: int, outcome: Outcome) -> None:
 
 
 def kill_saving(ground: Ground, trials: int, outcome: Outcome) -> None:
-  """kill -9 while a checkpoint is being written."""
+  """kill -9 up to 50 ms after a checkpoint was seen being written."""
   disturbed(ground, outcome, 'kill_saving', trials, _kill_saving, (-signal.SIGKILL,))
 
 
@@ -187,9 +187,11 @@ def process(ground: Ground, trials: int, outcome: Outcome) -> None:
     victim, other = ground.chance.sample(runnings, 2)
     came = victim.wait_until(functools.partial(ground.training, workdir))
     victim.signal(signal.SIGKILL)
+    if not came:
+      raise BrokenError(f'it was over before it could be killed: {last_words(victim)}')
     code = other.end(_NOTICED_SECONDS)
     outcome.trials += 1
-    if came and code == 0:
+    if code == 0:
       raise BrokenError(f'the other process went on alone: {last_words(other)}')
     end(pair(workdir))
     outcome.survived += 1

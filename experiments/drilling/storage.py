@@ -101,9 +101,13 @@ def _mounted(
   script: str,
   room: Callable[[int], float],
 ) -> None:
-  """Runs in a file system of its own; the first exit code may be an error, the second may not."""
+  """Runs in a file system of its own: first it must fail and say why, then it must go on.
+
+  Where the fault found nothing to fail, as what was to be written fitted, it was no trial.
+  """
   size = sum(path.stat().st_size for path in ground.undisturbed.rglob('*') if path.is_file())
-  for workdir, _ in zip(laps(ground, name), range(trials), strict=False):
+  missed = 0
+  for workdir in laps(ground, name):
     for suffix in ('.codes', '.kept'):
       _remove(workdir.with_name(workdir.name + suffix))
     workdir.mkdir(parents=True)
@@ -111,14 +115,22 @@ def _mounted(
     settings = (f'{int(room(size))}', str(workdir))
     running = ground.program.start(workdir, through=(*before, *settings))
     running.end()
-    codes = workdir.with_name(workdir.name + '.codes').read_text().split()
-    outcome.trials += 1
-    if codes[-1] != '0' or not (codes[0] == '0' or clear(running)):
-      raise BrokenError(f'exit codes {codes}: {last_words(running)}')
-    outcome.survived += 1
+    failed, again = workdir.with_name(workdir.name + '.codes').read_text().split()
+    happened = failed != '0'
+    outcome.trials += happened
+    if again != '0' or (happened and not clear(running)):
+      raise BrokenError(f'exit codes {failed} and {again}: {last_words(running)}')
+    outcome.survived += happened
+    missed += not happened
     workdir.rmdir()
     workdir.with_name(workdir.name + '.kept').rename(workdir)
     compare(ground, workdir, outcome)
+    if outcome.trials >= trials:
+      break
+    if missed > 5 * trials:
+      raise BrokenError(f'in {missed} runs the fault found nothing to fail')
+  if missed:
+    outcome.notes.append(f'in {missed} further runs the fault found nothing to fail')
 
 
 def _remove(path: pathlib.Path) -> None:
