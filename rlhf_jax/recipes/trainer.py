@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from rlhf_jax.models import adapters
 from rlhf_jax.objectives import LossOutput, demands_of
@@ -80,22 +81,8 @@ def make_trainer(parts: StageParts, trees: Trees, loss: WholeLoss) -> Trainer:
     targets = jax.tree.map(jnp.copy, trees.targets(params)) if trees.targets is not None else {}
     return TrainState.create(params, optimizer, config.seed, values, targets)
 
-  everywhere = replicated(parts.mesh)
-  param_sharding = shardings_of(trees.abstract)
-  shapes = jax.eval_shape(create, trees.abstract)
-  shardings: Any = TrainState(
-    step=everywhere,
-    params=param_sharding,
-    opt_state=opt_state_shardings(optimizer, trees.abstract, param_sharding, parts.mesh),
-    key=everywhere,
-    carry={name: everywhere for name in carry},
-    targets={} if trees.targets is None else trees.targets(param_sharding),
-  )
-  abstract = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    shapes,
-    shardings,
-  )
+  abstract = _placed(parts, trees, optimizer, jax.eval_shape(create, trees.abstract))
+  shardings = shardings_of(abstract)
   learning_rate = learning_rate_schedule(config.optimizer, total_updates)
 
   def updating(frozen: dict[str, Any]) -> Updating:
@@ -116,13 +103,34 @@ def make_trainer(parts: StageParts, trees: Trees, loss: WholeLoss) -> Trainer:
   jitted = jax.jit(
     update,
     in_shardings=(shardings, batch_sharding(parts.mesh), None),
-    out_shardings=(shardings, everywhere),
+    out_shardings=(shardings, replicated(parts.mesh)),
     donate_argnums=0,
   )
 
   def init() -> TrainState:
     return jax.jit(
-      create, in_shardings=(param_sharding,), out_shardings=shardings, donate_argnums=0
+      create, in_shardings=(shardings.params,), out_shardings=shardings, donate_argnums=0
     )(trees.init())
 
   return Trainer(abstract, init, lambda state, batch: jitted(state, batch, trees.frozen), examined)
+
+
+def _placed(
+  parts: StageParts, trees: Trees, optimizer: optax.GradientTransformation, state: TrainState
+) -> TrainState:
+  """A state's shapes with shardings: moments lie as parameters do, numbers everywhere."""
+  everywhere = replicated(parts.mesh)
+  params = shardings_of(trees.abstract)
+  shardings: Any = TrainState(
+    step=everywhere,
+    params=params,
+    opt_state=opt_state_shardings(optimizer, trees.abstract, params, parts.mesh),
+    key=everywhere,
+    carry={name: everywhere for name in state.carry},
+    targets={} if trees.targets is None else trees.targets(params),
+  )
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    state,
+    shardings,
+  )
