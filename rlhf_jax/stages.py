@@ -97,7 +97,7 @@ def run_stage(
     if check(run, stage.identity, overwrite=overwrite):
       processes.say(f'{config.name}: finished already, in {run.folder}')
       return StageOutcome(run, stopped=False)
-    return _execute(stage, run)
+    return _execute(stage, run, root)
 
 
 @contextlib.contextmanager
@@ -275,7 +275,7 @@ def _parent(
   with locked(folder):
     if not check(run, stage.identity, overwrite=False):
       processes.say(f'{config.name}: first its {role.replace("_", " ")}, {init}, in {folder}')
-      if _execute(stage, run).stopped:
+      if _execute(stage, run, root).stopped:
         raise StoppedError
       return run
   if run.revision != git_revision():
@@ -305,9 +305,9 @@ def _needed_stage(config: ExperimentConfig, field: str, init: str) -> Experiment
   return needed
 
 
-def _execute(stage: Stage, run: Run) -> StageOutcome:
+def _execute(stage: Stage, run: Run, root: str | pathlib.Path) -> StageOutcome:
   config = stage.config
-  built = build(config, stage.parents, stage.feedback)
+  built = build(config, stage.parents, stage.feedback, pathlib.Path(root))
   processes.on_main(lambda: _begin(stage, run, built))
   _check_seen(run)
   checkpoints = Checkpoints(run.folder / 'checkpoints', config.checkpoint)

@@ -1,6 +1,7 @@
 """Tokenized records in memory, and the batches that rows of them make."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,6 +100,15 @@ class Columns:
       slots=self.slots[rows],
       extras={name: array[rows] for name, array in self.extras.items()},
     )
+
+  def digest(self) -> str:
+    """SHA-256 of the tokens of all rows, and of how they are padded."""
+    shape = (self.kind, self.prompt_length, self.response_length, self.pad_id)
+    digest = hashlib.sha256(repr(shape).encode())
+    for ragged in (self.prompts, self.responses):
+      digest.update(ragged.values.tobytes() + ragged.offsets.tobytes())
+    digest.update(self.slots.tobytes())
+    return digest.hexdigest()
 
   def count(self, **statistics: int) -> 'Columns':
     """The same rows with further statistics."""

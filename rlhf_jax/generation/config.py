@@ -30,6 +30,10 @@ class GenerationConfig:
   # training, so that every token gathers scanned layers anew; 'gathered' once for all tokens, which
   # takes the memory of all weights in the compute type, divided by the tensor axis.
   weights: str = 'sharded'
+  # How many responses are sampled at a time. When an eighth of them have ended, prompts that wait
+  # take their places, so that a few long ones do not keep all others waiting. 0: all at once, the
+  # best where the memory lasts and lengths differ little.
+  slots: int = 0
 
   def validate(self, path: str) -> None:
     """Raises ConfigError, naming the field below `path`, for values that cannot work."""
@@ -37,6 +41,8 @@ class GenerationConfig:
       raise ConfigError(f'{path}.temperature', self.temperature, 'a finite number, 0 or above')
     if self.weights not in WEIGHTS:
       raise ConfigError(f'{path}.weights', self.weights, f'one of {", ".join(WEIGHTS)}')
+    if self.slots < 0:
+      raise ConfigError(f'{path}.slots', self.slots, 'a number of responses, or 0 for all at once')
     if self.top_k < 0:
       raise ConfigError(f'{path}.top_k', self.top_k, 'a number of tokens, or 0 for all')
     if not 0.0 < self.top_p <= 1.0:

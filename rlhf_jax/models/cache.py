@@ -14,25 +14,28 @@ Array = jax.Array
 class Cache:
   """Keys and values of the tokens seen so far, `S` columns of room.
 
+  Attention goes by `column_positions` alone, so that single tokens may be written round and round:
+  whoever reads them one by one may set `index` back to 0 once the columns there are free.
+
   Attributes:
     keys: `[B, KV, S, K]` for each layer, as a tuple of arrays where layers are unrolled (so that a
       step writes each in place) and as one `[L, B, KV, S, K]` array where they are scanned.
     values: likewise.
-    mask: `[B, S]` bool, True at columns that hold a real token.
+    column_positions: `[B, S]` int32, the position of the real token that a column holds, or -1.
     positions: `[B]` int32, the position of each row's next token.
     index: int32 scalar, the next column to be written.
   """
 
   keys: tuple[Array, ...] | Array
   values: tuple[Array, ...] | Array
-  mask: Array
+  column_positions: Array
   positions: Array
   index: Array
 
   @property
   def length(self) -> int:
     """How many columns there are."""
-    return self.mask.shape[1]
+    return self.column_positions.shape[1]
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
@@ -49,7 +52,7 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
   return Cache(
     keys=empty(),
     values=empty(),
-    mask=jnp.zeros((batch, length), bool),
+    column_positions=jnp.full((batch, length), -1, jnp.int32),
     positions=jnp.zeros(batch, jnp.int32),
     index=jnp.zeros((), jnp.int32),
   )

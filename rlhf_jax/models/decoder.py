@@ -105,17 +105,17 @@ def hidden_states(
   check_shapes('tokens:BT mask:BT', tokens=tokens, mask=mask)
   length = tokens.shape[1]
   _check_room(config, length, length if cache is None else cache.length)
-  first: int | Array = 0
-  keys = mask
-  positions = _count_before(mask)
+  positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask
+  columns = jnp.where(mask, positions, -1)
   if cache is not None:
-    check_shapes('cache:BS tokens:BT', cache=cache.mask, tokens=tokens)
-    first = cache.index
-    keys = jax.lax.dynamic_update_slice(cache.mask, mask, (0, first))
+    check_shapes('cache:BS tokens:BT', cache=cache.column_positions, tokens=tokens)
     positions = positions + cache.positions[:, None]
+    columns = jax.lax.dynamic_update_slice(
+      cache.column_positions, jnp.where(mask, positions, -1), (0, cache.index)
+    )
     seen = cache.positions + mask.sum(1, dtype=jnp.int32)
-    cache = dataclasses.replace(cache, mask=keys, positions=seen)
-  context = _context(config, keys, first, positions)
+    cache = dataclasses.replace(cache, column_positions=columns, positions=seen)
+  context = _context(config, columns, positions)
   x = constrain_batch(_embed(config, params, tokens, positions))
   x, cache = blocks.run(config, params, x, context, cache)
   if cache is not None:
@@ -205,11 +205,6 @@ def _embed(config: ModelConfig, params: Params, tokens: Array, positions: Array)
   return x
 
 
-def _count_before(mask: Array) -> Array:
-  """`[B, T]` bool -> `[B, T]` int32: how many True come before each column."""
-  return jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask
-
-
 def _check_room(config: ModelConfig, length: int, columns: int) -> None:
   if length > columns:
     raise ShapeError(f'tokens: {length} columns do not fit a cache of {columns}.')
@@ -222,25 +217,22 @@ def _check_room(config: ModelConfig, length: int, columns: int) -> None:
     )
 
 
-def _context(
-  config: ModelConfig, keys: Array, first: int | Array, positions: Array
-) -> blocks.ByKind:
-  """What layers of each kind see: real tokens at or before the column, in the window if local.
+def _context(config: ModelConfig, columns: Array, positions: Array) -> blocks.ByKind:
+  """What layers of each kind see: real tokens at or before the position, in the window if local.
 
   Args:
     config: the architecture.
-    keys: `[B, S]` bool, columns that hold real tokens.
-    first: the column of the first query.
+    columns: `[B, S]` int32, the positions of the real tokens that keys are of, -1 elsewhere.
     positions: `[B, T]` int32, of the queries.
   """
-  last_seen = first + jnp.arange(positions.shape[1])
-  visible = (jnp.arange(keys.shape[1]) <= last_seen[:, None]) & keys[:, None]
+  real = columns >= 0
+  visible = real[:, None] & (columns[:, None] <= positions[:, :, None])
   context = {}
   for local in set(config.is_local()):
     mask, by = visible, None
     if local and config.window is not None:
-      mask = visible & (positions[:, :, None] - _count_before(keys)[:, None] < config.window)
+      mask = visible & (positions[:, :, None] - columns[:, None] < config.window)
     if config.positions == 'rotary':
       by = rotary.rotation(config, positions, local=local)
-    context[local] = blocks.Context(mask, keys, by)
+    context[local] = blocks.Context(mask, real, by)
   return context

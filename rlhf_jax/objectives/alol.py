@@ -18,6 +18,7 @@ from rlhf_jax.objectives.base import (
   LossOutput,
   Objective,
   Params,
+  check_unread,
   response_logprobs,
 )
 from rlhf_jax.objectives.policy_gradient import MAX_LOG_RATIO
@@ -50,6 +51,9 @@ class ALoLConfig:
     for name in ('clip', 'kl_coefficient'):
       if not getattr(self, name) > 0:
         raise ConfigError(f'{path}.{name}', getattr(self, name), 'a number > 0')
+    others = {'kl': ('clip',), 'reference_free': ('clip', 'kl_coefficient')}
+    unread = others.get(self.variant, ('kl_coefficient',))
+    check_unread(self, path, unread, f'with variant {self.variant!r}')
 
 
 def curate(config: ALoLConfig, scores: np.ndarray, baselines: Callable[[], np.ndarray]) -> Curated:

@@ -1,5 +1,6 @@
 """What an objective is: a typed config, its pure maths, and a loss that feeds it."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.common import metrics as metrics_lib
+from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.types import Experience, Pairs, PolicyOutput, QOutput, Sequences
 
 Array = jax.Array
@@ -21,6 +23,26 @@ class ObjectiveConfig(Protocol):
 
   def validate(self, path: str) -> None:
     """Raises ConfigError for values that cannot work."""
+
+
+def check_unread(config: Any, path: str, fields: tuple[str, ...], where: str) -> None:
+  """Raises ConfigError for fields that are set although nothing reads them where the config is.
+
+  Args:
+    config: a dataclass.
+    path: its own.
+    fields: those that are not read.
+    where: which value of which other field that is so with.
+  """
+  defaults = {field.name: field.default for field in dataclasses.fields(config)}
+  for name in fields:
+    if getattr(config, name) != defaults[name]:
+      raise ConfigError(
+        f'{path}.{name}',
+        getattr(config, name),
+        f'its default, {defaults[name]!r}, {where}',
+        'Nothing reads it there.',
+      )
 
 
 class Actors(NamedTuple):

@@ -10,7 +10,14 @@ import numpy as np
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.metrics import Mean
 from rlhf_jax.common.types import Ratings
-from rlhf_jax.objectives.base import Actors, Curated, LossOutput, Objective, Params
+from rlhf_jax.objectives.base import (
+  Actors,
+  Curated,
+  LossOutput,
+  Objective,
+  Params,
+  check_unread,
+)
 
 Array = jax.Array
 
@@ -42,6 +49,8 @@ class WeightedBCConfig:
       raise ConfigError(f'{path}.temperature', self.temperature, 'a number > 0')
     if not self.max_weight >= 1:
       raise ConfigError(f'{path}.max_weight', self.max_weight, 'a number >= 1')
+    unread = ('temperature', 'max_weight') if self.variant == 'filtered' else ('keep',)
+    check_unread(self, path, unread, f'with variant {self.variant!r}')
 
 
 def curate(

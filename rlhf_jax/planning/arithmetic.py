@@ -89,6 +89,25 @@ def cache_bytes(model: ModelConfig, rows: Rows, mesh: dict[str, int]) -> int:
   return entries * jnp.dtype(model.dtype).itemsize
 
 
+def sampling_cache_bytes(
+  model: ModelConfig, rows: Rows, copies: int, slots: int, mesh: dict[str, int]
+) -> int:
+  """The caches of sampling, on one device: that of the loop, and that of prompts if it has its own.
+
+  Args:
+    model: the architecture.
+    rows: all responses.
+    copies: how many answer one prompt.
+    slots: how many are sampled at a time; 0: all.
+    mesh: sizes of its axes.
+  """
+  slots = min(slots or rows.number, rows.number)
+  loop = cache_bytes(model, rows._replace(number=slots), mesh)
+  if slots == rows.number and copies == 1:
+    return loop
+  return loop + cache_bytes(model, Rows(rows.number // copies, rows.prompt, 0), mesh)
+
+
 def sampling_weights(model: ModelConfig, mesh: dict[str, int], *, gathered: bool) -> float:
   """The copy of a device's weights in the compute type that sampling makes for its loop."""
   weights = model.layers * block_weights(model)

@@ -100,9 +100,10 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
   flops = _flops(stage, compiled, decoders, rows)
   accumulated = 2 if stage.config.accumulation > 1 else 1
   online = 'generation' in compiled.programs
-  sampled = [rows['sampled']] if online else []
+  sampled = [(rows['sampled'], demands_of(stage.config.objective).samples)] if online else []
   if 'answers' in compiled.evaluations:
-    sampled.append(rows['sampled']._replace(number=stage.config.evaluation.batch_size))
+    answers = rows['sampled']._replace(number=stage.config.evaluation.batch_size)
+    sampled.append((answers, 1))
   return Plan(
     name=stage.config.name,
     mesh=mesh,
@@ -112,7 +113,15 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
       for role, tree in {**compiled.state.params, **compiled.frozen}.items()
     },
     gradients=accumulated * device_bytes(compiled.state.params),
-    cache=max((arithmetic.cache_bytes(stage.model, each, mesh) for each in sampled), default=0),
+    cache=max(
+      (
+        arithmetic.sampling_cache_bytes(
+          stage.model, each, copies, stage.config.generation.slots, mesh
+        )
+        for each, copies in sampled
+      ),
+      default=0,
+    ),
     sampling_weights=(
       arithmetic.sampling_weights(
         stage.model, mesh, gathered=stage.config.generation.weights == 'gathered'

@@ -23,7 +23,7 @@ from rlhf_jax.data.config import EMBEDDED, DataConfig
 from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.models import adapters, decoder
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import demands_of, objective_of
+from rlhf_jax.objectives import objective_of
 from rlhf_jax.origins import field_of, is_term, path_of
 from rlhf_jax.recipes.parts import (
   Parts,
@@ -166,7 +166,7 @@ def abstract_batch(config: ExperimentConfig) -> Any:
   kind = objective_of(config.objective).data
   data, rows = config.data, config.batch_size
   if kind == 'prompts':
-    return abstract_prompts(data, rows * demands_of(config.objective).samples)
+    return abstract_prompts(data, rows)
 
   def leaf(dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct((rows, *shape), dtype)

@@ -1,5 +1,6 @@
 """Wires a config to a recipe: what the loop runs."""
 
+import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -30,7 +31,10 @@ class Built(NamedTuple):
 
 
 def build(
-  config: ExperimentConfig, parents: Mapping[str, Run], feedback: Feedback | ControlFeedback
+  config: ExperimentConfig,
+  parents: Mapping[str, Run],
+  feedback: Feedback | ControlFeedback,
+  root: pathlib.Path | None = None,
 ) -> Built:
   """Makes a validated config's recipe.
 
@@ -38,12 +42,13 @@ def build(
     config: the stage's config.
     parents: finished runs by role, 'policy' and 'reward_model'.
     feedback: the stage's records, or its segments of control.
+    root: a folder for what other stages can use too; None: nothing is kept.
   """
   if isinstance(feedback, ControlFeedback):
     control = load_control(config, parents, feedback)
     with jax.set_mesh(control.mesh):
       return Built(build_control(control), control.mesh, None, control.model)
-  parts = load_parts(config, parents, feedback)
+  parts = load_parts(config, parents, feedback, root)
   with jax.set_mesh(parts.mesh):
     online = objective_of(config.objective).data == 'prompts'
     recipe = build_online(parts) if online else build_offline(parts)

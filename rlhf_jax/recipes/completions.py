@@ -15,7 +15,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data.texts import encode_contexts
 from rlhf_jax.feedback.dialogues import Context, text_of
 from rlhf_jax.feedback.records import Prompt
-from rlhf_jax.generation.sample import Samples
+from rlhf_jax.generation.samples import Samples
 from rlhf_jax.recipes.finished import Finished
 from rlhf_jax.recipes.parts import Parts
 from rlhf_jax.recipes.policies import make_sampler

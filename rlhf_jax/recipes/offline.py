@@ -35,6 +35,7 @@ from rlhf_jax.recipes.probes import (
   policy_question,
   preference_question,
 )
+from rlhf_jax.recipes.reference_cache import ReferenceCache
 from rlhf_jax.recipes.rewards import load_reward_model
 from rlhf_jax.recipes.trainer import Trees, make_trainer
 from rlhf_jax.sharding.mesh import constrain_batch, put_batch, share_of
@@ -128,12 +129,24 @@ def make_preparation(parts: StageParts, actors: Actors, splits: int = 1) -> Prep
 
 
 def cache_reference(parts: StageParts, preparation: Preparation, columns: Columns) -> Columns:
-  """Scores the whole dataset once: the columns with the reference's log-probs attached."""
+  """Scores the whole dataset once: the columns with the reference's log-probs attached.
+
+  They are found on disk where an earlier stage of the same root has asked (`reference_cache`).
+  """
+  cache = None
+  if isinstance(parts, Parts) and parts.root is not None:
+    cache = ReferenceCache(parts.root, parts, columns)
+    found = cache.load()
+    if found is not None:
+      return columns.attach(reference_logprobs=found)
   rows = []
   for batch, real in device_batches(parts, columns, parts.config.batch_size):
     scored = preparation.score(preparation.reference, batch)
     rows.append(to_host(scored.reference_logprobs)[real])
-  return columns.attach(reference_logprobs=np.concatenate(rows))
+  logprobs = np.concatenate(rows)
+  if cache is not None:
+    cache.save(logprobs)
+  return columns.attach(reference_logprobs=logprobs)
 
 
 class Dataset(NamedTuple):

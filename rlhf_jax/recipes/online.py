@@ -11,7 +11,6 @@ from rlhf_jax.common import prng
 from rlhf_jax.common.metrics import Metrics
 from rlhf_jax.common.types import PolicyOutput, Prompts, Sequences
 from rlhf_jax.data import pipeline
-from rlhf_jax.generation.sample import repeat_prompts
 from rlhf_jax.models import adapters, roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import Actors, demands_of, objective_of
@@ -165,7 +164,7 @@ def make_rollout_sampler(
   parts: Parts,
 ) -> Callable[[Any, Prompts, Array], tuple[Sampled, Sequences]]:
   """Jitted `(params by role, prompts, key)` -> responses, and the same as they are scored."""
-  sampler = make_sampler(parts)
+  sampler = make_sampler(parts, demands_of(parts.config.objective).samples)
 
   @jax.jit
   def sample(params: Any, prompts: Prompts, key: Array) -> tuple[Sampled, Sequences]:
@@ -224,16 +223,14 @@ def make_rollout(
   reward = make_reward(parts, reward_model, strict=False, splits=config.accumulation)
   names = reward_names(config.rollout)
   complete = make_completion(parts, policy)
-  demands = demands_of(config.objective)
-  from_reference = demands.sampler == 'reference'
+  from_reference = demands_of(config.objective).sampler == 'reference'
 
-  # A batch that straddles two epochs may hold a prompt twice: its rows draw by their place in the
+  # A batch that straddles two epochs may hold a prompt twice: prompts draw by their place in the
   # batch (the stream already differs from step to step).
   share = share_of(config.batch_size, parts.mesh)
 
   def prepare(state: TrainState, prompts: Any) -> Prepared:
-    prompts = repeat_prompts(dataclasses.replace(prompts, index=share.places), demands.samples)
-    prompts = put_batch(prompts, parts.mesh, share.repeated(demands.samples))
+    prompts = put_batch(dataclasses.replace(prompts, index=share.places), parts.mesh, share)
     params = {'policy': parts.reference} if from_reference else trees.whole(state.params)
     sampled, scored = sample(params, prompts, state.stream(prng.Stream.SAMPLING))
     scores = reward(scored)

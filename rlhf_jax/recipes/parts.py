@@ -53,6 +53,7 @@ class Parts:
     tokenizer: the one of the stage that the policy comes from, or a new one.
     model: the decoder, with its vocabulary size.
     parents: finished runs by role.
+    root: a folder for what other stages can use too; None: nothing is kept.
   """
 
   config: ExperimentConfig
@@ -61,6 +62,7 @@ class Parts:
   tokenizer: Tokenizer
   model: ModelConfig
   parents: Mapping[str, Run]
+  root: pathlib.Path | None = None
 
   @functools.cached_property
   def reference(self) -> Any | None:
@@ -74,7 +76,12 @@ class Parts:
     return adapters.base_of(self.config.adapter, init_decoder(self))
 
 
-def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: Feedback) -> Parts:
+def load_parts(
+  config: ExperimentConfig,
+  parents: Mapping[str, Run],
+  feedback: Feedback,
+  root: pathlib.Path | None = None,
+) -> Parts:
   """Builds the mesh, finds the tokenizer and settles the decoder.
 
   Raises:
@@ -99,7 +106,7 @@ def load_parts(config: ExperimentConfig, parents: Mapping[str, Run], feedback: F
   check_tokens(config, model)
   config.adapter.check(model, 'adapter')
   attending.resolve(model)
-  return Parts(config, mesh, feedback, tokenizer, model, parents)
+  return Parts(config, mesh, feedback, tokenizer, model, parents, root)
 
 
 def check_role(role: str, run: Run) -> None:

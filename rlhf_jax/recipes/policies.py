@@ -13,11 +13,13 @@ import jax
 
 from rlhf_jax.common.masked import masked_sum
 from rlhf_jax.common.types import Prompts, Sequences
-from rlhf_jax.generation.sample import Samples, generate, samples_to_sequences
+from rlhf_jax.generation.sample import generate
+from rlhf_jax.generation.samples import Samples, repeat_prompts, samples_to_sequences
 from rlhf_jax.models import decoder, q_heads, roles
 from rlhf_jax.objectives import demands_of
 from rlhf_jax.ops.kl import exact_kl
 from rlhf_jax.recipes.parts import Parts
+from rlhf_jax.sharding.mesh import constrain_batch
 
 Array = jax.Array
 Roles = Mapping[str, Any]
@@ -46,8 +48,11 @@ def readout(parts: Parts, params: Roles) -> Callable[[Array], Array]:
   )
 
 
-def make_sampler(parts: Parts) -> Sampler:
-  """`(params by role, prompts, key) -> responses` at the generation settings; to be jitted."""
+def make_sampler(parts: Parts, copies: int = 1) -> Sampler:
+  """`(params by role, prompts, key) -> responses` at the generation settings; to be jitted.
+
+  So many `copies` of a prompt are answered, in adjacent rows.
+  """
   config = parts.config
   generation = config.generation
   if generation.stop_at_eos:
@@ -64,9 +69,11 @@ def make_sampler(parts: Parts) -> Sampler:
       max_new_tokens=config.data.response_length,
       eos_id=parts.tokenizer.eos_id if generation.stop_at_eos else -1,
       pad_id=parts.tokenizer.pad_id,
+      samples=copies,
       readout=readout(parts, params),
     )
-    return samples_to_sequences(prompts, samples), samples
+    sequences = samples_to_sequences(repeat_prompts(prompts, copies), samples)
+    return jax.tree.map(constrain_batch, (sequences, samples))
 
   return sample
 

@@ -97,11 +97,6 @@ class Share(NamedTuple):
   rows: int
   places: np.ndarray
 
-  def repeated(self, times: int) -> 'Share':
-    """The same with every row repeated, copies adjacent."""
-    places = self.places[:, None] * times + np.arange(times, dtype=np.int32)
-    return Share(self.rows * times, places.reshape(-1))
-
 
 def share_of(rows: int, mesh: Mesh) -> Share:
   """The rows of a batch that this process's devices hold: all of them, if there is one process."""

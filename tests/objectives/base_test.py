@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.objectives import OBJECTIVES, objective_of
 from rlhf_jax.objectives.alol import ALoLConfig
@@ -14,6 +15,8 @@ from rlhf_jax.objectives.base import flatten_rows, of_preferred, pair_logprobs
 from rlhf_jax.objectives.cpl import CPLConfig
 from rlhf_jax.objectives.cpl_dense import DenseCPLConfig
 from rlhf_jax.objectives.dpo import DPOConfig
+from rlhf_jax.objectives.grpo import GRPOConfig
+from rlhf_jax.objectives.weighted_bc import WeightedBCConfig
 from tests import quick
 from tests.objectives import tabular
 from tests.objectives.tabular import B, R
@@ -115,3 +118,30 @@ def test_of_preferred_takes_the_preferred_and_halves_ties() -> None:
   np.testing.assert_array_equal(
     quick.jit(of_preferred)(values, preference), [1.0, 1.0, 3.0, 5.0, 5.0]
   )
+
+
+@pytest.mark.parametrize(
+  ('config', 'field', 'where'),
+  [
+    (ALoLConfig(kl_coefficient=0.2), 'kl_coefficient', "variant 'sequence'"),
+    (ALoLConfig(variant='kl', clip=0.2), 'clip', "variant 'kl'"),
+    (ALoLConfig(variant='reference_free', clip=0.2), 'clip', "variant 'reference_free'"),
+    (WeightedBCConfig(temperature=2.0), 'temperature', "variant 'filtered'"),
+    (WeightedBCConfig(variant='weighted', keep=0.5), 'keep', "variant 'weighted'"),
+    (GRPOConfig(scale='none', epsilon=1e-6), 'epsilon', "scale 'none'"),
+  ],
+)
+def test_what_nothing_reads_is_refused(config: Any, field: str, where: str) -> None:
+  """A field of another variant would be ignored in silence. (A weight of 0 switches a term off, as
+  sweeps do, and what shapes that term may stay as it is.)
+  """
+  with pytest.raises(ConfigError) as caught:
+    config.validate('objective')
+  assert caught.value.field == f'objective.{field}' and where in str(caught.value)
+
+
+def test_what_is_read_is_fine() -> None:
+  ALoLConfig(variant='kl', kl_coefficient=0.2).validate('objective')
+  ALoLConfig(variant='token', clip=0.2).validate('objective')
+  WeightedBCConfig(variant='weighted', temperature=2.0, max_weight=3.0).validate('objective')
+  DPOConfig(nll_coefficient=0.0, nll_normalization='token').validate('objective')

@@ -126,13 +126,11 @@ def test_constraints_inside_a_mapped_kernel_do_nothing() -> None:
 
 
 def test_a_process_alone_makes_all_rows() -> None:
-  """Whether the mesh divides them or not; copies of a row are numbered one after the other."""
+  """Whether the mesh divides them or not."""
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   for rows in (3, 8):
     share = share_of(rows, mesh)
     assert share.rows == rows and share.places.tolist() == list(range(rows))
-  twice = Share(8, np.array([1, 4], np.int32)).repeated(2)
-  assert twice.rows == 16 and twice.places.tolist() == [2, 3, 8, 9]
 
 
 def test_a_share_of_rows_lands_at_its_places(monkeypatch: pytest.MonkeyPatch) -> None:
