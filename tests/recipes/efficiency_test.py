@@ -1,6 +1,7 @@
 """What an iteration may cost: nothing is compiled twice, and no tree is held twice."""
 
 import dataclasses
+import functools
 import gc
 import pathlib
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from rlhf_jax.models import decoder
 from rlhf_jax.models.adapters import AdapterConfig
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.recipes import Built
 from tests import tiny
@@ -27,8 +29,8 @@ def compiled() -> Iterator[list[str]]:
   """The functions that are traced or compiled while the test runs, in their order."""
   heard: list[str] = []
 
-  def listen(event: str, seconds: float, **about: Any) -> None:
-    del seconds
+  def listen(event: str, duration_secs: float, **about: str | int) -> None:
+    del duration_secs
     if event in EVENTS:
       heard.append(f'{event.rpartition("/")[2]} {about.get("fun_name")}')
 
@@ -92,7 +94,8 @@ def test_a_ppo_iteration_holds_no_tree_twice(method: str, tmp_path: pathlib.Path
   built = tiny.build_recipe(config)
   with jax.set_mesh(built.mesh):
     state = built.recipe.init()
-    reference = jax.eval_shape(lambda key: decoder.init(built.model, key), jax.random.key(0))
+    assert isinstance(built.model, ModelConfig)
+    reference = jax.eval_shape(functools.partial(decoder.init, built.model), jax.random.key(0))
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves(reference))
     held = [live_bytes()]
     for number in range(2):
@@ -103,5 +106,6 @@ def test_a_ppo_iteration_holds_no_tree_twice(method: str, tmp_path: pathlib.Path
     update = jax.jit(built.recipe.update, donate_argnums=0).lower(state, ready.batch).compile()
   multiples = [(each - before) / size for each in held]
   assert HELD[method] <= min(multiples) and max(multiples) < HELD[method] + 0.1
-  # Without the optimisations that tests go without it would be less.
-  assert update.memory_analysis().temp_size_in_bytes / size < 2.5
+  needs = update.memory_analysis()
+  # With the optimisations that tests go without it would be less.
+  assert needs is not None and needs.temp_size_in_bytes / size < 2.5

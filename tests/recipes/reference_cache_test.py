@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
   times: list[int] = []
   real = offline.device_batches
 
-  def counted(parts, columns, size):  # type: ignore[no-untyped-def]
+  def counted(parts: Any, columns: Any, size: int) -> Any:
     times.append(len(columns))
     return real(parts, columns, size)
 
@@ -27,8 +28,8 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
   return times
 
 
-def make_config(parents: pathlib.Path, **changes: object):  # type: ignore[no-untyped-def]
-  objective = DPOConfig(reference='cached', beta=changes.pop('beta', 0.1))  # type: ignore[arg-type]
+def make_config(parents: pathlib.Path, *, beta: float = 0.1, **changes: Any) -> Any:
+  objective = DPOConfig(reference='cached', beta=beta)
   return tiny.make_config('dpo', parents, objective=objective, steps=2, **changes)
 
 
