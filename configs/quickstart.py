@@ -24,7 +24,8 @@ def get_config(arg: str | None = None) -> StudyConfig:
   return StudyConfig(
     name='Quickstart: objectives on the embedded reviews',
     sft=sft.get_config(),
-    reward_model=reward_model.get_config(),
+    # A quarter less than by itself, where it is as good already.
+    reward_model=dataclasses.replace(reward_model.get_config(), steps=600),
     objectives=objectives,
     seeds=(0, 1, 2),
     frontier_samples=512,

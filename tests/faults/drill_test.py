@@ -22,17 +22,16 @@ pytestmark = pytest.mark.slow
 
 # How often, in one run of the tests.
 TRIALS = {
-  ('sft', 'kill'): 2,
-  ('sft', 'kill_saving'): 2,
+  ('sft', 'kill'): 1,
+  ('sft', 'kill_saving'): 1,
   ('sft', 'terminate'): 1,
   ('sft', 'interrupt_twice'): 1,
-  ('sft', 'damage'): 2,
+  ('sft', 'damage'): 1,
   ('sft', 'full'): 1,
   ('sft', 'read_only'): 1,
   ('sft', 'clock'): 1,
   ('sft', 'process'): 1,
   ('ppo', 'kill'): 1,
-  ('ppo', 'kill_saving'): 1,
   ('compare', 'kill'): 1,
 }
 
