@@ -20,7 +20,6 @@ Exit codes: 0 done, 1 something given is wrong (one message says what), 130 ende
 was written is deleted.
 """
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -30,13 +29,13 @@ from absl import flags
 from experiments import cli
 from rlhf_jax.common.errors import RunError, UserError
 from rlhf_jax.config_parts import CHECKPOINTS
-from rlhf_jax.hf_folder import HfFolder, PeftFolder, open_source
+from rlhf_jax.hf_folder import HfFolder, PeftFolder, assets_of, open_source
 from rlhf_jax.models import hf_export, hf_hub, hf_peft
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import DTYPES, SHARD_BYTES
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.recipes.parts import abstract_decoder, abstract_head, abstract_reward_model
-from rlhf_jax.runs import ASSETS, Run
+from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 
 SOURCE = flags.DEFINE_string(
@@ -199,15 +198,6 @@ def value_function(run: Run, model: ModelConfig, kind: str, mesh: jax.sharding.M
   trunk = run.restore_role(trunk_role, abstract_decoder(model, mesh), CHECKPOINT.value)
   head = run.restore_role('value_head', abstract_head(model, mesh), CHECKPOINT.value)
   return {'trunk': trunk, 'head': head, 'normalizer': {'gain': 1.0, 'bias': 0.0}}
-
-
-def assets_of(run: Run) -> hf_export.Assets:
-  """The config and the tokenizer of the folder a run goes back to, or its own tokenizer alone."""
-  if isinstance(run, HfFolder):
-    return dataclasses.replace(hf_export.read_assets(run.folder), tokenizer=run.tokenizer_folder)
-  if (run.folder / ASSETS).is_dir():
-    return hf_export.read_assets(run.folder / ASSETS, trained=run.folder / 'tokenizer')
-  return hf_export.Assets(run.folder / 'tokenizer')
 
 
 if __name__ == '__main__':

@@ -200,6 +200,15 @@ def open_source(source: str | pathlib.Path) -> Run:
   return HfFolder(source) if is_checkpoint(source) else Run(source)
 
 
+def assets_of(run: Run) -> hf_export.Assets:
+  """The config and the tokenizer of the folder a run goes back to, or its own tokenizer alone."""
+  if isinstance(run, HfFolder):
+    return dataclasses.replace(hf_export.read_assets(run.folder), tokenizer=run.tokenizer_folder)
+  if (run.folder / ASSETS).is_dir():
+    return hf_export.read_assets(run.folder / ASSETS, trained=run.folder / 'tokenizer')
+  return hf_export.Assets(run.folder / 'tokenizer')
+
+
 def is_source(source: str) -> bool:
   """Whether a name is that of a directory or of something on the hub, not of a config file."""
   return source.startswith(HUB) or pathlib.Path(source).is_dir()
