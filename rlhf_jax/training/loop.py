@@ -255,8 +255,11 @@ class _Run:
     return [*self.metrics, *self.evaluations, *self.health]
 
   def close(self) -> None:
-    for writer in self.writers:
-      writer.close()
+    try:
+      for writer in self.writers:
+        writer.close()
+    finally:
+      self.recipe.close()
 
 
 def _due(step: int, every: int) -> bool:

@@ -61,6 +61,8 @@ class Recipe(NamedTuple):
     examine: from `(state, batch)` to the first of the step's updates that goes wrong.
     logprobs: from `(params and targets by role, batch)` to log-probs of the batch's responses,
       `[..., R]` float32; None where there are none.
+    close: lets go of what it holds beside arrays, such as a connection; the loop calls it at the
+      end, also after an error.
   """
 
   abstract: TrainState
@@ -75,3 +77,4 @@ class Recipe(NamedTuple):
   headline: tuple[str, ...] = ()
   examine: Callable[[TrainState, Any], Examined] | None = None
   logprobs: Callable[[Any, Any], Any] | None = None
+  close: Callable[[], None] = lambda: None

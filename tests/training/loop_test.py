@@ -253,6 +253,26 @@ def test_rows_merge_the_steps_between_them(tmp_path: pathlib.Path) -> None:
   assert single[0]['tokens'] == sum_of_tokens(each, 1)
 
 
+@pytest.mark.parametrize('broken', [False, True])
+def test_what_a_recipe_holds_is_let_go(
+  broken: bool, parents: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  """At the end, and when a step breaks off."""
+  closed: list[int] = []
+
+  def wrap(recipe: Recipe) -> Recipe:
+    recipe = killed_at(1)(recipe) if broken else recipe
+    return recipe._replace(close=lambda: closed.append(1))
+
+  config = tiny.make_config('sft', parents, steps=2)
+  if broken:
+    with pytest.raises(KeyboardInterrupt):
+      tiny.run_stage(config, tmp_path / 'run', wrap=wrap)
+  else:
+    tiny.run_stage(config, tmp_path / 'run', wrap=wrap)
+  assert closed == [1]
+
+
 def sum_of_tokens(config: Any, steps: int) -> int:
   """Real tokens of the first batches."""
   built = tiny.build_recipe(config)
