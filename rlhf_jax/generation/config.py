@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.models.config import DTYPES, ModelConfig
 
 WEIGHTS = ('sharded', 'gathered')
 
@@ -34,6 +35,13 @@ class GenerationConfig:
   # take their places, so that a few long ones do not keep all others waiting. 0: all at once, the
   # best where the memory lasts and lengths differ little.
   slots: int = 0
+  # The type of activations and matrix products while responses are sampled; None: the model's own.
+  # Log-probs that are learnt from are computed in the model's.
+  dtype: str | None = None
+
+  def sampling(self, model: ModelConfig) -> ModelConfig:
+    """A decoder as it computes while it samples."""
+    return model if self.dtype is None else dataclasses.replace(model, dtype=self.dtype)
 
   def validate(self, path: str) -> None:
     """Raises ConfigError, naming the field below `path`, for values that cannot work."""
@@ -43,6 +51,8 @@ class GenerationConfig:
       raise ConfigError(f'{path}.weights', self.weights, f'one of {", ".join(WEIGHTS)}')
     if self.slots < 0:
       raise ConfigError(f'{path}.slots', self.slots, 'a number of responses, or 0 for all at once')
+    if self.dtype not in (None, *DTYPES):
+      raise ConfigError(f'{path}.dtype', self.dtype, f'None or one of {", ".join(DTYPES)}')
     if self.top_k < 0:
       raise ConfigError(f'{path}.top_k', self.top_k, 'a number of tokens, or 0 for all')
     if not 0.0 < self.top_p <= 1.0:

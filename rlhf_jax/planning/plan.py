@@ -98,6 +98,7 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
   decoders = _trained_decoders(stage, compiled)
   rows = _rows(stage, compiled)
   flops = _flops(stage, compiled, decoders, rows)
+  sampler = stage.config.generation.sampling(stage.model)
   accumulated = 2 if stage.config.accumulation > 1 else 1
   online = 'generation' in compiled.programs
   sampled = [(rows['sampled'], demands_of(stage.config.objective).samples)] if online else []
@@ -115,21 +116,19 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
     gradients=accumulated * device_bytes(compiled.state.params),
     cache=max(
       (
-        arithmetic.sampling_cache_bytes(
-          stage.model, each, copies, stage.config.generation.slots, mesh
-        )
+        arithmetic.sampling_cache_bytes(sampler, each, copies, stage.config.generation.slots, mesh)
         for each, copies in sampled
       ),
       default=0,
     ),
     sampling_weights=(
       arithmetic.sampling_weights(
-        stage.model, mesh, gathered=stage.config.generation.weights == 'gathered'
+        sampler, mesh, gathered=stage.config.generation.weights == 'gathered'
       )
       if sampled
       else 0.0
     ),
-    decoded=arithmetic.decoding_bytes(stage.model, rows['sampled'], mesh) if online else 0.0,
+    decoded=arithmetic.decoding_bytes(sampler, rows['sampled'], mesh) if online else 0.0,
     activations={
       role: arithmetic.activation_bytes(
         model, rows['device'], mesh, plain_attention=stage.plain_attention

@@ -105,7 +105,8 @@ def load_parts(
   check_length(model, config)
   check_tokens(config, model)
   config.adapter.check(model, 'adapter')
-  attending.resolve(model)
+  for each in (model, config.generation.sampling(model)):
+    attending.resolve(each)
   return Parts(config, mesh, feedback, tokenizer, model, parents, root)
 
 

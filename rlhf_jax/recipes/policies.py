@@ -16,6 +16,7 @@ from rlhf_jax.common.types import Prompts, Sequences
 from rlhf_jax.generation.sample import generate
 from rlhf_jax.generation.samples import Samples, repeat_prompts, samples_to_sequences
 from rlhf_jax.models import decoder, q_heads, roles
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of
 from rlhf_jax.ops.kl import exact_kl
 from rlhf_jax.recipes.parts import Parts
@@ -32,15 +33,22 @@ def temperature_of(parts: Parts) -> float:
   return temperature if temperature > 0 else 1.0
 
 
-def readout(parts: Parts, params: Roles) -> Callable[[Array], Array]:
+def stops_of(parts: Parts) -> tuple[int, ...]:
+  """The tokens that end a response."""
+  generation, tokenizer = parts.config.generation, parts.tokenizer
+  own = (tokenizer.eos_id, *tokenizer.stops) if generation.stop_at_eos else ()
+  return tuple(dict.fromkeys((*own, *generation.stop_tokens)))
+
+
+def readout(parts: Parts, model: ModelConfig, params: Roles) -> Callable[[Array], Array]:
   """From hidden states `[..., width]` to the logits `[..., V]` that tokens are drawn from."""
   if 'q_heads' not in params:
-    return functools.partial(decoder.logits, parts.model, params['policy'])
+    return functools.partial(decoder.logits, model, params['policy'])
   q = demands_of(parts.config.objective).q
   assert q is not None
   return functools.partial(
     q_heads.tilted_logits,
-    parts.model,
+    model,
     params['policy'],
     params['q_heads'],
     params['q_target'],
@@ -54,23 +62,21 @@ def make_sampler(parts: Parts, copies: int = 1) -> Sampler:
   So many `copies` of a prompt are answered, in adjacent rows.
   """
   config = parts.config
-  generation = config.generation
-  if generation.stop_at_eos:
-    stops = (*generation.stop_tokens, *parts.tokenizer.stops)
-    generation = dataclasses.replace(generation, stop_tokens=stops)
+  generation = dataclasses.replace(config.generation, stop_tokens=stops_of(parts))
+  model = generation.sampling(parts.model)
 
   def sample(params: Roles, prompts: Prompts, key: Array) -> tuple[Sequences, Samples]:
     samples = generate(
-      parts.model,
+      model,
       params['policy'],
       prompts,
       key,
       config=generation,
       max_new_tokens=config.data.response_length,
-      eos_id=parts.tokenizer.eos_id if generation.stop_at_eos else -1,
+      eos_id=-1,
       pad_id=parts.tokenizer.pad_id,
       samples=copies,
-      readout=readout(parts, params),
+      readout=readout(parts, model, params),
     )
     sequences = samples_to_sequences(repeat_prompts(prompts, copies), samples)
     return jax.tree.map(constrain_batch, (sequences, samples))
@@ -89,7 +95,9 @@ def make_kl(parts: Parts) -> Callable[[Roles, Roles, Sequences], Array]:
       each = roles.response_kl(parts.model, policy, frozen, sequences, temperature)
       return masked_sum(each, sequences.response_mask, axis=-1)
     logits, reference_logits = (
-      readout(parts, tree)(roles.response_states(parts.model, tree['policy'], sequences))
+      readout(parts, parts.model, tree)(
+        roles.response_states(parts.model, tree['policy'], sequences)
+      )
       / temperature
       for tree in (params, reference)
     )

@@ -18,6 +18,7 @@ from rlhf_jax.generation.config import GenerationConfig
     (dict(top_p=0.0), 'top_p'),
     (dict(top_p=1.1), 'top_p'),
     (dict(stop_tokens=(3, -1)), 'stop_tokens'),
+    (dict(dtype='int8'), 'dtype'),
   ],
 )
 def test_refuses_what_cannot_be_sampled(changes: dict[str, Any], field: str) -> None:
