@@ -245,6 +245,13 @@ class ExperimentConfig:
     if objective.data == 'prompts':
       self._validate_rewards(objective.name)
       self._validate_sampling(objective.name)
+    elif self.rollout.engine != 'local':
+      raise ConfigError(
+        'rollout.engine',
+        self.rollout.engine,
+        f"'local' for {objective.name}",
+        'It does not learn from samples of its own; evaluations are always sampled here.',
+      )
 
   def _validate_rewards(self, name: str) -> None:
     sources = self.rollout.sources()
@@ -284,6 +291,8 @@ class ExperimentConfig:
         f'a number > 0 for {name}',
         'Greedy rollouts explore nothing.',
       )
+    if self.rollout.engine == 'http' and self.rollout.server.dialect == 'sglang':
+      self._validate_stops()
     fixed_length = not (self.generation.stop_at_eos or self.generation.stop_tokens)
     if demands_of(self.objective).fixed_length and not fixed_length:
       raise ConfigError(
@@ -291,6 +300,15 @@ class ExperimentConfig:
         'last_position',
         'responses of a fixed length',
         'Set --config.generation.stop_at_eos=False (and no stop_tokens), or pay at last_token.',
+      )
+
+  def _validate_stops(self) -> None:
+    if self.generation.stop_tokens and not self.generation.stop_at_eos:
+      raise ConfigError(
+        'generation.stop_at_eos',
+        False,
+        "True with stop_tokens and rollout.server.dialect='sglang'",
+        'SGLang ends responses at its end of sequence too, unless there are no stop tokens.',
       )
 
 

@@ -100,6 +100,8 @@ class Run:
     """The config the run was made with; its `init` fields name the parents' directories."""
     origin = self._origin()
     values = {**origin['identity']['config'], 'mesh': origin['mesh']}
+    if 'server' in origin:  # older runs knew of none
+      values['rollout'] = {**values['rollout'], 'server': origin['server']}
     return from_dict(ExperimentConfig, values).with_inits(origin['parents'])
 
   @property
@@ -326,9 +328,12 @@ class Run:
       )
 
   def claim(
-    self, identity: dict[str, Any], parents: dict[str, 'Run'], mesh: dict[str, Any]
+    self, identity: dict[str, Any], parents: dict[str, 'Run'], places: dict[str, Any]
   ) -> None:
-    """Makes a directory that passed `check` this run's own; another run's content is deleted."""
+    """Makes a directory that passed `check` this run's own; another run's content is deleted.
+
+    The places, 'mesh' and 'server', are where it works, which is no part of what it is.
+    """
     if (self.folder / 'config.json').exists() and self._origin()['identity'] != identity:
       # Renamed first: an interrupted deletion must not leave half a run under its name. A link to
       # the directory stays.
@@ -340,7 +345,7 @@ class Run:
       folder.mkdir()
     self.folder.mkdir(parents=True, exist_ok=True)
     folders = {role: str(run.source.absolute()) for role, run in parents.items()}
-    origin = {'identity': identity, 'parents': folders, 'mesh': mesh}
+    origin = {'identity': identity, 'parents': folders, **places}
     write_json(self.folder / 'config.json', origin)
 
   def add_record(self, record: dict[str, Any]) -> None:

@@ -217,8 +217,8 @@ def _identity(
   checkpoints = {role: init.checkpoint for role, init in config.inits().items()}
   sources = {role: run.params_identity(checkpoints[role]) for role, run in parents.items()}
   values = to_dict(config.with_inits(sources))
-  # On another mesh a run goes on, or is found finished: it is the same to float error.
-  del values['mesh']
+  # On another mesh, or server, a run goes on, or is found finished: what it is does not change.
+  del values['mesh'], values['rollout']['server']
   tokenizer = None
   own = 'policy' not in parents and config.data.source != CONTROL
   if own and config.data.tokenizer not in TRAINED_TOKENIZERS:
@@ -307,7 +307,7 @@ def _needed_stage(config: ExperimentConfig, field: str, init: str) -> Experiment
 
 def _execute(stage: Stage, run: Run, root: str | pathlib.Path) -> StageOutcome:
   config = stage.config
-  built = build(config, stage.parents, stage.feedback, pathlib.Path(root))
+  built = build(config, stage.parents, stage.feedback, pathlib.Path(root), run.folder)
   processes.on_main(lambda: _begin(stage, run, built))
   _check_seen(run)
   checkpoints = Checkpoints(run.folder / 'checkpoints', config.checkpoint)
@@ -336,7 +336,8 @@ def _execute(stage: Stage, run: Run, root: str | pathlib.Path) -> StageOutcome:
 def _begin(stage: Stage, run: Run, built: Built) -> None:
   """Makes the directory the run's own, and writes what is known beforehand."""
   config = stage.config
-  run.claim(stage.identity, stage.parents, to_dict(config.mesh))
+  places = {'mesh': to_dict(config.mesh), 'server': to_dict(config.rollout.server)}
+  run.claim(stage.identity, stage.parents, places)
   record = {
     **environment_record(),
     'mesh': dict(built.mesh.shape),

@@ -217,6 +217,7 @@ def altered(case: str, changes: dict[str, Any]) -> ExperimentConfig:
 
 TASK = (RewardConfig(source='task'),)
 BOTH = (RewardConfig(), *TASK)
+SERVER = {'rollout.engine': 'http', 'rollout.server.url': 'http://127.0.0.1:1'}
 JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
 
 
@@ -242,6 +243,19 @@ JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
     ('ppo', {'generation.top_k': 5}, 'generation', 'unfiltered policy'),
     ('ppo', {'objective.score_placement': 'last_position'}, 'objective.score_placement', 'eos'),
     ('ppo', {'rollout.rewards': ()}, 'rollout.rewards', 'at least one'),
+    ('dpo', SERVER, 'rollout.engine', "'local' for dpo"),
+    ('ilql', SERVER, 'rollout.engine', "'local' for ilql"),
+    (
+      'ppo',
+      {
+        **SERVER,
+        'rollout.server.dialect': 'sglang',
+        'generation.stop_at_eos': False,
+        'generation.stop_tokens': (3,),
+      },
+      'generation.stop_at_eos',
+      'True with stop_tokens',
+    ),
     ('rloo', {'reward_model.init': None}, 'reward_model.init', 'a Python function'),
     ('rloo', {**JSONL, 'rollout.rewards': BOTH}, 'rollout.rewards[1].source', 'gold reward'),
     (

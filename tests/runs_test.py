@@ -38,7 +38,7 @@ def claimed(folder: pathlib.Path, **parents: Run) -> Run:
   run.claim(
     {'config': to_dict(tiny.make_config('dpo', 'x')), 'data': 'd'},
     parents,
-    to_dict(MeshConfig(fsdp=2)),
+    {'mesh': to_dict(MeshConfig(fsdp=2))},
   )
   return run
 

@@ -133,12 +133,14 @@ def devices(count: int) -> Iterator[None]:
     yield
 
 
-def build_recipe(config: ExperimentConfig, count: int = 1) -> Built:
+def build_recipe(
+  config: ExperimentConfig, count: int = 1, folder: pathlib.Path | None = None
+) -> Built:
   """The recipe of a config whose parents are finished, on the first `count` devices."""
   config.validate()
   parents = {role: Run(init) for role, (init, _) in config.inits().items()}
   with devices(count):
-    return build(config, parents, feedback_of(config.data.response_length))
+    return build(config, parents, feedback_of(config.data.response_length), folder=folder)
 
 
 @functools.cache

@@ -39,3 +39,7 @@ class NonFiniteError(UserError):
 
 class HealthError(UserError):
   """A monitor has stopped the run, as its config asked; the state was saved."""
+
+
+class ServerError(UserError):
+  """A server that samples cannot be reached, refuses, or answers what cannot be learnt from."""

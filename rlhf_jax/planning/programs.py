@@ -27,6 +27,7 @@ from rlhf_jax.recipes import offline, online, probes
 from rlhf_jax.recipes.policies import make_kl, make_sampler
 from rlhf_jax.recipes.rewards import FrozenRewardModel, make_score
 from rlhf_jax.recipes.trainer import Trainer, make_trainer
+from rlhf_jax.rollout.engine import Generated
 from rlhf_jax.rollout.rollout import Scored
 from rlhf_jax.sharding.mesh import batch_sharding, replicated
 from rlhf_jax.training.state import TrainState
@@ -250,7 +251,8 @@ def _online(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
   parts = stage.parts(frozen.get('reference'))
   rewards = _judges(stage, frozen)
   learner = online.make_learner(parts, rewards.get('reward_model'))
-  sample = online.make_rollout_sampler(parts)
+  sample = make_sampler(parts, demands_of(config.objective).samples)
+  cut = online.make_cut(parts)
   complete = online.make_completion(parts, learner.policy)
   from_reference = demands_of(config.objective).sampler == 'reference'
 
@@ -261,7 +263,8 @@ def _online(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
     return {'policy': parts.reference} if from_reference else whole(state)
 
   def generation(state: TrainState, prompts: Any) -> Any:
-    return sample(params_of(state), prompts, state.stream(prng.Stream.SAMPLING))
+    drawn = sample(params_of(state), prompts, state.stream(prng.Stream.SAMPLING))
+    return cut(Generated(drawn[0], drawn[1].finished, drawn[1].logprobs))
 
   def scoring(state: TrainState, inputs: Any) -> Any:
     sampled, sequences = inputs

@@ -35,6 +35,7 @@ def build(
   parents: Mapping[str, Run],
   feedback: Feedback | ControlFeedback,
   root: pathlib.Path | None = None,
+  folder: pathlib.Path | None = None,
 ) -> Built:
   """Makes a validated config's recipe.
 
@@ -43,6 +44,7 @@ def build(
     parents: finished runs by role, 'policy' and 'reward_model'.
     feedback: the stage's records, or its segments of control.
     root: a folder for what other stages can use too; None: nothing is kept.
+    folder: the directory of the run that is to train; None: there is none.
   """
   if isinstance(feedback, ControlFeedback):
     control = load_control(config, parents, feedback)
@@ -51,5 +53,5 @@ def build(
   parts = load_parts(config, parents, feedback, root)
   with jax.set_mesh(parts.mesh):
     online = objective_of(config.objective).data == 'prompts'
-    recipe = build_online(parts) if online else build_offline(parts)
+    recipe = build_online(parts, folder) if online else build_offline(parts)
   return Built(recipe, parts.mesh, parts.tokenizer, parts.model)

@@ -1,6 +1,7 @@
 """The recipe of objectives that learn from their own samples."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,13 +10,14 @@ import jax.numpy as jnp
 
 from rlhf_jax.common import prng
 from rlhf_jax.common.metrics import Metrics
-from rlhf_jax.common.types import PolicyOutput, Prompts, Sequences
+from rlhf_jax.common.types import PolicyOutput, Sequences
 from rlhf_jax.data import pipeline
 from rlhf_jax.models import adapters, roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import Actors, demands_of, objective_of
 from rlhf_jax.objectives.base import Collected
 from rlhf_jax.recipes import probes
+from rlhf_jax.recipes.engines import make_engine
 from rlhf_jax.recipes.parts import (
   Parts,
   abstract_head,
@@ -25,7 +27,7 @@ from rlhf_jax.recipes.parts import (
   trained_part,
   trained_policy,
 )
-from rlhf_jax.recipes.policies import make_sampler, temperature_of
+from rlhf_jax.recipes.policies import temperature_of
 from rlhf_jax.recipes.rewards import (
   FrozenRewardModel,
   load_reward_model,
@@ -33,9 +35,10 @@ from rlhf_jax.recipes.rewards import (
   reward_names,
 )
 from rlhf_jax.recipes.trainer import Trainer, Trees, make_trainer
+from rlhf_jax.rollout.engine import Generated, RolloutEngine
 from rlhf_jax.rollout.rollout import Judges, Sampled, Scored, assemble, finite_rewards
 from rlhf_jax.rollout.shaping import truncate_for_scoring
-from rlhf_jax.sharding.mesh import constrain_batch, put_batch, share_of
+from rlhf_jax.sharding.mesh import constrain_batch, share_of
 from rlhf_jax.training.health import USABLE
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
@@ -160,19 +163,16 @@ def make_judges(parts: Parts, policy: Callable[[Any, Sequences], PolicyOutput]) 
   return Judges(policy, reference, exact_kl)
 
 
-def make_rollout_sampler(
-  parts: Parts,
-) -> Callable[[Any, Prompts, Array], tuple[Sampled, Sequences]]:
-  """Jitted `(params by role, prompts, key)` -> responses, and the same as they are scored."""
-  sampler = make_sampler(parts, demands_of(parts.config.objective).samples)
+def make_cut(parts: Parts) -> Callable[[Generated], tuple[Sampled, Sequences]]:
+  """Jitted: from what an engine gives to responses, and the same as they are scored."""
 
   @jax.jit
-  def sample(params: Any, prompts: Prompts, key: Array) -> tuple[Sampled, Sequences]:
-    sequences, samples = sampler(params, prompts, key)
-    scored = truncate_for_scoring(sequences, samples.finished, parts.config.rollout)
-    return Sampled(sequences, samples.logprobs, scored.stopped), scored.sequences
+  def cut(generated: Generated) -> tuple[Sampled, Sequences]:
+    sequences, finished, logprobs = generated
+    scored = truncate_for_scoring(sequences, finished, parts.config.rollout)
+    return Sampled(sequences, logprobs, scored.stopped), scored.sequences
 
-  return sample
+  return cut
 
 
 def make_completion(
@@ -216,10 +216,11 @@ def make_rollout(
   policy: Callable[[Any, Sequences], PolicyOutput],
   reward_model: FrozenRewardModel | None,
   trees: Trees,
+  engine: RolloutEngine,
 ) -> Callable[[TrainState, Any], Prepared]:
   """An iteration before its updates: samples, scores, and what the objective makes of them."""
   config = parts.config
-  sample = make_rollout_sampler(parts)
+  cut = make_cut(parts)
   reward = make_reward(parts, reward_model, strict=False, splits=config.accumulation)
   names = reward_names(config.rollout)
   complete = make_completion(parts, policy)
@@ -227,12 +228,13 @@ def make_rollout(
 
   # A batch that straddles two epochs may hold a prompt twice: prompts draw by their place in the
   # batch (the stream already differs from step to step).
-  share = share_of(config.batch_size, parts.mesh)
+  places = share_of(config.batch_size, parts.mesh).places
 
   def prepare(state: TrainState, prompts: Any) -> Prepared:
-    prompts = put_batch(dataclasses.replace(prompts, index=share.places), parts.mesh, share)
+    prompts = dataclasses.replace(prompts, index=places)
     params = {'policy': parts.reference} if from_reference else trees.whole(state.params)
-    sampled, scored = sample(params, prompts, state.stream(prng.Stream.SAMPLING))
+    engine.sync_weights(params, 0 if from_reference else state.step)
+    sampled, scored = cut(engine.generate(prompts, state.stream(prng.Stream.SAMPLING)))
     scores = reward(scored)
     collected, metrics = complete(params, parts.reference, state.carry, sampled, scores)
     if from_reference:  # the samples' own KL, which is 0, says nothing of the policy
@@ -281,9 +283,13 @@ def make_learner(parts: Parts, reward_model: FrozenRewardModel | None) -> Learne
   return Learner(policy, trees, make_trainer(parts, trees, loss))
 
 
-def build_online(parts: Parts) -> Recipe:
-  """The recipe of objectives that eat prompts: every step is a rollout and its updates."""
+def build_online(parts: Parts, folder: pathlib.Path | None) -> Recipe:
+  """The recipe of objectives that eat prompts: every step is a rollout and its updates.
+
+  The folder is the run directory, if there is one.
+  """
   config = parts.config
+  engine = make_engine(parts, folder)
   reward_model = load_reward_model(parts)
   policy, trees, trainer = make_learner(parts, reward_model)
   columns = probes.prompt_columns(parts, 'train', None)
@@ -298,7 +304,7 @@ def build_online(parts: Parts) -> Recipe:
     trainer.abstract,
     trainer.init,
     batches.batch,
-    make_rollout(parts, policy, reward_model, trees),
+    make_rollout(parts, policy, reward_model, trees, engine),
     trainer.update,
     lambda params, step: probes.ask(questions, trees.whole(params), step),
     lambda state: state,
@@ -306,4 +312,5 @@ def build_online(parts: Parts) -> Recipe:
     columns.statistics,
     examine=trainer.examine,
     logprobs=jax.jit(logprobs),
+    close=engine.close,
   )

@@ -1,8 +1,13 @@
-"""How sampled responses are scored."""
+"""How responses of a rollout are sampled, and how they are scored."""
 
 import dataclasses
+import urllib.parse
 
 from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.models.hf_files import DTYPES
+
+ENGINES = ('local', 'http')
+DIALECTS = ('vllm', 'sglang')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,8 +55,75 @@ class RewardConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class ServerConfig:
+  """A server of another program that samples; with engine 'http' only (docs/rollouts.md).
+
+  Where it is does not change what a run is: it may go on with another one.
+  """
+
+  # The server's root, 'http://HOST:PORT'.
+  url: str | None = None
+  # Which program it is: 'vllm' or 'sglang'.
+  dialect: str = 'vllm'
+  # Under which name it has the model; None: it has only one.
+  model: str | None = None
+  # Seconds without an answer after which a request is given up.
+  timeout: float = 600.0
+  # How often a request is tried again where that may help, and seconds before the first such try,
+  # twice as many before each further one, at most 60.
+  retries: int = 5
+  backoff: float = 1.0
+  # Requests at a time, one a prompt.
+  concurrency: int = 256
+  # Where weights lie until the server has read them, under the same path on its machine; None:
+  # weights/ in the run directory.
+  weights: str | None = None
+  # The numbers they are handed over in: 'float32', 'bfloat16' or 'float16'.
+  dtype: str = 'bfloat16'
+
+  def validate(self, path: str) -> None:
+    """Raises ConfigError for values that cannot work."""
+    if self.url is not None and not _is_root(self.url):
+      raise ConfigError(
+        f'{path}.url', self.url, "the server's root, 'http://HOST:PORT', without /v1"
+      )
+    if self.dialect not in DIALECTS:
+      raise ConfigError(f'{path}.dialect', self.dialect, f'one of {DIALECTS}')
+    if self.dialect == 'sglang' and self.model is not None:
+      raise ConfigError(f'{path}.model', self.model, "None with dialect 'sglang', which has one")
+    if not self.timeout > 0:
+      raise ConfigError(f'{path}.timeout', self.timeout, 'seconds, above 0')
+    if not self.backoff >= 0:
+      raise ConfigError(f'{path}.backoff', self.backoff, 'seconds, 0 or above')
+    if self.retries < 0:
+      raise ConfigError(f'{path}.retries', self.retries, 'an integer >= 0')
+    if self.concurrency < 1:
+      raise ConfigError(f'{path}.concurrency', self.concurrency, 'an integer >= 1')
+    dtypes = tuple(DTYPES.values())
+    if self.dtype not in dtypes:
+      raise ConfigError(f'{path}.dtype', self.dtype, f'one of {dtypes}')
+
+
+def _is_root(url: str) -> bool:
+  """Whether a text is the URL that others are below."""
+  try:
+    parts = urllib.parse.urlsplit(url)
+    known = parts.port is None or parts.port > 0
+  except ValueError:
+    return False
+  bare = not (parts.query or parts.fragment or parts.username)
+  last = parts.path.rstrip('/').rpartition('/')[2]
+  return (
+    known and bare and parts.scheme in ('http', 'https') and bool(parts.hostname) and (last != 'v1')
+  )
+
+
+@dataclasses.dataclass(kw_only=True)
 class RolloutConfig:
-  """What is paid for a sampled response; read by objectives that learn from their own samples."""
+  """Who samples responses, and what is paid for them.
+
+  It is read by objectives that learn from their own samples.
+  """
 
   # What a response is paid: a weighted sum of rewards, with gates.
   rewards: tuple[RewardConfig, ...] = dataclasses.field(default_factory=lambda: (RewardConfig(),))
@@ -66,6 +138,15 @@ class RolloutConfig:
   score_truncation_after: int = 0
   # Also measure the exact per-token KL from full logits (costs one `[B, R, V]` array twice).
   exact_kl: bool = False
+  # Who samples: 'local', this program, on the mesh that trains; or 'http', a server to which the
+  # weights are handed over before each iteration. Evaluations are always sampled here.
+  engine: str = 'local'
+  # 'local' only: for how many lengths of prompts, data.prompt_length, half of it, a quarter, there
+  # is a program that samples. A batch of short prompts takes the smallest that holds it; what is
+  # sampled is the same. Each is compiled when it is first needed.
+  prompt_buckets: int = 1
+  # 'http' only: the server.
+  server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
 
   def validate(self, path: str) -> None:
     """Raises ConfigError for values that cannot work."""
@@ -86,6 +167,7 @@ class RolloutConfig:
       raise ConfigError(
         f'{path}.score_truncation_after', self.score_truncation_after, 'an integer >= 0'
       )
+    self._validate_engine(path)
     kinds = ('none', 'replace', 'subtract')
     if self.missing_stop not in kinds:
       raise ConfigError(f'{path}.missing_stop', self.missing_stop, f'one of {kinds}')
@@ -95,6 +177,33 @@ class RolloutConfig:
         self.missing_stop_value,
         "a number > 0 with missing_stop 'subtract'",
         'Taking a negative number off would reward responses that never stop.',
+      )
+
+  def _validate_engine(self, path: str) -> None:
+    if self.engine not in ENGINES:
+      raise ConfigError(f'{path}.engine', self.engine, f'one of {ENGINES}')
+    if self.prompt_buckets < 1:
+      raise ConfigError(f'{path}.prompt_buckets', self.prompt_buckets, 'an integer >= 1')
+    self.server.validate(f'{path}.server')
+    if self.engine == 'local':
+      for field in dataclasses.fields(self.server):
+        value = getattr(self.server, field.name)
+        if value != field.default:
+          raise ConfigError(
+            f'{path}.server.{field.name}',
+            value,
+            f"{field.default!r} with {path}.engine='local', which does not read it",
+            f"{path}.engine='http' samples on a server.",
+          )
+      return
+    if self.server.url is None:
+      raise ConfigError(f'{path}.server.url', None, f"a URL with {path}.engine='http'")
+    if self.prompt_buckets > 1:
+      raise ConfigError(
+        f'{path}.prompt_buckets',
+        self.prompt_buckets,
+        f"1 with {path}.engine='http'",
+        'The server is given prompts without padding.',
       )
 
   def sources(self) -> tuple[str, ...]:

@@ -26,12 +26,12 @@ class Sampled(NamedTuple):
 
   Attributes:
     sequences: `[N, P]` prompts and `[N, R]` responses; the samples of one prompt are adjacent.
-    sampler_logprobs: `[N, R]` float32, as the sampler saw them.
+    sampler_logprobs: `[N, R]` float32, as the sampler saw them; None: it does not say.
     stopped: `[N]` bool, whether each response counts as stopped.
   """
 
   sequences: Sequences
-  sampler_logprobs: Array
+  sampler_logprobs: Array | None
   stopped: Array
 
 
@@ -161,11 +161,12 @@ def rollout_metrics(experience: Experience, sampled: Sampled) -> Metrics:
     'length': mask.sum(-1),
     'stopped': sampled.stopped,
   }
-  return {
+  metrics: Metrics = {
     **{name: Mean.of(values) for name, values in per_sequence.items()},
     'repetition': Mean.of(*repetition(sampled.sequences)),
-    'sampler_logprob_error': Max.of(
-      jnp.abs(sampled.sampler_logprobs - experience.old_logprobs), mask
-    ),
     'tokens': Sum(experience.sequences.prompt_mask.sum() + mask.sum()),
   }
+  if sampled.sampler_logprobs is not None:
+    error = jnp.abs(sampled.sampler_logprobs - experience.old_logprobs)
+    metrics['sampler_logprob_error'] = Max.of(error, mask)
+  return metrics

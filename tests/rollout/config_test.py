@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
+from rlhf_jax.rollout.config import RewardConfig, RolloutConfig, ServerConfig
 
 
 @pytest.mark.parametrize('source', ['reward_model', 'task', 'a.py:f', 'some/where.py:_score_2'])
@@ -33,6 +33,23 @@ def test_sources_that_name_nothing(source: str) -> None:
     ),
     ({'rewards': (RewardConfig(source='x'),)}, 'rollout.rewards[0].source', 'FILE.py:NAME'),
     ({'missing_stop': 'drop'}, 'rollout.missing_stop', "'subtract'"),
+    ({'engine': 'remote'}, 'rollout.engine', "'http'"),
+    ({'engine': 'http'}, 'rollout.server.url', 'a URL'),
+    ({'server': ServerConfig(url='http://a:1')}, 'rollout.server.url', "engine='http'"),
+    ({'server': ServerConfig(retries=1)}, 'rollout.server.retries', 'does not read it'),
+    ({'server': ServerConfig(dialect='sglang', model='m')}, 'rollout.server.model', 'has one'),
+    ({'prompt_buckets': 0}, 'rollout.prompt_buckets', '>= 1'),
+    (
+      {'engine': 'http', 'server': ServerConfig(url='http://a:1'), 'prompt_buckets': 2},
+      'rollout.prompt_buckets',
+      'without padding',
+    ),
+    ({'server': ServerConfig(dialect='tgi')}, 'rollout.server.dialect', 'sglang'),
+    ({'server': ServerConfig(timeout=0.0)}, 'rollout.server.timeout', 'above 0'),
+    ({'server': ServerConfig(retries=-1)}, 'rollout.server.retries', '>= 0'),
+    ({'server': ServerConfig(backoff=-1.0)}, 'rollout.server.backoff', '0 or above'),
+    ({'server': ServerConfig(concurrency=0)}, 'rollout.server.concurrency', '>= 1'),
+    ({'server': ServerConfig(dtype='int8')}, 'rollout.server.dtype', 'bfloat16'),
     ({'missing_stop': 'subtract'}, 'rollout.missing_stop_value', 'never stop'),
   ],
 )
@@ -70,3 +87,32 @@ def test_a_cut_begins_somewhere() -> None:
   """Positions count from 0."""
   with pytest.raises(ConfigError, match='score_truncation_after'):
     RolloutConfig(score_truncation_after=-1).validate('rollout')
+
+
+@pytest.mark.parametrize(
+  ('url', 'good'),
+  [
+    ('http://host:8000', True),
+    ('https://host', True),
+    ('http://10.0.0.1:30000/behind/a/proxy/', True),
+    ('http://[::1]:8000', True),
+    ('host:8000', False),
+    ('http://', False),
+    ('http://host:port', False),
+    ('http://host:8000/v1', False),
+    ('http://host:8000/v1/', False),
+    ('http://host/?key=1', False),
+    ('http://user:word@host', False),
+    ('ftp://host', False),
+    ('', False),
+  ],
+)
+def test_a_server_is_named_by_its_root(url: str, good: bool) -> None:
+  """Paths go below it; a password in it would be written into the run directory."""
+  config = RolloutConfig(engine='http', server=ServerConfig(url=url))
+  if good:
+    config.validate('rollout')
+    return
+  with pytest.raises(ConfigError) as caught:
+    config.validate('rollout')
+  assert caught.value.field == 'rollout.server.url'

@@ -371,3 +371,13 @@ def test_a_reward_that_is_not_finite_is_found_where_a_gate_hides_it() -> None:
   tokens = jnp.zeros((4, 3)).at[2, 1].set(-jnp.inf)
   found = finite_rewards(Scored(scores.at[3].set(jnp.inf), tokens, terms=terms))
   np.testing.assert_array_equal(found, [True, False, False, False])
+
+
+def test_a_sampler_that_gives_no_logprobs() -> None:
+  """Its error is then no metric, rather than a number that means nothing."""
+  config, judges = RolloutConfig(), make_judges(0.0)
+  sampled = sampled_rows()._replace(sampler_logprobs=None)
+  scored = Scored(jnp.asarray(SCORES, jnp.float32))
+  _, metrics = assemble(config, judges, {'policy': 1}, 0, sampled, scored)
+  _, expected = assemble(config, judges, {'policy': 1}, 0, sampled_rows(), scored)
+  assert expected.keys() - metrics.keys() == {'sampler_logprob_error'}
