@@ -7,16 +7,19 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from benchmarks import measuring
 from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig, RewardModelInitConfig
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.generation.config import GenerationConfig
+from rlhf_jax.models import hf_model
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import ObjectiveConfig
+from rlhf_jax.objectives import ObjectiveConfig, demands_of
 from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.objectives.grpo import GRPOConfig
 from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.objectives.reward_model import RewardModelConfig
 from rlhf_jax.objectives.sft import SFTConfig
+from rlhf_jax.training.optimizer import OptimizerConfig
 
 # Llama-style decoders: 4.2M and 134M parameters.
 SIZES = {
@@ -67,6 +70,14 @@ JOBS = {
   'generate': Job(SFTConfig, 32, 64, 128),
   'ppo_iteration': Job(
     lambda: PPOConfig(epochs=4, minibatches=4), 32, 64, 64, ('policy', 'reward_model')
+  ),
+  # With a value function that has a trunk of its own, as TRL's has.
+  'ppo_separate': Job(
+    lambda: PPOConfig(epochs=4, minibatches=4, value_model='separate'),
+    32,
+    64,
+    64,
+    ('policy', 'reward_model'),
   ),
   'grpo_iteration': Job(lambda: GRPOConfig(samples=8), 4, 64, 64, ('policy', 'reward_model')),
 }
@@ -130,6 +141,30 @@ def config(
     generation=GenerationConfig(stop_at_eos=False),
     evaluation=EvaluationConfig(prompts=0, records=0),
   )
+
+
+def peer_spec(job_name: str, size: str, tokenizer: pathlib.Path) -> dict[str, Any]:
+  """What another library must know to do a job: `benchmarks/peers` says what it makes of it.
+
+  Arguments are those of `config`.
+  """
+  job, model = JOBS[job_name], SIZES[size]
+  objective = job.objective()
+  demands = demands_of(objective)
+  return {
+    'job': job_name,
+    'rows': job.rows,
+    'prompt': job.prompt,
+    'response': job.response,
+    'samples': demands.samples,
+    'epochs': demands.epochs,
+    'minibatches': demands.minibatches,
+    'kl_coefficient': objective.kl_coefficient if isinstance(objective, GRPOConfig) else 0.0,
+    'learning_rate': OptimizerConfig().learning_rate,
+    'model': hf_model.to_config(model, hf_model.family_for(model, size)),
+    'tokenizer': str(tokenizer.resolve()),
+    'threads': measuring.threads(),
+  }
 
 
 def _parent(job: Job, role: str, folder: pathlib.Path) -> str | None:

@@ -34,6 +34,8 @@ METHODS = {
 }
 # Where a program that the user names is run: a file of Python, or a module of this checkout.
 ALLOWED = {
+  # Of the peer's environment; it loads the model that the benchmark made.
+  'benchmarks/peers/trl_jobs.py': {'torch'},
   'rlhf_jax/config.py': {'exec_module'},
   'rlhf_jax/recipes/rewards.py': {'exec', 'compile'},
   'configs/family.py': {'import_module'},

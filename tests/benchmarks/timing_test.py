@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from benchmarks import timing, workloads
+from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.stages import resolve
 from tests import tiny
 
@@ -37,11 +38,37 @@ def test_a_job_is_timed(job: str, tmp_path: pathlib.Path, monkeypatch: pytest.Mo
   numbers = timing.measure(asked, tmp_path)
   json.dumps(numbers)
   assert numbers['job'] == job and numbers['flops'] > 0 and numbers['utilisation'] > 0
-  least, most = numbers['seconds']['least'], numbers['seconds']['most']
-  assert 0 < least <= numbers['seconds']['median'] <= most < numbers['first_step_seconds']
-  tokens = numbers['tokens_per_second'] * numbers['seconds']['median']
+  ours = numbers['seconds']['step']['ours']
+  assert 0 < ours['least'] <= ours['median'] <= ours['most'] < numbers['first_seconds']['step']
+  assert numbers['compile_seconds'] > 0 and numbers['peer'] is None
+  tokens = numbers['tokens_per_second'] * ours['median']
   rows = {'dpo_cached': 16 * (128 + 8), 'generate': 32 * 8, 'grpo_iteration': 32 * 8}[job]
   assert tokens == pytest.approx(rows)
   if job != 'generate':
     parents = resolve(timing.stage(asked, tmp_path), tmp_path).parents
     assert parents['policy'].require_result()['step'] == 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_read_and_written(tmp_path: pathlib.Path) -> None:
+  """Both are timed, and what is written is gone: the folder holds what was read alone."""
+  asked = timing.Timing('load_export', 'SMALL', 'float32', 2)
+  numbers = timing.measure(asked, tmp_path)
+  json.dumps(numbers)
+  (file,) = (tmp_path / 'SMALL').rglob('*.safetensors')
+  assert numbers['bytes'] == file.stat().st_size
+  for part in ('load', 'export'):
+    ours = numbers['seconds'][part]['ours']
+    assert len(ours['all']) == 2 and ours['least'] > 0
+    assert numbers['bytes_per_second'][part] == pytest.approx(numbers['bytes'] / ours['median'])
+
+
+def test_a_value_function_of_its_own_costs_its_own_operations() -> None:
+  model = workloads.SIZES['SMALL']
+
+  def flops(job: str) -> float:
+    return timing.work(
+      job, ExperimentConfig(name=job, objective=workloads.JOBS[job].objective()), model
+    )[1]
+
+  assert 1.2 * flops('ppo_iteration') < flops('ppo_separate') < 2 * flops('ppo_iteration')

@@ -1,0 +1,26 @@
+"""Flags that several of the programs have."""
+
+import jax
+from absl import flags
+
+from benchmarks import workloads
+from rlhf_jax.common.errors import UserError
+
+SIZE = flags.DEFINE_enum('size', 'SMALL', list(workloads.SIZES), 'Of the decoder.')
+REPEATS = flags.DEFINE_integer('repeats', 5, 'Steps that are timed, after the first.', 1)
+PEER = flags.DEFINE_enum('peer', None, ['trl'], 'Does the same, in turn with us.')
+PEER_PYTHON = flags.DEFINE_string(
+  'peer_python', None, 'The interpreter of an environment that has the peer.'
+)
+
+
+def check_peer(dtype: str = 'float32') -> None:
+  """Raises UserError for flags of the peer that do not fit."""
+  if (PEER.value is None) != (PEER_PYTHON.value is None):
+    raise UserError('--peer, --peer_python: give both, or neither.')
+  if PEER.value is not None and dtype != 'float32':
+    raise UserError(f'--dtype={dtype}: expected float32 with --peer, which computes in it.')
+  if PEER.value is not None and jax.default_backend() != 'cpu':
+    raise UserError(
+      '--peer: it computes on the processor, and we on another device. Set JAX_PLATFORMS=cpu.'
+    )
