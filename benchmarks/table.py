@@ -1,0 +1,85 @@
+"""Times all jobs of a size, and writes their table into a page.
+
+  python -m benchmarks.table --size=SMALL \
+    --peer=trl --peer_python=.venv-trl/bin/python --ppo_python=.venv-trl-ppo/bin/python
+
+Every job is a `benchmarks.run` of its own, whose numbers are kept in --folder; those that are there
+already are not taken again, so that the same command goes on where it was stopped. Then the table
+is written between the marks of its size in --out; what is around them stays.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+from absl import flags
+
+from benchmarks import options, peer, report
+from benchmarks.timing import NAMES
+from experiments import cli
+from rlhf_jax.common.errors import UserError
+
+JOBS = flags.DEFINE_list('jobs', list(NAMES), 'What is timed.')
+PPO_PYTHON = flags.DEFINE_string(
+  'ppo_python', None, 'The interpreter of another environment for the jobs of PPO.'
+)
+FOLDER = flags.DEFINE_string(
+  'folder', 'runs/benchmarks', 'Keeps numbers, data and parents for the next time.'
+)
+OUT = flags.DEFINE_string('out', 'benchmarks/RESULTS.md', 'The page that has the table.')
+flags.adopt_module_key_flags(options)
+
+
+def python_of(job: str) -> str | None:
+  """The peer's interpreter for a job, which has what that needs; None without a peer."""
+  python = options.PEER_PYTHON.value
+  if python is None:
+    return None
+  if job.startswith('ppo') and PPO_PYTHON.value is not None:
+    python = PPO_PYTHON.value
+  peer.check(python, job)
+  return python
+
+
+def command(job: str, target: pathlib.Path, python: str | None) -> list[str]:
+  """The `benchmarks.run` of a job."""
+  other = [] if python is None else [f'--peer={options.PEER.value}', f'--peer_python={python}']
+  return [
+    *(sys.executable, '-m', 'benchmarks.run', f'--job={job}', f'--size={options.SIZE.value}'),
+    *(f'--repeats={options.REPEATS.value}', f'--folder={FOLDER.value}', f'--json={target}', *other),
+  ]
+
+
+def main() -> int:
+  options.check_peer()
+  unknown = sorted(set(JOBS.value) - set(NAMES))
+  if unknown:
+    raise UserError(f'--jobs={",".join(unknown)}: expected some of {", ".join(NAMES)}.')
+  pythons = {job: python_of(job) for job in JOBS.value}
+  out, size = pathlib.Path(OUT.value), options.SIZE.value
+  kept = pathlib.Path(FOLDER.value) / size / f'against_{options.PEER.value or "nobody"}'
+  if not out.is_file():
+    raise UserError(f'--out={out}: there is no such page.')
+  report.put(out.read_text(encoding='utf-8'), size, '')
+  kept.mkdir(parents=True, exist_ok=True)
+  failed = []
+  for job in JOBS.value:
+    target = kept / f'{job}.json'
+    if (
+      not target.exists()
+      and subprocess.run(command(job, target, pythons[job]), check=False).returncode
+    ):
+      failed.append(job)
+  files = [kept / f'{name}.json' for name in NAMES]
+  measured = [json.loads(file.read_text(encoding='utf-8')) for file in files if file.exists()]
+  if measured:
+    page = report.put(out.read_text(encoding='utf-8'), size, report.table(measured))
+    out.write_text(page, encoding='utf-8')
+  if failed:
+    raise UserError(f'{", ".join(failed)}: failed; what they said is above.')
+  return cli.DONE
+
+
+if __name__ == '__main__':
+  cli.run(main)
