@@ -82,7 +82,7 @@ def stage(timing: Timing, folder: pathlib.Path) -> ExperimentConfig:
   def config(job: str) -> ExperimentConfig:
     return workloads.config(job, size, folder, tokenizer, dtype=timing.dtype)
 
-  wanted = workloads.JOBS[timing.job].parents
+  wanted = workloads.job_of(timing.job).parents
   for role, job in (('policy', 'sft'), ('reward_model', 'reward')):
     if role in wanted and not (folder / role / 'result.json').exists():
       parent = config(job)
@@ -159,15 +159,16 @@ def timed(ready: Ready) -> measuring.Step:
 
 
 def work(name: str, config: ExperimentConfig, model: Any) -> tuple[int, float]:
-  """Tokens and operations of a step."""
+  """Tokens and operations of a step; a prompt's tokens count with each of its responses."""
   job = workloads.JOBS[name]
   demands = demands_of(config.objective)
   if name == 'generate':
     return job.rows * job.response, generation_flops(
       model, Rows(job.rows, job.prompt, job.response)
     )
-  texts = 2 if name in ('reward', 'dpo', 'dpo_cached') else demands.samples
-  rows = Rows(job.rows * texts, job.prompt, job.response)
+  pairs = name in ('reward', 'dpo', 'dpo_cached')
+  shared = 2 if pairs and config.data.share_prompts else 1
+  rows = Rows(job.rows * (2 if pairs else demands.samples), job.prompt, job.response, shared)
   scored = name != 'reward'
   flops = demands.epochs * training_flops(model, rows, scored=scored)
   if name == 'dpo':

@@ -52,6 +52,7 @@ class Job:
     prompt: tokens of each prompt.
     response: tokens of each response.
     parents: stages that it starts from.
+    ragged: texts have up to so many tokens, a third of them on average.
   """
 
   objective: Callable[[], ObjectiveConfig]
@@ -59,6 +60,7 @@ class Job:
   prompt: int
   response: int
   parents: tuple[str, ...] = ()
+  ragged: bool = False
 
 
 # Everything but two tokens of a row is learnt, as peers learn whole texts.
@@ -83,16 +85,29 @@ JOBS = {
 }
 
 
+# Jobs whose texts are of all lengths, to compare ways of reading them.
+RAGGED = {
+  'sft_ragged': Job(SFTConfig, 16, 64, 64, ragged=True),
+  'dpo_ragged': Job(DPOConfig, 8, 64, 64, ('policy',), ragged=True),
+}
+
+
+def job_of(name: str) -> Job:
+  """The job of that name."""
+  return (JOBS | RAGGED)[name]
+
+
 def words(size: str) -> list[str]:
   """As many as the size's vocabulary has room for."""
   return [f'w{number}' for number in range(SIZES[size].vocab_size - _SPECIAL)]
 
 
 def comparisons(size: str, job: Job) -> Iterator[dict[str, str]]:
-  """Made-up comparisons that fill every row: no token is padding."""
+  """Made-up comparisons, which fill every row so that no token is padding, or are ragged."""
   chance, known = random.Random(0), words(size)
 
-  def text(count: int) -> str:
+  def text(most: int) -> str:
+    count = 1 + int(most * chance.random() ** 2) if job.ragged else most
     return ' '.join(chance.choices(known, k=count))
 
   for _ in range(_ROWS):
@@ -110,14 +125,15 @@ def config(
   """The stage of a job, on data and from parents in `folder`, which are made if they are missing.
 
   Args:
-    job_name: one of JOBS.
+    job_name: one of JOBS or RAGGED.
     size: one of SIZES.
     folder: keeps data and parents for the next time.
     tokenizer: a folder with the size's vocabulary.
     changes: fields of the model, such as dtype.
   """
-  job = JOBS[job_name]
-  data = folder / f'{size}_{job.prompt}_{job.response}.jsonl'
+  job = job_of(job_name)
+  kind = '_ragged' if job.ragged else ''
+  data = folder / f'{size}_{job.prompt}_{job.response}{kind}.jsonl'
   if not data.exists():
     lines = [json.dumps(row) for row in comparisons(size, job)]
     data.write_text('\n'.join(lines) + '\n', encoding='utf-8')

@@ -91,6 +91,7 @@ class ExperimentConfig:
       if hasattr(value, 'validate'):
         value.validate(field.name)
     self._validate_rows()
+    self._validate_widths()
     self._validate_model()
     self._validate_adapter()
     self._validate_sources()
@@ -150,6 +151,32 @@ class ExperimentConfig:
       )
     if demands.group != 1:
       self._validate_groups(demands.group)
+
+  def _validate_widths(self) -> None:
+    """Narrower batches are for given texts; packed ones for single texts."""
+    objective, data = objective_of(self.objective), self.data
+    given = objective.data != 'prompts' and data.source != CONTROL
+    if data.length_buckets > 1 and not given:
+      raise ConfigError(
+        'data.length_buckets',
+        data.length_buckets,
+        f'1 for {objective.name} with {data.source!r}',
+        'Buckets are for objectives that learn from given texts.',
+      )
+    if data.length_window > 1 and demands_of(self.objective).compares_rows:
+      raise ConfigError(
+        'data.length_window',
+        data.length_window,
+        f'1 for {objective.name}',
+        'What is estimated from other rows of a batch needs rows of all lengths.',
+      )
+    if data.pack and not (given and objective.data == 'demonstrations'):
+      raise ConfigError(
+        'data.pack',
+        True,
+        f'False for {objective.name} with {data.source!r}',
+        'Demonstrations are packed; data.length_buckets narrows other batches.',
+      )
 
   def _validate_groups(self, group: int) -> None:
     if group == 0 and self.accumulation > 1:

@@ -1,7 +1,8 @@
 """The batches that flow between data, rollouts, objectives and models.
 
 Shapes: `B` rows, `P` prompt tokens (left-padded), `R` response tokens (right-padded), and
-`[B, 2, ...]` for pairs, index 0 chosen and 1 rejected, so that no split of rows can part a pair.
+`[B, 2, ...]` for pairs, index 0 chosen and 1 rejected, so that no split of rows can part a pair
+(whose prompt may be there once, `[B, 1, P]`).
 Anything said of response tokens (log-probs, values, rewards) is `[B, R]`, aligned with the token it
 speaks of: `logprobs[b, t] = log p(response[b, t] | prompt[b], response[b, :t])`, and
 `values[b, t]` is the value of the state in which `response[b, t]` is chosen.
@@ -31,8 +32,33 @@ class Prompts:
 
 
 @struct.dataclass
+class Packing:
+  """Where the texts of a batch stand when several of them are read in one row.
+
+  Every `records` rows of the batch, one block after the other, are read in `rows` rows of their
+  own, so that devices and microbatches keep whole blocks.
+
+  Attributes:
+    row: `[B]` int32, in which of its block's rows a text stands.
+    start: `[B]` int32, the column of its first token there.
+    records: texts of a block.
+    rows: what they are packed into.
+    width: columns of such a row.
+  """
+
+  row: Array
+  start: Array
+  records: int = struct.field(pytree_node=False)
+  rows: int = struct.field(pytree_node=False)
+  width: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class Sequences:
   """Prompts with responses: `[..., P]` and `[..., R]`.
+
+  Responses `[B, K, R]` that answer the same prompt may have it once, `[B, 1, P]`: it is then read
+  once for all of them.
 
   Attributes:
     prompt: int32 tokens, left-padded.
@@ -45,6 +71,7 @@ class Sequences:
       turns of both sides: the model attends to every turn (`response_mask`) and is to say the
       assistant's alone (`loss_mask`). So one row, one forward pass, teaches every answer with all
       that was said before it, and nothing that eats other data has to know of turns.
+    packing: how the rows of a batch are packed when a model reads them; None: each by itself.
   """
 
   prompt: Array
@@ -52,6 +79,12 @@ class Sequences:
   response: Array
   response_mask: Array
   loss_mask: Array | None = None
+  packing: Packing | None = None
+
+  @property
+  def shares_prompts(self) -> bool:
+    """Whether the responses of a row have one prompt: `[B, 1, P]` and `[B, K, R]`."""
+    return bool(self.prompt.shape[:-1] != self.response.shape[:-1])
 
   @property
   def imitated(self) -> Array:
@@ -64,7 +97,7 @@ class Pairs:
   """Comparisons of two responses.
 
   Attributes:
-    sequences: `[B, 2, ...]`, chosen first.
+    sequences: `[B, 2, ...]`, chosen first; prompts `[B, 1, P]` where both responses have the same.
     preference: `[B]` float32, probability that the first is preferred; 1 is a plain label, 0.5 a
       tie.
     margin: `[B]` float32, how much better the first was said to be; 0 where nobody said.

@@ -1,6 +1,7 @@
 """Tokenized records in memory, and the batches that rows of them make."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +70,9 @@ class Columns:
       made useless.
     imitated: of each response's tokens, 1 where they are imitated and 0 elsewhere (a batch's
       `loss_mask`); None where all are.
+    share_prompts: whether a batch has the prompt of several responses once.
+    buckets: how many widths there are of prompts and of responses; a batch takes the least of them
+      that holds its rows.
   """
 
   kind: str
@@ -81,6 +85,8 @@ class Columns:
   extras: dict[str, Array]
   statistics: dict[str, int]
   imitated: Ragged | None = None
+  share_prompts: bool = False
+  buckets: int = 1
 
   def __len__(self) -> int:
     return len(self.prompts.offsets) - 1
@@ -102,9 +108,10 @@ class Columns:
     )
 
   def digest(self) -> str:
-    """SHA-256 of the tokens of all rows, and of how they are padded."""
+    """SHA-256 of the tokens of all rows, and of how they are padded and read."""
     shape = (self.kind, self.prompt_length, self.response_length, self.pad_id)
-    digest = hashlib.sha256(repr(shape).encode())
+    how = (self.share_prompts, self.buckets)
+    digest = hashlib.sha256(repr((*shape, *how)).encode())
     for ragged in (self.prompts, self.responses):
       digest.update(ragged.values.tobytes() + ragged.offsets.tobytes())
     digest.update(self.slots.tobytes())
@@ -124,20 +131,58 @@ class Columns:
       found += len(texts) < len(slots)
     return found
 
-  def take(self, rows: Array) -> Batch:
-    """`[B]` row numbers -> the batch with these rows, as numpy arrays."""
-    tokens, mask = self.prompts.take(rows, self.prompt_length, self.pad_id, left=True)
-    extras = {name: array[rows] for name, array in self.extras.items()}
+  @functools.cached_property
+  def lengths(self) -> Array:
+    """`[N, 2]`: tokens of each row's prompt, and of its longest response."""
+    longest = np.diff(self.responses.offsets)[self.slots]
+    if longest.ndim == 2:
+      longest = longest.max(1, initial=0)
+    return np.stack([np.diff(self.prompts.offsets), longest], axis=1)
+
+  @functools.cached_property
+  def widths(self) -> Array:
+    """`[N, 2]`: the least widths of prompts and of responses that hold each row."""
+    full = np.array([self.prompt_length, self.response_length])
+    parts = np.maximum(-(-self.lengths * self.buckets // full), 1)
+    return -(-full * parts // self.buckets)
+
+  @functools.cached_property
+  def sizes(self) -> Array:
+    """`[N, 2]`: the columns that a model reads of each row, for prompts and for responses."""
+    copies = self.slots.shape[1] if self.slots.ndim == 2 else 1
+    return self.widths * np.array([1 if self.share_prompts else copies, copies])
+
+  def take(self, rows: Array, places: Array | None = None) -> Batch:
+    """`[B]` row numbers -> the batch with these rows, as numpy arrays.
+
+    With `places` `[L]` only these of the rows are made, as wide as the whole batch is.
+    """
+    whole, rows = rows, rows if places is None else rows[places]
     if self.kind == 'prompts':
-      return Prompts(tokens, mask, rows.astype(np.int32), **extras)
+      tokens, mask = self.prompts.take(rows, self.prompt_length, self.pad_id, left=True)
+      return Prompts(tokens, mask, rows.astype(np.int32), **self._extras(rows))
+    prompt, response = (int(width) for width in self.widths[whole].max(0))
+    tokens, mask = self.prompts.take(rows, prompt, self.pad_id, left=True)
     slots = self.slots[rows]
     if slots.ndim == 2:
-      tokens, mask = (np.repeat(x[:, None], slots.shape[1], axis=1) for x in (tokens, mask))
-    responses = self.responses.take(slots, self.response_length, self.pad_id, left=False)
+      copies = 1 if self.share_prompts else slots.shape[1]
+      tokens, mask = (np.repeat(x[:, None], copies, axis=1) for x in (tokens, mask))
+    responses = self.responses.take(slots, response, self.pad_id, left=False)
     sequences = Sequences(tokens, mask, *responses)
+    extras = self._extras(rows, response)
     if self.kind == 'demonstrations':
       if self.imitated is not None:
-        counted, _ = self.imitated.take(slots, self.response_length, 0, left=False)
+        counted, _ = self.imitated.take(slots, response, 0, left=False)
         extras['loss_mask'] = counted.astype(bool)
       return dataclasses.replace(sequences, **extras)
     return JUDGED[self.kind](sequences, **extras)
+
+  def _extras(self, rows: Array, response: int | None = None) -> dict[str, Array]:
+    """The further fields of these rows; what is said of tokens as wide as their responses are."""
+    extras = {name: array[rows] for name, array in self.extras.items()}
+    by_token = {'reference_logprobs'}
+    if self.kind == 'step_ratings':
+      by_token |= {'score', 'score_mask'}
+    for name in by_token & extras.keys():
+      extras[name] = extras[name][..., :response]
+    return extras

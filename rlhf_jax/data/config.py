@@ -120,6 +120,19 @@ class DataConfig:
   # Tokens of a response, <eos> included; shorter ones are padded on the right, longer ones are cut
   # and have no <eos>.
   response_length: int = 16
+  # Whether the responses of a comparison or a ranking are read after one copy of their prompt: the
+  # same numbers for less work, to float error. False: each after a copy of its own.
+  share_prompts: bool = True
+  # How many widths prompts have, and responses: a batch is as wide as the least that hold its rows,
+  # of so many equal steps up to prompt_length and response_length. The same losses for less work;
+  # every pair of widths that occurs is compiled. For objectives that learn from given responses.
+  length_buckets: int = 1
+  # Over how many batches rows are put together by their width, so that short ones do not wait for
+  # long ones; 1: batches are drawn from all rows. Read with length_buckets.
+  length_window: int = 1
+  # Whether several demonstrations are read in one row where they fit, none seeing another. The same
+  # losses for less work.
+  pack: bool = False
   # What is kept of a longer prompt: 'drop_turns' leaves whole turns of a dialogue out, the oldest
   # first, never the system message or the last question, and keeps the end of what is still too
   # long and of texts; 'keep_end' (Rafailov et al. 2023's code) and 'keep_start' count tokens alone.
@@ -156,6 +169,15 @@ class DataConfig:
       )
     if self.response_length < 1:
       raise ConfigError(f'{path}.response_length', self.response_length, 'an integer >= 1')
+    for name in ('length_buckets', 'length_window'):
+      if getattr(self, name) < 1:
+        raise ConfigError(f'{path}.{name}', getattr(self, name), 'an integer >= 1')
+    if self.length_window > 1 and self.length_buckets == 1:
+      raise ConfigError(
+        f'{path}.length_window',
+        self.length_window,
+        f'1 with {path}.length_buckets=1: all batches are equally wide',
+      )
     if not self.tokenizer:
       raise ConfigError(f'{path}.tokenizer', self.tokenizer, "'word', 'byte' or a folder")
     smallest = SMALLEST_VOCABULARY.get(self.tokenizer, 0)

@@ -1,14 +1,17 @@
 """Records to token columns, and columns to batches whose order is a function of (seed, step)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rlhf_jax.common.errors import DataError
+from rlhf_jax.common.types import Sequences
 from rlhf_jax.data.columns import Array, Batch, Columns, Ragged
 from rlhf_jax.data.config import DataConfig
+from rlhf_jax.data.packing import Packer
 from rlhf_jax.data.texts import encode_contexts, encode_replies
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.dialogues import Context, Reply
@@ -162,6 +165,8 @@ def _columns(
       'responses_cut': sum(len(one.ids) > limit for one in said),
     },
     imitated=Ragged.of([one.counted[:limit] for one in said]) if partly else None,
+    share_prompts=config.share_prompts,
+    buckets=config.length_buckets,
   )
 
 
@@ -183,16 +188,28 @@ class Batches:
     columns: what they hold.
     order: `order[step]` are the `[B]` row numbers of a step.
     places: `[L]`, which of these rows are made; None: all.
+    packer: packs the texts of a batch; None: each has a row to itself.
   """
 
   columns: Columns
   order: Any
   places: Array | None = None
+  packer: Packer | None = None
 
   def batch(self, step: int) -> Batch:
     """The batch of a step: a function of the columns, the batch size, the seed and the step."""
     rows = self.order[step]
-    return self.columns.take(rows if self.places is None else rows[self.places])
+    batch = self.columns.take(rows, self.places)
+    if self.packer is None:
+      return batch
+    assert isinstance(batch, Sequences), 'demonstrations are packed'
+    width = batch.prompt.shape[-1] + batch.response.shape[-1]
+    packing = self.packer.pack(self.columns.lengths[rows].sum(1), width)
+    if self.places is not None:
+      packing = dataclasses.replace(
+        packing, row=packing.row[self.places], start=packing.start[self.places]
+      )
+    return dataclasses.replace(batch, packing=packing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,18 +225,74 @@ class _Drawn:
     return np.searchsorted(self.cumulative, uniform, side='right')
 
 
+class _Grouped:
+  """Row numbers of another order, the rows of every few batches put together by their sizes.
+
+  Which of these batches comes when is drawn, so that no window begins with its shortest.
+  """
+
+  def __init__(self, order: Any, window: int, sizes: Array, seed: int):
+    self.order, self.window, self.sizes, self.seed = order, window, sizes, seed
+    self.batches = functools.lru_cache(maxsize=2)(self._batches)
+
+  def __getitem__(self, step: int) -> Array:
+    number, place = divmod(step, self.window)
+    return self.batches(number)[place]
+
+  def _batches(self, number: int) -> Array:
+    """`[window, B]` row numbers."""
+    steps = range(number * self.window, (number + 1) * self.window)
+    drawn = np.stack([self.order[step] for step in steps])
+    rows = drawn.ravel()
+    groups = np.stack(by_size(self.sizes[rows], self.window))
+    return np.random.default_rng([self.seed, number]).permutation(rows[groups])
+
+
+def by_size(sizes: Array, count: int) -> list[Array]:
+  """Parts rows of given sizes into equal groups of little padding, by one best cut after another.
+
+  Args:
+    sizes: `[N, 2]`; a row of a group is as large as the largest of the group, in each of the two.
+    count: how many groups; it divides N.
+
+  Returns:
+    the numbers of the rows of each group.
+  """
+  each = len(sizes) // count
+  found, whole = [], [np.arange(len(sizes))]
+  while whole:
+    rows = whole.pop()
+    if len(rows) == each:
+      found.append(rows)
+      continue
+    orders = [rows[np.argsort(sizes[rows, axis], kind='stable')] for axis in range(2)]
+    cuts = np.arange(each, len(rows), each)
+    costs = []
+    for order in orders:
+      near = np.maximum.accumulate(sizes[order])[cuts - 1].sum(1)
+      far = np.maximum.accumulate(sizes[order[::-1]])[::-1][cuts].sum(1)
+      costs.append(cuts * near + (len(rows) - cuts) * far)
+    axis, best = np.unravel_index(np.argmin(costs), (2, len(cuts)))
+    whole += np.split(orders[axis], [cuts[best]])
+  return found
+
+
 def batches(
   columns: Columns,
   batch_size: int,
   seed: int,
   weights: Array | None = None,
   places: Array | None = None,
+  *,
+  window: int = 1,
+  packer: Packer | None = None,
 ) -> Batches:
   """Batches in an order that grain shuffles anew every epoch; a batch may straddle two epochs.
 
   With `weights` `[N]`, rows are drawn with replacement instead, each with a probability in
   proportion to its weight (A-LoL's sampling by priority: Baheti et al. 2024). With `places` `[L]`,
-  only these of a step's rows are made: those of one process of several.
+  only these of a step's rows are made: those of one process of several. With a `window` the rows of
+  so many batches are put together by their widths. A `packer` packs texts.
 
   Raises:
     DataError: there are no rows, or all of them have weight 0.
@@ -227,12 +300,16 @@ def batches(
   """
   if not len(columns):
     raise DataError('There are no rows to make batches of.')
+  order: Any
   if weights is not None:
-    return Batches(columns, _Drawn(_cumulative(weights, len(columns)), batch_size, seed), places)
-  import grain
+    order = _Drawn(_cumulative(weights, len(columns)), batch_size, seed)
+  else:
+    import grain
 
-  order = grain.MapDataset.range(len(columns)).seed(seed).shuffle().repeat().batch(batch_size)
-  return Batches(columns, order, places)
+    order = grain.MapDataset.range(len(columns)).seed(seed).shuffle().repeat().batch(batch_size)
+  if window > 1:
+    order = _Grouped(order, window, columns.sizes, seed)
+  return Batches(columns, order, places, packer)
 
 
 def _cumulative(weights: Array, rows: int) -> Array:

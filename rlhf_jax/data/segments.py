@@ -38,6 +38,11 @@ class Segments:
     """`[..., T]` bool, the steps that supervised objectives learn to take: all."""
     return self.response_mask
 
+  @property
+  def shares_prompts(self) -> bool:
+    """There are no prompts."""
+    return False
+
 
 @struct.dataclass
 class ControlSplit:
@@ -125,9 +130,10 @@ class SegmentColumns:
     """The same rows with further fields of their batches."""
     return SegmentColumns(dataclasses.replace(self.rows, **extras))
 
-  def take(self, rows: Any) -> Judged | Segments | StepRatings:
-    """`[B]` row numbers -> the batch with these rows."""
-    return jax.tree.map(lambda x: x[rows], self.rows)
+  def take(self, rows: Any, places: Any = None) -> Judged | Segments | StepRatings:
+    """`[B]` row numbers -> the batch with these rows, or with those at `places` of it."""
+    here = rows if places is None else rows[places]
+    return jax.tree.map(lambda x: x[here], self.rows)
 
 
 def columns_of(rows: Judged, kind: str, responses: str, count: int | None = None) -> SegmentColumns:

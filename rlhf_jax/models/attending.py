@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rlhf_jax.common.errors import ConfigError
@@ -92,11 +93,12 @@ def attend(
 
   Args:
     config: the architecture.
-    query: `[B, H, T, D]`.
-    key: `[B, K, T, D]`.
-    value: `[B, K, T, D]`.
-    mask: `[B, T, T]` bool, what each token sees.
-    real: `[B, T]` bool, real tokens: of these and the window `mask` was made.
+    query: `[B, H, T, D]`, of the last T of the S columns.
+    key: `[B, K, S, D]`.
+    value: `[B, K, S, D]`.
+    mask: `[B, T, S]` bool, what each token sees.
+    real: `[B, S]` bool, real tokens: of these and the window `mask` was made. Or int32, where a row
+      has several texts: the number of each token's text, 0 at padding.
     window: how many tokens this layer sees; None: all.
   """
   name = resolve(config)
@@ -113,6 +115,79 @@ def attend(
       attention_kernels.splash, window=window, scale=scale, softcap=softcap
     )
   return over_mesh(kernel, query, key, value, real if name == 'splash' else mask)
+
+
+class Branches(NamedTuple):
+  """What the responses see that share a prompt, each as a row of its own: `B K` rows.
+
+  Attributes:
+    mask: `[B K, R, P + R]` bool, of the prompt's columns and the response's own.
+    real: `[B K, P + R]` bool, real tokens among these.
+  """
+
+  mask: Array
+  real: Array
+
+
+def attend_branches(
+  config: ModelConfig,
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  mask: Array,
+  real: Array,
+  branches: Branches,
+  window: int | None,
+) -> Array:
+  """Attention of rows in which several responses follow one prompt, and none sees another.
+
+  The columns are those of the prompt and then of each response, `P + K R`. Keys and values of the
+  prompt are made once; what is computed of them is what rows of one response would compute, less
+  the prompts' own attention, which there is once.
+
+  Args:
+    config: the architecture.
+    query: `[B, H, P + K R, D]`.
+    key: `[B, KV, P + K R, D]`.
+    value: likewise.
+    mask: `[B, P, P]` bool, what the prompt's tokens see.
+    real: `[B, P]` bool, the prompt's real tokens.
+    branches: the same of the responses.
+    window: how many tokens this layer sees; None: all.
+  """
+  rows, length = query.shape[0], mask.shape[-1]
+  count, width = branches.mask.shape[0] // rows, branches.mask.shape[1]
+  arrays = (query, key, value)
+  own = [x[:, :, :length] for x in arrays]
+  of_prompts = attend(config, *own, mask=mask, real=real, window=window)
+  if not width:
+    return of_prompts
+
+  def apart(x: Array) -> Array:
+    """The responses' columns, `[B, K, heads, R, D]`."""
+    parted = x[:, :, length:].reshape(rows, x.shape[1], count, width, x.shape[-1])
+    return parted.swapaxes(1, 2)
+
+  def after_prompt(x: Array) -> Array:
+    """Each response's columns behind those of the prompt, `[B K, heads, P + R, D]`."""
+    parted = apart(x)
+    shape = (*parted.shape[:3], length, x.shape[-1])
+    joined = jnp.concatenate([jnp.broadcast_to(x[:, None, :, :length], shape), parted], axis=3)
+    return joined.reshape(-1, *joined.shape[2:])
+
+  mixed = attend(
+    config,
+    apart(query).reshape(rows * count, query.shape[1], width, query.shape[-1]),
+    after_prompt(key),
+    after_prompt(value),
+    mask=branches.mask,
+    real=branches.real,
+    window=window,
+  )
+  mixed = mixed.reshape(rows, count, *mixed.shape[1:]).swapaxes(1, 2)
+  mixed = mixed.reshape(*of_prompts.shape[:2], count * width, -1)
+  return jnp.concatenate([of_prompts, mixed], axis=2)
 
 
 def over_mesh(

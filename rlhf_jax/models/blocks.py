@@ -29,13 +29,17 @@ class Context(NamedTuple):
 
   Attributes:
     mask: `[B, T, S]` bool, which columns each token sees.
-    real: `[B, S]` bool, columns that hold real tokens.
+    real: `[B, S]` bool, columns that hold real tokens; int32 where a row has several texts
+      (`attending.attend`).
     rotation: of queries and keys; None: positions are learned.
+    branches: of responses that share a prompt, whose columns `mask` and `real` are of then; None:
+      there are none.
   """
 
   mask: Array
   real: Array
   rotation: rotary.Rotation | None
+  branches: attending.Branches | None = None
 
 
 # Keyed by whether a layer is windowed; only the kinds that there are.
@@ -98,8 +102,11 @@ def _layer(
     if write is not None:
       stored = write(*stored)
     if write is None:
-      masks = dict(mask=context.mask, real=context.real)
+      masks: dict[str, Any] = dict(mask=context.mask, real=context.real)
       attend = functools.partial(attending.attend, config, **masks, window=window)
+      if context.branches is not None:
+        masks['branches'] = context.branches
+        attend = functools.partial(attending.attend_branches, config, **masks, window=window)
     else:
       attend = functools.partial(
         attention,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.common.checks import ShapeError, check_shapes
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.models import blocks, rotary
+from rlhf_jax.models import attending, blocks, rotary
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import Block, Norm, named
@@ -63,7 +63,13 @@ def decoding_params(config: ModelConfig, params: Params, *, gather: bool = False
 
 @overload
 def hidden_states(
-  config: ModelConfig, params: Params, tokens: Array, mask: Array, *, cache: None = None
+  config: ModelConfig,
+  params: Params,
+  tokens: Array,
+  mask: Array,
+  *,
+  cache: None = None,
+  segments: Array | None = None,
 ) -> tuple[Array, None]: ...
 
 
@@ -80,6 +86,7 @@ def hidden_states(
   mask: Array,
   *,
   cache: Cache | None = None,
+  segments: Array | None = None,
 ) -> tuple[Array, Cache | None]:
   """Runs the blocks, each token seeing itself and the real tokens before it.
 
@@ -93,6 +100,9 @@ def hidden_states(
     tokens: `[B, T]` int32.
     mask: `[B, T]` bool, True at real tokens; what comes out at others means nothing.
     cache: from `init_cache` or an earlier call.
+    segments: `[B, T]` int32, where rows hold several texts end to end: the number of each real
+      token's text, from 1. Tokens see their own text alone, and positions begin anew in each. None:
+      a row is one text; so it is with a cache.
 
   Returns:
     `[B, T, width]` final hidden states in the compute type, ready for `logits` and scalar heads;
@@ -106,6 +116,10 @@ def hidden_states(
   length = tokens.shape[1]
   _check_room(config, length, length if cache is None else cache.length)
   positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask
+  if segments is not None:
+    check_shapes('segments:BT tokens:BT', segments=segments, tokens=tokens)
+    begins = jnp.diff(segments, axis=1, prepend=-1) != 0
+    positions = positions - jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
   columns = jnp.where(mask, positions, -1)
   if cache is not None:
     check_shapes('cache:BS tokens:BT', cache=cache.column_positions, tokens=tokens)
@@ -115,15 +129,67 @@ def hidden_states(
     )
     seen = cache.positions + mask.sum(1, dtype=jnp.int32)
     cache = dataclasses.replace(cache, column_positions=columns, positions=seen)
-  context = _context(config, columns, positions)
-  x = constrain_batch(_embed(config, params, tokens, positions))
-  x, cache = blocks.run(config, params, x, context, cache)
+  context = _context(config, columns, positions, segments)
+  x, cache = _run(config, params, tokens, positions, context, cache)
   if cache is not None:
     cache = dataclasses.replace(cache, index=cache.index + length)
-  if config.norm_placement != 'post':
-    norm: Callable[..., Any] = _final_norm(config).apply
-    x = norm({'params': params['final_norm']}, x)
   return x, cache
+
+
+def branched_states(
+  config: ModelConfig,
+  params: Params,
+  prompt: Array,
+  prompt_mask: Array,
+  response: Array,
+  response_mask: Array,
+) -> tuple[Array, Array]:
+  """Runs the blocks over rows of a prompt and several responses, each seeing the prompt and itself.
+
+  The states are those that `hidden_states` gives of the prompt with each response alone; those of
+  the prompt are made once.
+
+  Args:
+    config: the architecture.
+    params: from `init`.
+    prompt: `[B, P]` int32.
+    prompt_mask: `[B, P]` bool, True at real tokens; what comes out at others means nothing.
+    response: `[B, K, R]` int32.
+    response_mask: `[B, K, R]` bool.
+
+  Returns:
+    final hidden states in the compute type, `[B, P, width]` of prompts and `[B, K, R, width]`.
+
+  Raises:
+    ShapeError: the arrays disagree.
+    ConfigError: there are fewer learned positions than columns.
+  """
+  sizes = check_shapes(
+    'prompt:BP prompt_mask:BP response:BKR response_mask:BKR',
+    prompt=prompt,
+    prompt_mask=prompt_mask,
+    response=response,
+    response_mask=response_mask,
+  )
+  rows, length, copies = sizes['B'], sizes['P'], sizes['K']
+  _check_room(config, length + sizes['R'], length + sizes['R'])
+  positions = jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - prompt_mask
+  columns = jnp.where(prompt_mask, positions, -1)
+  after = jnp.cumsum(response_mask, axis=2, dtype=jnp.int32) - response_mask
+  after = after + prompt_mask.sum(1, dtype=jnp.int32)[:, None, None]
+  # Each response as a row of its own, behind the columns of its prompt.
+  own = after.reshape(rows * copies, -1)
+  behind = jnp.where(response_mask.reshape(own.shape), own, -1)
+  behind = jnp.concatenate([jnp.repeat(columns, copies, axis=0), behind], axis=1)
+  context = _context(config, columns, positions)
+  for local, branch in _context(config, behind, own).items():
+    context[local] = context[local]._replace(
+      branches=attending.Branches(branch.mask, branch.real),
+      rotation=_rotation(config, _joined(positions, after), local=local),
+    )
+  tokens = _joined(prompt, response)
+  x, _ = _run(config, params, tokens, _joined(positions, after), context, None)
+  return x[:, :length], x[:, length:].reshape(*response.shape, config.width)
 
 
 def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
@@ -153,6 +219,28 @@ def _gather(config: ModelConfig, params: Params) -> Params:
     return constrain(leaf, *('tensor' if axis in cut else None for axis in axes))
 
   return jax.tree_util.tree_map_with_path(lay, params)
+
+
+def _joined(prompt: Array, response: Array) -> Array:
+  """`[B, P]` and `[B, K, R]` -> `[B, P + K R]`."""
+  return jnp.concatenate([prompt, response.reshape(prompt.shape[0], -1)], axis=1)
+
+
+def _run(
+  config: ModelConfig,
+  params: Params,
+  tokens: Array,
+  positions: Array,
+  context: blocks.ByKind,
+  cache: Cache | None,
+) -> tuple[Array, Cache | None]:
+  """From tokens to final hidden states."""
+  x = constrain_batch(_embed(config, params, tokens, positions))
+  x, cache = blocks.run(config, params, x, context, cache)
+  if config.norm_placement != 'post':
+    norm: Callable[..., Any] = _final_norm(config).apply
+    x = norm({'params': params['final_norm']}, x)
+  return x, cache
 
 
 def _is_spec(leaf: object) -> bool:
@@ -217,22 +305,30 @@ def _check_room(config: ModelConfig, length: int, columns: int) -> None:
     )
 
 
-def _context(config: ModelConfig, columns: Array, positions: Array) -> blocks.ByKind:
+def _rotation(config: ModelConfig, positions: Array, *, local: bool) -> rotary.Rotation | None:
+  return rotary.rotation(config, positions, local=local) if config.positions == 'rotary' else None
+
+
+def _context(
+  config: ModelConfig, columns: Array, positions: Array, segments: Array | None = None
+) -> blocks.ByKind:
   """What layers of each kind see: real tokens at or before the position, in the window if local.
 
   Args:
     config: the architecture.
     columns: `[B, S]` int32, the positions of the real tokens that keys are of, -1 elsewhere.
     positions: `[B, T]` int32, of the queries.
+    segments: `[B, S]` int32, the number of each real token's text, where S = T; None: there is one.
   """
   real = columns >= 0
   visible = real[:, None] & (columns[:, None] <= positions[:, :, None])
+  if segments is not None:
+    visible = visible & (segments[:, :, None] == segments[:, None])
+    real = jnp.where(real, segments, 0)
   context = {}
   for local in set(config.is_local()):
-    mask, by = visible, None
+    mask = visible
     if local and config.window is not None:
       mask = visible & (positions[:, :, None] - columns[:, None] < config.window)
-    if config.positions == 'rotary':
-      by = rotary.rotation(config, positions, local=local)
-    context[local] = blocks.Context(mask, real, by)
+    context[local] = blocks.Context(mask, real, _rotation(config, positions, local=local))
   return context

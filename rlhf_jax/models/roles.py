@@ -1,9 +1,12 @@
 """What the decoder is used as: a policy, a policy with values, a reward model.
 
 All take `Sequences` with one leading axis `[B, ...]` and speak of response tokens, `[B, R]`, or of
-whole responses, `[B]`.
+whole responses, `[B]`. Responses `[B, K, R]` that share their prompts `[B, 1, P]` are read behind
+one copy of them, and packed texts several in a row: the same numbers, to float error, for less
+work. What is said of the former is `[B, K, R]` and `[B, K]`.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,6 +18,7 @@ from rlhf_jax.common.types import PolicyOutput, Sequences
 from rlhf_jax.models import decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import scalar_head, scalar_head_axes, scalar_head_init
+from rlhf_jax.models.packing import packed_states
 from rlhf_jax.models.readout import decoder_kl, decoder_scores
 
 Array = jax.Array
@@ -40,7 +44,7 @@ def policy_output(
   Args:
     config: the policy's architecture.
     params: its decoder parameters.
-    sequences: prompts `[B, P]` and responses `[B, R]`.
+    sequences: prompts `[B, P]` and responses `[B, R]`, or such as share prompts.
     temperature: that at which the responses were or will be sampled; above 0.
     value_head: scalar head of the value function; None: no values.
     value_trunk: decoder parameters of a value function with a trunk of its own; None: the head
@@ -48,13 +52,19 @@ def policy_output(
     value_config: architecture of `value_trunk`; None: the policy's.
 
   Returns:
-    arrays `[B, R]` float32; entries where the response mask is False mean nothing.
+    arrays like the responses, float32; entries where the response mask is False mean nothing.
   """
   _check_temperature(temperature)
   hidden = response_states(config, params, sequences)
-
-  scores = decoder_scores(config, params, hidden, sequences.response, temperature)
-  logprobs, entropies = scores.logprobs, scores.entropy
+  shape = sequences.response.shape
+  scores = decoder_scores(
+    config,
+    params,
+    hidden.reshape(-1, *hidden.shape[-2:]),
+    sequences.response.reshape(-1, shape[-1]),
+    temperature,
+  )
+  logprobs, entropies = scores.logprobs.reshape(shape), scores.entropy.reshape(shape)
   if value_head is None:
     return PolicyOutput(logprobs=logprobs, entropy=entropies)
   if value_trunk is not None:
@@ -121,9 +131,7 @@ def token_reward(config: ModelConfig, params: Params, sequences: Sequences) -> A
 
   The head is read at the token itself, once it has been read by the trunk.
   """
-  tokens, mask = _whole(sequences)
-  hidden, _ = decoder.hidden_states(config, params['trunk'], tokens, mask)
-  return scalar_head(params['head'], hidden[:, sequences.prompt.shape[1] :])
+  return scalar_head(params['head'], _states(config, params['trunk'], sequences)[..., 1:, :])
 
 
 def prompt_states(config: ModelConfig, params: Params, sequences: Sequences) -> Array:
@@ -135,17 +143,16 @@ def prompt_states(config: ModelConfig, params: Params, sequences: Sequences) -> 
 def reward_score(
   config: ModelConfig, params: Params, sequences: Sequences, *, normalize: bool = True
 ) -> Array:
-  """The reward model's score of each response, `[B]` float32.
+  """The reward model's score of each response, `[B]` float32, or `[B, K]`.
 
   The head is read at the last real token of the response, found from its mask; an empty response is
   read at the end of its prompt. With `normalize` the score is gain * head + bias; gain and bias are
   set from samples, never by gradients.
   """
-  tokens, mask = _whole(sequences)
-  hidden, _ = decoder.hidden_states(config, params['trunk'], tokens, mask)
-  last = sequences.prompt.shape[1] + last_true(sequences.response_mask)
-  last = jnp.where(sequences.response_mask.any(-1), last, sequences.prompt.shape[1] - 1)
-  ends = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+  hidden = _states(config, params['trunk'], sequences)
+  mask = sequences.response_mask
+  last = jnp.where(mask.any(-1), 1 + last_true(mask), 0)
+  ends = jnp.take_along_axis(hidden, last[..., None, None], axis=-2)[..., 0, :]
   scores = scalar_head(params['head'], ends)
   if not normalize:
     return scores
@@ -158,7 +165,24 @@ def _check_temperature(temperature: float) -> None:
     raise ValueError(f'temperature={temperature}: log-probs need a temperature above 0.')
 
 
-def _whole(sequences: Sequences) -> tuple[Array, Array]:
+def response_states(config: ModelConfig, params: Params, sequences: Sequences) -> Array:
+  """`[B, R, width]` hidden states from which each response token is predicted."""
+  # Nothing is predicted from the last response token: it is not read.
+  read = dataclasses.replace(
+    sequences,
+    response=sequences.response[..., :-1],
+    response_mask=sequences.response_mask[..., :-1],
+  )
+  return _states(config, params, read)
+
+
+def _states(config: ModelConfig, params: Params, sequences: Sequences) -> Array:
+  """Hidden states of the last token of each prompt and of all response tokens.
+
+  `[B, 1 + R, width]`; of responses that share their prompts `[B, K, 1 + R, width]`.
+  """
+  if sequences.shares_prompts:
+    return _after_shared_prompts(config, params, sequences)
   check_shapes(
     'prompt:BP prompt_mask:BP response:BR response_mask:BR',
     prompt=sequences.prompt,
@@ -168,12 +192,29 @@ def _whole(sequences: Sequences) -> tuple[Array, Array]:
   )
   tokens = jnp.concatenate([sequences.prompt, sequences.response], axis=1)
   mask = jnp.concatenate([sequences.prompt_mask, sequences.response_mask], axis=1)
-  return tokens, mask
+  first, packing = sequences.prompt.shape[1] - 1, sequences.packing
+  # Parts of a block, as when one looks at single rows, are read row by row.
+  if packing is not None and tokens.shape[0] % packing.records == 0:
+    return packed_states(config, params, tokens, mask, packing, first)
+  return decoder.hidden_states(config, params, tokens, mask)[0][:, first:]
 
 
-def response_states(config: ModelConfig, params: Params, sequences: Sequences) -> Array:
-  """`[B, R, width]` hidden states from which each response token is predicted."""
-  tokens, mask = _whole(sequences)
-  # Nothing is predicted from the last response token: it is not read.
-  hidden, _ = decoder.hidden_states(config, params, tokens[:, :-1], mask[:, :-1])
-  return hidden[:, sequences.prompt.shape[1] - 1 :]
+def _after_shared_prompts(config: ModelConfig, params: Params, sequences: Sequences) -> Array:
+  check_shapes(
+    'prompt:B1P prompt_mask:B1P response:BKR response_mask:BKR',
+    prompt=sequences.prompt,
+    prompt_mask=sequences.prompt_mask,
+    response=sequences.response,
+    response_mask=sequences.response_mask,
+  )
+  prompts, responses = decoder.branched_states(
+    config,
+    params,
+    sequences.prompt[:, 0],
+    sequences.prompt_mask[:, 0],
+    sequences.response,
+    sequences.response_mask,
+  )
+  shape = (*responses.shape[:2], 1, responses.shape[-1])
+  ends = jnp.broadcast_to(prompts[:, None, -1:], shape)
+  return jnp.concatenate([ends, responses], axis=2)

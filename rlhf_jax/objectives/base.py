@@ -48,6 +48,9 @@ def check_unread(config: Any, path: str, fields: tuple[str, ...], where: str) ->
 class Actors(NamedTuple):
   """The apply functions a loss may call; an objective knows nothing else of models.
 
+  Sequences are `[B, ...]`; policies and rewards also take responses `[B, K, R]` that share their
+  prompts `[B, 1, P]`, and what they say has the leading axes of the responses.
+
   Attributes:
     policy: `(params, sequences [B, ...]) -> PolicyOutput`, with values where the recipe has a value
       function.
@@ -224,8 +227,11 @@ class Objective(NamedTuple):
 
 
 def flatten_rows(sequences: Sequences) -> Sequences:
-  """`[B, K, ...]` -> `[B K, ...]`: all responses of a row in one forward pass; `[B, ...]` stays."""
-  if sequences.response_mask.ndim == 2:
+  """`[B, K, ...]` -> `[B K, ...]`: all responses of a row in one forward pass.
+
+  `[B, ...]` stays as it is, and so do responses that share their prompts.
+  """
+  if sequences.response_mask.ndim == 2 or sequences.shares_prompts:
     return sequences
   return jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), sequences)
 

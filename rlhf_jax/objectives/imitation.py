@@ -57,9 +57,14 @@ def as_responses(sequences: Sequences) -> tuple[Sequences, Array]:
     the texts, right-padded, and which of their tokens are the responses' (bool).
   """
   length = sequences.prompt.shape[-1]
-  tokens = jnp.concatenate([sequences.prompt, sequences.response], axis=-1)
-  mask = jnp.concatenate([sequences.prompt_mask, sequences.response_mask], axis=-1)
-  padding = length - sequences.prompt_mask.sum(-1, keepdims=True)
+  # What is said of a prompt's tokens is said of the prompt of each response.
+  shape = (*sequences.response.shape[:-1], length)
+  prompt, prompt_mask = (
+    jnp.broadcast_to(x, shape) for x in (sequences.prompt, sequences.prompt_mask)
+  )
+  tokens = jnp.concatenate([prompt, sequences.response], axis=-1)
+  mask = jnp.concatenate([prompt_mask, sequences.response_mask], axis=-1)
+  padding = length - prompt_mask.sum(-1, keepdims=True)
   # The padding before the prompt goes behind the response.
   places = (jnp.arange(tokens.shape[-1]) + padding) % tokens.shape[-1]
   tokens, mask = (jnp.take_along_axis(x, places, axis=-1) for x in (tokens, mask))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.masked import masked_sum
 from rlhf_jax.common.metrics import Mean, Metrics
-from rlhf_jax.common.types import Experience, Pairs
+from rlhf_jax.common.types import Experience, Pairs, Sequences
 from rlhf_jax.objectives.base import (
   Actors,
   Carry,
@@ -62,8 +62,16 @@ def collect(config: OnlineDPOConfig, experience: Experience, carry: Carry) -> Co
   chosen = jnp.stack([scores.argmax(1), scores.argmin(1)], axis=1)
   rows = chosen + config.samples * jnp.arange(scores.shape[0])[:, None]
   best, worst = jnp.take_along_axis(scores, chosen, axis=1).T
+  sampled = experience.sequences
+  # Samples of one prompt are neighbours: both responses share what stands before the first.
+  sequences = Sequences(
+    sampled.prompt[:: config.samples, None],
+    sampled.prompt_mask[:: config.samples, None],
+    sampled.response[rows],
+    sampled.response_mask[rows],
+  )
   pairs = Pairs(
-    sequences=jax.tree.map(lambda x: x[rows], experience.sequences),
+    sequences=sequences,
     preference=jnp.ones_like(best),
     margin=best - worst,
     reference_logprobs=experience.reference_logprobs[rows],

@@ -21,17 +21,17 @@ def cudnn(query: Array, key: Array, value: Array, mask: Array, *, scale: float) 
 
   Args:
     query: `[B, H, T, D]`, D a multiple of 8, at most 128 (256 from Hopper on).
-    key: `[B, K, T, D]`.
-    value: `[B, K, T, D]`.
-    mask: `[B, T, T]` bool.
+    key: `[B, K, S, D]`.
+    value: `[B, K, S, D]`.
+    mask: `[B, T, S]` bool.
     scale: factor on the scores.
 
   Returns:
     `[B, H, T, D]`.
   """
   length = query.shape[2]
-  # With a mask its backward pass wants an even number of columns.
-  arrays, mask = _lengthen((query, key, value), _seeing(mask), length % 2)
+  # With a mask its backward pass wants even numbers of queries and of columns.
+  arrays, mask = _make_even((query, key, value), _seeing(mask))
   query, key, value = (x.swapaxes(1, 2) for x in arrays)
   mixed = jax.nn.dot_product_attention(
     query, key, value, mask=mask[:, None], scale=scale, implementation='cudnn'
@@ -52,9 +52,9 @@ def tokamax(
 
   Args:
     query: `[B, H, T, D]`.
-    key: `[B, K, T, D]`.
-    value: `[B, K, T, D]`.
-    mask: `[B, T, T]` bool.
+    key: `[B, K, S, D]`.
+    value: `[B, K, S, D]`.
+    mask: `[B, T, S]` bool.
     scale: factor on the scores.
     softcap: if given, scores become softcap * tanh(score / softcap).
 
@@ -90,10 +90,11 @@ def splash(
   together, as in a prompt padded on its left followed by a response padded on its right.
 
   Args:
-    query: `[B, H, T, D]`.
-    key: `[B, K, T, D]`.
-    value: `[B, K, T, D]`.
-    real: `[B, T]` bool, True at real tokens.
+    query: `[B, H, T, D]`, of the last T of the S columns.
+    key: `[B, K, S, D]`.
+    value: `[B, K, S, D]`.
+    real: `[B, S]` bool, True at real tokens; or int32, the number of each token's text, 0 at
+      padding: a token then sees its own text alone.
     window: how many columns a token sees, its own included; None: all.
     scale: factor on the scores.
     softcap: if given, scores become softcap * tanh(score / softcap).
@@ -105,19 +106,24 @@ def splash(
   from jax.experimental.pallas.ops.tpu import splash_attention
 
   heads, length = query.shape[1], query.shape[2]
-  query, key, value = (_pad(x, -length % _LANES, 2) for x in (query * scale, key, value))
+  before = key.shape[2] - length
+  query, key, value = (_pad(x, -x.shape[2] % _LANES, 2) for x in (query * scale, key, value))
+  shape = (query.shape[2], key.shape[2])
   # Padding is a segment of its own: it sees itself, and nobody else sees it.
-  segments = _pad(real, -length % _LANES, 1).astype(jnp.int32)
-  columns = segments.shape[1]
-  block = max(size for size in (128, 256, 512) if columns % size == 0)
-  shape = (columns, columns)
-  mask = (
-    splash_attention.CausalMask(shape)
-    if window is None
-    else splash_attention.LocalMask(shape, (window - 1, 0), 0)
+  of_queries, of_keys = (
+    _pad(x, -x.shape[1] % _LANES, 1).astype(jnp.int32) for x in (real[:, before:], real)
   )
-  names = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
-  blocks: dict[str, Any] = {f'block_{name}': block for name in names}
+  mask = (
+    splash_attention.CausalMask(shape, before)
+    if window is None
+    else splash_attention.LocalMask(shape, (window - 1, 0), before)
+  )
+  block_q, block_kv = (
+    max(size for size in (128, 256, 512) if columns % size == 0) for columns in shape
+  )
+  blocks: dict[str, Any] = {f'block_{name}': block_q for name in ('q', 'q_dkv', 'q_dq')}
+  names = ('kv', 'kv_compute', 'kv_dkv', 'kv_dkv_compute', 'kv_dq')
+  blocks |= {f'block_{name}': block_kv for name in names}
   kernel = splash_attention.make_splash_mha(
     splash_attention.MultiHeadMask([mask] * heads),
     block_sizes=splash_attention.BlockSizes(**blocks),
@@ -127,28 +133,26 @@ def splash(
     interpret=interpret,
   )
 
-  def one_row(query: Array, key: Array, value: Array, segments: Array) -> Array:
-    return kernel(query, key, value, splash_attention.SegmentIds(segments, segments))
+  def one_row(query: Array, key: Array, value: Array, own: Array, seen: Array) -> Array:
+    return kernel(query, key, value, splash_attention.SegmentIds(own, seen))
 
-  mixed = jax.vmap(one_row)(query, key, value, segments)
+  mixed = jax.vmap(one_row)(query, key, value, of_queries, of_keys)
   return mixed[:, :, :length].astype(value.dtype)
 
 
 def _seeing(mask: Array) -> Array:
   """Lets padding see itself: some kernels divide by zero where a query sees nothing."""
-  return mask | jnp.eye(mask.shape[-1], dtype=bool)
+  queries, columns = mask.shape[1:]
+  return mask | jnp.eye(queries, columns, columns - queries, dtype=bool)
 
 
 def _pad(x: Array, count: int, axis: int) -> Array:
   return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
 
 
-def _lengthen(
-  arrays: tuple[Array, ...], mask: Array, count: int
-) -> tuple[tuple[Array, ...], Array]:
-  """Adds columns that nobody sees, and that see the others."""
-  if not count:
-    return arrays, mask
-  seen = _pad(mask, count, 2)
-  rows = jnp.repeat(seen[:, -1:], count, axis=1)
-  return tuple(_pad(x, count, 2) for x in arrays), jnp.concatenate([seen, rows], axis=1)
+def _make_even(arrays: tuple[Array, Array, Array], mask: Array) -> tuple[list[Array], Array]:
+  """Adds a column that nobody sees, and a query that sees what the last one does."""
+  odd = [x.shape[2] % 2 for x in arrays]
+  mask = _pad(mask, odd[1], 2)
+  mask = jnp.concatenate([mask, mask[:, mask.shape[1] - odd[0] :]], axis=1)
+  return [_pad(x, count, 2) for x, count in zip(arrays, odd, strict=True)], mask

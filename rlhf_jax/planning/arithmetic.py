@@ -15,16 +15,30 @@ from rlhf_jax.models.config import ModelConfig
 
 
 class Rows(NamedTuple):
-  """Sequences that a model reads: how many, tokens of the prompt, and of the response."""
+  """Sequences that a model reads: how many, tokens of the prompt, and of the response.
+
+  So many as `shared` says are read behind one prompt.
+  """
 
   number: int
   prompt: int
   response: int
+  shared: int = 1
 
   @property
   def length(self) -> int:
-    """Tokens that are read: nothing is predicted from the last one."""
+    """Tokens of a sequence that are read: nothing is predicted from the last one."""
     return self.prompt + self.response - 1
+
+  @property
+  def prompts(self) -> int:
+    """How many prompts are read."""
+    return max(self.number // self.shared, 1)
+
+  @property
+  def tokens(self) -> int:
+    """Tokens that are read of all sequences."""
+    return self.prompts * self.prompt + self.number * (self.response - 1)
 
 
 def block_weights(model: ModelConfig) -> int:
@@ -33,21 +47,24 @@ def block_weights(model: ModelConfig) -> int:
   return model.width * (heads + (3 if model.gated_mlp else 2) * model.mlp_width)
 
 
-def _seen(model: ModelConfig, length: int) -> int:
-  """Pairs of a token and one that it sees, summed over the layers, of a whole sequence."""
+def _seen(model: ModelConfig, rows: Rows) -> int:
+  """Pairs of a token and one that it sees, summed over layers and sequences."""
 
-  def pairs(window: int | None) -> int:
+  def pairs(length: int, window: int | None) -> int:
     width = length if window is None else min(window, length)
     return width * (width + 1) // 2 + (length - width) * width
 
-  return sum(pairs(model.window if local else None) for local in model.is_local())
+  def layer(window: int | None) -> int:
+    of_prompt, of_whole = (pairs(length, window) for length in (rows.prompt, rows.length))
+    return rows.prompts * of_prompt + rows.number * (of_whole - of_prompt)
+
+  return sum(layer(model.window if local else None) for local in model.is_local())
 
 
 def forward_flops(model: ModelConfig, rows: Rows, *, scored: bool = True) -> float:
   """Operations of reading sequences; `scored`: and the logits of their responses."""
-  tokens = rows.number * rows.length
-  products = 2.0 * tokens * model.layers * block_weights(model)
-  attention = 4.0 * rows.number * model.heads * model.size_per_head * _seen(model, rows.length)
+  products = 2.0 * rows.tokens * model.layers * block_weights(model)
+  attention = 4.0 * model.heads * model.size_per_head * _seen(model, rows)
   readout = 2.0 * rows.number * rows.response * model.width * model.padded_vocab_size
   return products + attention + (readout if scored else 0.0)
 
@@ -155,7 +172,7 @@ def activation_bytes(
     plain_attention: scores are held, as by 'xla'; False: a kernel keeps them to itself.
   """
   size, tensor = jnp.dtype(model.dtype).itemsize, mesh['tensor']
-  tokens, width = rows.number * rows.length, model.width
+  tokens, width = rows.tokens, model.width
   heads = (model.heads + 2 * model.num_kv_heads) * model.size_per_head / tensor
   hidden = (2 if model.gated_mlp else 1) * model.mlp_width / tensor
   products = tokens * (3 * width + heads + hidden) * size
@@ -184,7 +201,7 @@ def reading_bytes(
   logits. Arguments are those of `activation_bytes`, and of `forward_flops`.
   """
   size, tensor = jnp.dtype(model.dtype).itemsize, mesh['tensor']
-  tokens = rows.number * rows.length
+  tokens = rows.tokens
   heads = (model.heads + 2 * model.num_kv_heads) * model.size_per_head / tensor
   attention = tokens * heads * size + _score_bytes(model, rows, tensor, plain_attention)
   mlp = tokens * (2 if model.gated_mlp else 1) * model.mlp_width / tensor * size
@@ -196,7 +213,10 @@ def reading_bytes(
 def _score_bytes(model: ModelConfig, rows: Rows, tensor: int, plain_attention: bool) -> float:
   """Attention scores, twice in float32 and once as weights; kernels keep them to themselves."""
   size = jnp.dtype(model.dtype).itemsize
-  held = rows.number * model.heads / tensor * rows.length**2 * (8 + size)
+  pairs = rows.number * rows.length**2
+  if rows.shared > 1:
+    pairs = rows.prompts * rows.prompt**2 + rows.number * (rows.response - 1) * rows.length
+  held = pairs * model.heads / tensor * (8 + size)
   return held if plain_attention else 0.0
 
 
@@ -217,4 +237,5 @@ def sequences_in(batch: Any, prompt: int) -> Rows:
   """How many sequences a batch of shapes has."""
   sequences = getattr(batch, 'sequences', batch)
   *rows, response = sequences.response.shape
-  return Rows(math.prod(rows), prompt, response)
+  copies = math.prod(rows) // math.prod(sequences.prompt.shape[:-1])
+  return Rows(math.prod(rows), prompt, response, copies)

@@ -254,6 +254,8 @@ def _notes(stage: PlannedStage, compiled: Compiled) -> list[str]:
     notes.append('Responses are taken to be sampled to their full length.')
   if objective_of(stage.config.objective).data == 'rankings':
     notes.append('Rankings are taken to have 4 responses each.')
+  if stage.config.data.pack:
+    notes.append('Packed texts are planned as one a row, the most that they may take.')
   rewards = stage.config.rollout.rewards
   hosted = [r.source for r in rewards if r.init is None and r.source != 'reward_model']
   if hosted and 'generation' in compiled.programs:

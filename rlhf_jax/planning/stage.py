@@ -189,11 +189,14 @@ def abstract_batch(config: ExperimentConfig) -> Any:
 
 
 def abstract_sequences(data: DataConfig, *rows: int) -> Sequences:
-  """Shapes of prompts with responses."""
-  P, R = ((*rows, size) for size in (data.prompt_length, data.response_length))
-  return Sequences(
-    *(jax.ShapeDtypeStruct(shape, dtype) for shape in (P, R) for dtype in (jnp.int32, bool))
+  """Shapes of prompts with responses: `rows` are those of a batch, and of responses to a prompt."""
+  of_prompts = (rows[0], 1)[: len(rows)] if data.share_prompts else rows
+  prompt, response = (*of_prompts, data.prompt_length), (*rows, data.response_length)
+  (P, P_mask), (R, R_mask) = (
+    (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool))
+    for shape in (prompt, response)
   )
+  return Sequences(P, P_mask, R, R_mask)
 
 
 def abstract_prompts(data: DataConfig, rows: int) -> Prompts:

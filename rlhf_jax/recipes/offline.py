@@ -1,6 +1,7 @@
 """Recipes of objectives that learn from given responses."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from rlhf_jax.common.processes import to_host
 from rlhf_jax.common.rows import map_rows
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.packing import Packer
 from rlhf_jax.models import adapters, q_heads, roles
 from rlhf_jax.objectives import Actors, demands_of, objective_of
 from rlhf_jax.objectives.base import response_logprobs
@@ -67,11 +69,13 @@ def make_actors(parts: Parts) -> Actors:
 
 
 def count_tokens(batch: Any) -> Metrics:
-  """Real tokens that an update reads."""
+  """Real tokens of the texts of an update: those of a prompt with each of its responses."""
   sequences = getattr(batch, 'sequences', batch)
-  tokens = sequences.response_mask.sum()
+  mask = sequences.response_mask
+  tokens = mask.sum()
   if isinstance(sequences, Sequences):  # segments of control have no prompt; their steps count
-    tokens += sequences.prompt_mask.sum()
+    prompts = sequences.prompt_mask
+    tokens += prompts.sum() * (math.prod(mask.shape[:-1]) // math.prod(prompts.shape[:-1]))
   return {'tokens': Sum(tokens)}
 
 
@@ -143,7 +147,10 @@ def cache_reference(parts: StageParts, preparation: Preparation, columns: Column
   for batch, real in device_batches(parts, columns, parts.config.batch_size):
     scored = preparation.score(preparation.reference, batch)
     rows.append(to_host(scored.reference_logprobs)[real])
-  logprobs = np.concatenate(rows)
+  # Batches of shorter responses have fewer columns (data.length_buckets).
+  width = max(part.shape[-1] for part in rows)
+  wide = [np.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, width - part.shape[-1])]) for part in rows]
+  logprobs = np.concatenate(wide)
   if cache is not None:
     cache.save(logprobs)
   return columns.attach(reference_logprobs=logprobs)
@@ -253,7 +260,15 @@ def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
   if demands_of(config.objective).cached_reference:
     columns = cache_reference(parts, preparation, columns)
   share = share_of(config.batch_size, parts.mesh)
-  batches = pipeline.batches(columns, config.batch_size, config.seed, weights, share.places)
+  batches = pipeline.batches(
+    columns,
+    config.batch_size,
+    config.seed,
+    weights,
+    share.places,
+    window=config.data.length_window,
+    packer=_packer(parts) if config.data.pack else None,
+  )
   count = jax.jit(count_tokens)
 
   def prepare(state: TrainState, batch: Any) -> Prepared:
@@ -284,6 +299,12 @@ def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
     examine=trainer.examine,
     logprobs=jax.jit(logprobs) if objective.trains == 'policy' else None,
   )
+
+
+def _packer(parts: StageParts) -> Packer:
+  """Packs the rows that a device reads at a time."""
+  devices = parts.mesh.shape['data'] * parts.mesh.shape['fsdp']
+  return Packer(parts.config.accumulation, devices)
 
 
 def offline_questions(parts: Parts) -> list[Question]:

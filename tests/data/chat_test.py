@@ -183,7 +183,7 @@ def test_other_records_have_the_prompt_and_the_answers_of_demonstrations(made):
   assert rated.sequences.response.tolist() == expected[:1]
   asked = _row(pipeline.encode_prompts([Prompt(prompt)], ours, CONFIG))
   for sequences in (pair.sequences, ranked.sequences):
-    np.testing.assert_array_equal(sequences.prompt[0, 1], asked.tokens[0])
+    np.testing.assert_array_equal(sequences.prompt[0], asked.tokens)
   assert pair.sequences.loss_mask is None
 
 

@@ -10,6 +10,7 @@ from rlhf_jax.common.errors import DataError
 from rlhf_jax.common.types import Pairs, Prompts, Rankings, Ratings, Sequences, StepRatings
 from rlhf_jax.data import pipeline, tokenizers
 from rlhf_jax.data.config import DataConfig
+from rlhf_jax.data.packing import Packer
 from rlhf_jax.feedback.dataset import KINDS
 from rlhf_jax.feedback.records import (
   Comparison,
@@ -83,14 +84,17 @@ def test_padding_is_told_by_the_mask_where_pad_is_the_end_token():
   assert batch.response_mask.tolist() == [[True, True, False, False]]
 
 
-def test_pairs_have_the_chosen_response_first_and_the_prompt_twice():
+@pytest.mark.parametrize('share, copies', [(True, 1), (False, 2)])
+def test_pairs_have_the_chosen_response_first_and_one_prompt(share, copies):
   pair = Comparison('h', 'a b', 'c', preference=0.75, margin=2.0)
-  batch = _take(pipeline.encode_comparisons([pair, pair], WORD, CONFIG), 1)
+  config = dataclasses.replace(CONFIG, share_prompts=share)
+  batch = _take(pipeline.encode_comparisons([pair, pair], WORD, config), 1)
   assert isinstance(batch, Pairs)
   assert batch.sequences.response.tolist() == [
     [[*_ids('a b'), EOS, PAD], [*_ids('c'), EOS, PAD, PAD]]
   ]
-  np.testing.assert_array_equal(batch.sequences.prompt[:, 0], batch.sequences.prompt[:, 1])
+  assert batch.sequences.prompt.tolist() == [[[PAD, PAD, BOS, *_ids('h')]] * copies]
+  assert batch.sequences.shares_prompts == share
   assert (batch.preference.tolist(), batch.margin.tolist()) == ([0.75], [2.0])
   assert batch.preference.dtype == batch.margin.dtype == np.float32
   assert batch.reference_logprobs is None
@@ -149,7 +153,7 @@ def test_shorter_rankings_repeat_their_first_response_where_the_mask_is_false():
       expected = [*_ids(record.responses[number]), EOS]
       assert batch.sequences.response[place, slot][real].tolist() == expected
       assert batch.rank[place, slot] == record.ranks[number]
-      assert batch.sequences.prompt[place, slot].tolist() == [PAD, PAD, BOS, *_ids(record.prompt)]
+    assert batch.sequences.prompt[place].tolist() == [[PAD, PAD, BOS, *_ids(record.prompt)]]
   assert batch.rank.dtype == np.int32 and batch.mask.dtype == bool
 
 
@@ -362,3 +366,96 @@ def test_a_process_makes_its_rows_of_the_same_batches(weights):
     own: Any = part.batch(step)
     both: Any = whole.batch(step)
     np.testing.assert_array_equal(own.index, both.index[places])
+
+
+BUCKETS = DataConfig(prompt_length=8, response_length=8, length_buckets=4)
+
+
+def _ragged(count: int, config: DataConfig, seed: int = 0) -> pipeline.Columns:
+  """Demonstrations of all lengths."""
+  rng = np.random.default_rng(seed)
+
+  def draw(most: int) -> str:
+    return ' '.join(rng.choice(WORDS.split(), size=rng.integers(1, most)))
+
+  records = [Demonstration(draw(8), draw(8)) for _ in range(count)]
+  return pipeline.encode_demonstrations(records, WORD, config)
+
+
+def _cut(batch: Sequences) -> list[Any]:
+  """The real tokens of each row."""
+  pairs = ((batch.prompt, batch.prompt_mask), (batch.response, batch.response_mask))
+  return [[tokens[b][mask[b]].tolist() for tokens, mask in pairs] for b in range(len(batch.prompt))]
+
+
+def test_a_batch_is_as_wide_as_the_least_bucket_that_holds_it():
+  """And holds what it holds at full width."""
+  columns = _ragged(40, BUCKETS)
+  wide = dataclasses.replace(columns, buckets=1)
+  widths = set()
+  for step in range(40):
+    rows = [step, 3] if step % 2 else [step]
+    narrow, full = _take(columns, *rows), _take(wide, *rows)
+    assert _cut(narrow) == _cut(full)
+    assert full.prompt.shape == full.response.shape == (len(rows), 8)
+    for mask in (narrow.prompt_mask, narrow.response_mask):
+      least = mask.sum(1).max()
+      assert mask.shape[1] == -(-least // 2) * 2
+      widths.add(mask.shape[1])
+  assert widths == {2, 4, 6, 8}
+
+
+def test_what_is_said_of_tokens_is_as_wide_as_they_are():
+  columns = pipeline.encode_comparisons([Comparison('a', 'b', 'c')] * 2, WORD, BUCKETS)
+  cached = np.random.default_rng(0).normal(size=(2, 2, 8)).astype(np.float32)
+  batch = _take(columns.attach(reference_logprobs=cached), 1)
+  assert batch.sequences.response.shape == (1, 2, 2)
+  np.testing.assert_array_equal(batch.reference_logprobs, cached[1:, :, :2])
+  steps = pipeline.encode_step_ratings([StepRating('a', ('b',), (0.5,))], WORD, BUCKETS)
+  batch = _take(steps, 0)
+  assert batch.score.tolist() == [[0.5, 0]] and batch.score_mask.shape == (1, 2)
+  ratings = pipeline.encode_ratings([Rating('a', 'b', 1)] * 3, WORD, BUCKETS)
+  assert _take(ratings, 0, 1, 2).score.shape == (3,)
+
+
+def test_windows_put_rows_of_one_width_together():
+  """Each window holds the rows it held before, in a function of seed and step; less is padding."""
+  columns = _ragged(96, BUCKETS)
+  plain = pipeline.batches(columns, 8, seed=3)
+  grouped = pipeline.batches(columns, 8, seed=3, window=6)
+  again = pipeline.batches(columns, 8, seed=3, window=6)
+  order: Any = grouped.order
+  backwards = [again.order[step].tolist() for step in range(23, -1, -1)]
+  assert [order[step].tolist() for step in range(24)] == backwards[::-1]
+  for start in range(0, 24, 6):
+    held = [sorted(np.concatenate([o[start + k] for k in range(6)])) for o in (plain.order, order)]
+    assert held[0] == held[1]
+
+  def columns_read(batches: pipeline.Batches) -> int:
+    shapes = [batches.batch(step) for step in range(24)]
+    return sum(b.prompt.size + b.response.size for b in shapes if isinstance(b, Sequences))
+
+  assert columns_read(grouped) < 0.85 * columns_read(plain)
+
+
+def test_a_process_has_its_part_of_packed_and_narrow_batches():
+  """As wide as the whole batch, packed as it is."""
+  columns, places = _ragged(24, BUCKETS), np.array([1, 2, 5])
+  whole = pipeline.batches(columns, 6, seed=3, window=2, packer=Packer())
+  part = pipeline.batches(columns, 6, seed=3, places=places, window=2, packer=Packer())
+  for step in range(5):
+    own: Any = part.batch(step)
+    both: Any = whole.batch(step)
+    np.testing.assert_array_equal(own.response, both.response[places])
+    np.testing.assert_array_equal(own.packing.row, both.packing.row[places])
+    np.testing.assert_array_equal(own.packing.start, both.packing.start[places])
+    assert own.packing.rows == both.packing.rows and own.packing.records == 6
+
+
+def test_groups_of_rows_have_little_padding():
+  """Where there are as many kinds of rows as groups, each kind is alone."""
+  kinds = np.array([[1, 8], [8, 1], [1, 1], [8, 8]])
+  sizes = np.random.default_rng(0).permutation(np.repeat(kinds, 5, axis=0))
+  groups = pipeline.by_size(sizes, 4)
+  assert sorted(np.concatenate(groups)) == list(range(20))
+  assert all(len(group) == 5 and len(np.unique(sizes[group], axis=0)) == 1 for group in groups)

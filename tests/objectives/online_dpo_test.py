@@ -17,11 +17,14 @@ from tests.objectives.tabular import assert_equals_slow_loss, make_batch, make_o
 
 @pytest.mark.parametrize(('samples', 'rows'), [(2, [[0, 1], [3, 2]]), (4, [[3, 1]])])
 def test_the_best_and_the_worst_make_a_pair(samples: int, rows: list[list[int]]) -> None:
-  """Tokens, masks and the reference's log-probs of either; the margin is what scores differ by."""
+  """Tokens, masks and the reference's log-probs of either, behind the prompt that all samples of a
+  group have; the margin is what scores differ by."""
   experience = make_experience()
   pairs, carry, metrics = collect(OnlineDPOConfig(samples=samples), experience)
   for name, values in trees.flatten(experience.sequences).items():
-    np.testing.assert_array_equal(getattr(pairs.sequences, name), values[rows])
+    of_prompts = name.startswith('prompt')
+    expected = values[::samples, None] if of_prompts else values[rows]
+    np.testing.assert_array_equal(getattr(pairs.sequences, name), expected)
   np.testing.assert_array_equal(pairs.reference_logprobs, experience.reference_logprobs[rows])
   gaps = [SCORES[best] - SCORES[worst] for best, worst in rows]
   np.testing.assert_allclose(pairs.margin, gaps)

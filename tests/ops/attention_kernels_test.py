@@ -77,6 +77,37 @@ def test_tokamax_equals_the_plain_one(window: int | None, softcap: float | None)
   assert_equal(run(kernel, *arguments), run(plain, *arguments))
 
 
+@pytest.mark.parametrize('queries', [6, 5])
+def test_tokamax_of_the_last_columns(queries: int) -> None:
+  """As for responses behind a prompt that they share."""
+  pytest.importorskip('tokamax', reason="needs the extra 'kernels'")
+  kernel, plain = (functools.partial(f, scale=0.3) for f in (attention_kernels.tokamax, attention))
+  query, key, value = make_inputs()
+  arguments = (query[:, :, T - queries :], key, value, make_mask(None)[:, T - queries :])
+  seen = REAL[:, None, T - queries :, None]
+  np.testing.assert_allclose(kernel(*arguments) * seen, plain(*arguments) * seen, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('queries', [6, 5])
+def test_cudnn_of_the_last_columns(queries: int) -> None:
+  """To the precision of bfloat16, gradients too."""
+  query, key, value = make_inputs('bfloat16', 64)
+  mask, seen = make_mask(None)[:, T - queries :], REAL[:, None, T - queries :, None]
+
+  def total(kernel: Any, *arrays: Any) -> Any:
+    mixed = jnp.where(seen, kernel(*arrays, mask, scale=0.3), 0)
+    return jnp.square(mixed.astype(jnp.float32)).sum(), mixed
+
+  def both(kernel: Any) -> Any:
+    one = functools.partial(total, kernel)
+    return jax.jit(jax.value_and_grad(one, (0, 1, 2), has_aux=True))(
+      query[:, :, T - queries :], key, value
+    )
+
+  assert_equal(both(attention_kernels.cudnn), both(attention), 0.05)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('window', [None, 3])
 def test_cudnn_equals_the_plain_one(window: int | None) -> None:
@@ -87,12 +118,46 @@ def test_cudnn_equals_the_plain_one(window: int | None) -> None:
   assert_equal(run(kernel, *arguments), run(plain, *arguments), 0.03)
 
 
-def test_columns_added_for_a_kernel_change_nothing() -> None:
-  """An odd length is made even as for cuDNN: the added column is seen by nobody."""
-  inputs, mask = make_inputs(), make_mask(None)
-  longer, mask_of_longer = attention_kernels._lengthen(inputs, mask, 1)
-  assert mask_of_longer.shape == (B, T + 1, T + 1) and not mask_of_longer[..., T].any()
-  seen = REAL[:, None, :, None]
+@pytest.mark.parametrize('queries', [T, 6])
+def test_columns_added_for_a_kernel_change_nothing(queries: int) -> None:
+  """Odd numbers are made even as for cuDNN: the added column is seen by nobody."""
+  query, key, value = make_inputs()
+  inputs, mask = (query[:, :, T - queries :], key, value), make_mask(None)[:, T - queries :]
+  longer, mask_of_longer = attention_kernels._make_even(inputs, mask)
+  assert mask_of_longer.shape == (B, queries + queries % 2, T + 1)
+  assert not mask_of_longer[..., T].any()
+  seen = REAL[:, None, T - queries :, None]
   plain: Any = functools.partial(attention, scale=0.3)
-  actual, expected = plain(*longer, mask_of_longer)[:, :, :T], plain(*inputs, mask)
+  actual, expected = plain(*longer, mask_of_longer)[:, :, :queries], plain(*inputs, mask)
   np.testing.assert_allclose(actual * seen, expected * seen, rtol=1e-5, atol=1e-6)
+
+
+def later(kernel: Callable[..., jax.Array], inputs: tuple[jax.Array, ...], seen: Any) -> Any:
+  """`run` of the queries of the last 6 columns alone."""
+
+  def of_last(query: Any, key: Any, value: Any, seen: Any) -> jax.Array:
+    mixed = kernel(query[:, :, T - 6 :], key, value, seen)
+    return jnp.pad(mixed, ((0, 0), (0, 0), (T - 6, 0), (0, 0)))
+
+  return run(of_last, inputs, seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('window', [None, 3])
+def test_splash_attention_of_the_last_columns(window: int | None) -> None:
+  """As for responses behind a prompt that they share."""
+  options: Any = dict(scale=0.3)
+  kernel = functools.partial(attention_kernels.splash, window=window, interpret=True, **options)
+  plain = functools.partial(attention, **options)
+  expected = later(plain, make_inputs(), make_mask(window)[:, T - 6 :])
+  assert_equal(later(kernel, make_inputs(), jnp.asarray(REAL)), expected, 1e-4)
+
+
+@pytest.mark.slow
+def test_splash_attention_of_several_texts_in_a_row() -> None:
+  """A token sees its own text alone."""
+  texts = np.where(REAL, np.arange(T) // 5 + 1, 0)
+  mask = make_mask(3) & jnp.asarray(texts[:, :, None] == texts[:, None])
+  kernel = functools.partial(attention_kernels.splash, window=3, interpret=True, scale=0.3)
+  expected = run(functools.partial(attention, scale=0.3), make_inputs(), mask)
+  assert_equal(run(kernel, make_inputs(), jnp.asarray(texts)), expected, 1e-4)

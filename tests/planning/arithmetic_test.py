@@ -30,34 +30,58 @@ def test_weights_of_a_block_are_those_of_its_matrices(name: str) -> None:
   assert arithmetic.block_weights(config) * config.layers == sum(leaf.size for leaf in matrices)
 
 
-def sequences() -> Sequences:
-  shapes = ((ROWS.number, ROWS.prompt), (ROWS.number, ROWS.response))
+def sequences(rows: Rows = ROWS) -> Sequences:
+  shapes: tuple[tuple[int, ...], ...]
+  shapes = ((rows.number, rows.prompt), (rows.number, rows.response))
+  if rows.shared > 1:
+    shapes = (rows.prompts, 1, rows.prompt), (rows.prompts, rows.shared, rows.response)
   (prompt, prompt_mask), (response, response_mask) = (
     (jax.ShapeDtypeStruct(s, jnp.int32), jax.ShapeDtypeStruct(s, bool)) for s in shapes
   )
   return Sequences(prompt, prompt_mask, response, response_mask)
 
 
-@pytest.mark.parametrize('remat', ['none', 'full'])
-def test_operations_are_near_the_count_of_the_compiler(remat: str) -> None:
+@pytest.mark.parametrize(('remat', 'shared'), [('none', 1), ('full', 1), ('none', 4)])
+def test_operations_are_near_the_count_of_the_compiler(remat: str, shared: int) -> None:
   """Of unrolled layers, which it counts right; it also counts what is no matrix product."""
-  config = make_config(**WIDE, remat=remat)
+  config, read = make_config(**WIDE, remat=remat), ROWS._replace(shared=shared)
   params = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
 
   def forward(params: Any, rows: Sequences) -> jax.Array:
     return roles.policy_output(config, params, rows, temperature=1.0).logprobs.sum()
 
   def count(function: Any) -> float:
-    costs: Any = jax.jit(function).lower(params, sequences()).cost_analysis()
+    costs: Any = jax.jit(function).lower(params, sequences(read)).cost_analysis()
     return float(costs['flops'])
 
   # Plain attention computes the half that the mask hides.
-  hidden = 4.0 * ROWS.number * 64 * config.layers * ROWS.length * (ROWS.length - 1) / 2
-  reading = arithmetic.forward_flops(config, ROWS) + hidden
+  own = read.response - 1
+  masked = ROWS.length * (ROWS.length - 1) / 2 * ROWS.number
+  if shared > 1:
+    masked = read.prompts * read.prompt * (read.prompt - 1) / 2
+    masked += read.number * own * (own - 1) / 2
+  hidden = 4.0 * 64 * config.layers * masked
+  reading = arithmetic.forward_flops(config, read) + hidden
   assert reading == pytest.approx(count(forward), rel=0.15) and reading < count(forward)
   repeats = 4 if remat == 'full' else 3
-  training = arithmetic.training_flops(config, ROWS) + repeats * hidden
+  training = arithmetic.training_flops(config, read) + repeats * hidden
   assert training == pytest.approx(count(jax.grad(forward)), rel=0.15)
+
+
+def test_a_shared_prompt_is_read_once() -> None:
+  """Its tokens, its attention and its scores; responses as ever."""
+  config, shared = make_config(**WIDE), ROWS._replace(shared=2)
+  prompts = Rows(2, ROWS.prompt, 1)
+  flops = [arithmetic.forward_flops(config, rows, scored=False) for rows in (ROWS, shared, prompts)]
+  assert flops[0] - flops[1] == flops[2]
+  assert arithmetic.sequences_in(sequences(shared), ROWS.prompt) == shared
+  mesh = {'data': 1, 'fsdp': 1, 'tensor': 1}
+  scores = [
+    arithmetic.reading_bytes(config, rows, mesh, plain_attention=True)
+    - arithmetic.reading_bytes(config, rows, mesh, plain_attention=False)
+    for rows in (ROWS, shared)
+  ]
+  assert scores[1] < scores[0]
 
 
 def test_what_is_trained_in_part_takes_less() -> None:

@@ -143,13 +143,14 @@ def test_pairs_of_online_dpo_are_best_and_worst(make_stage: Any) -> None:
   groups = scores.reshape(-1, 3)
   rows = np.stack([groups.argmax(1), groups.argmin(1)], 1) + 3 * np.arange(tiny.ROWS)[:, None]
   np.testing.assert_array_equal(pairs.sequences.response, sequences.response[rows])
-  np.testing.assert_array_equal(pairs.sequences.prompt[:, 0], pairs.sequences.prompt[:, 1])
+  for side in range(2):
+    np.testing.assert_array_equal(pairs.sequences.prompt[:, 0], sequences.prompt[rows[:, side]])
   np.testing.assert_allclose(pairs.margin, groups.max(1) - groups.min(1), rtol=1e-5)
   assert (np.asarray(pairs.margin) > 0).sum() >= tiny.ROWS - 1
   with jax.set_mesh(stage.built.mesh):
     reference = stage.built.recipe.init().params['policy']
     for side in range(2):
-      half = jax.tree.map(lambda x, side=side: x[:, side], pairs.sequences)
+      half = jax.tree.map(lambda x, side=side: x[rows[:, side]], sequences)
       output = roles.policy_output(stage.built.model, reference, half, temperature=1.0)
       expected = np.where(half.response_mask, output.logprobs, 0)
       np.testing.assert_allclose(pairs.reference_logprobs[:, side], expected, atol=1e-5)

@@ -242,7 +242,9 @@ def compare_scorers(
 
 def score(model: Any, params: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
   """`[B]` scores of rows, each cut into a prompt and a response somewhere."""
-  rows = Sequences(*map(jnp.asarray, (tokens[:, :4], mask[:, :4], tokens[:, 4:], mask[:, 4:])))
+  rows = jax.tree.map(
+    jnp.asarray, Sequences(tokens[:, :4], mask[:, :4], tokens[:, 4:], mask[:, 4:])
+  )
   return np.asarray(jax.jit(lambda params: roles.reward_score(model, params, rows))(params))
 
 
