@@ -99,7 +99,7 @@ def data_config(**changes: Any) -> DataConfig:
     ('reward_process', dict(length_buckets=3), 1, (1, 1, 1)),
     ('ilql', dict(length_buckets=3), 1, (1, 1, 1)),
     ('sft', dict(pack=True), 2, (2, 2, 1)),
-    ('sft', dict(pack=True, length_buckets=2), 1, (1, 1, 1)),
+    ('sft', dict(pack=True, length_buckets=3), 1, (1, 1, 1)),
   ],
 )
 def test_a_step_is_the_same(
