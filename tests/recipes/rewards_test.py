@@ -233,6 +233,7 @@ def test_process_rewards_are_paid_where_they_belong(
   config = make_config(
     parents,
     judges / 'process',
+    seed=1,
     objective=PPOConfig(kl=KLPenaltyConfig(coefficient=0.0), lam=1.0, whiten_advantages=False),
     rollout=RolloutConfig(
       rewards=(RewardConfig(weight=0.5), RewardConfig(source=f'{file}:count', weight=0.1))
