@@ -19,7 +19,6 @@ from rlhf_jax.objectives.base import (
   Objective,
   Params,
   always,
-  check_unread,
 )
 from rlhf_jax.objectives.policy_gradient import (
   MAX_LOG_RATIO,
@@ -88,8 +87,6 @@ class GRPOConfig:
     ):
       if getattr(self, name) not in kinds:
         raise ConfigError(f'{path}.{name}', getattr(self, name), f'one of {kinds}')
-    if self.scale == 'none':
-      check_unread(self, path, ('epsilon',), "with scale 'none'")
     if (self.loss_normalization == 'constant') != (self.constant > 0):
       raise ConfigError(
         f'{path}.constant',

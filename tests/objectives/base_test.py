@@ -15,7 +15,6 @@ from rlhf_jax.objectives.base import flatten_rows, of_preferred, pair_logprobs
 from rlhf_jax.objectives.cpl import CPLConfig
 from rlhf_jax.objectives.cpl_dense import DenseCPLConfig
 from rlhf_jax.objectives.dpo import DPOConfig
-from rlhf_jax.objectives.grpo import GRPOConfig
 from rlhf_jax.objectives.weighted_bc import WeightedBCConfig
 from tests import quick
 from tests.objectives import tabular
@@ -128,7 +127,6 @@ def test_of_preferred_takes_the_preferred_and_halves_ties() -> None:
     (ALoLConfig(variant='reference_free', clip=0.2), 'clip', "variant 'reference_free'"),
     (WeightedBCConfig(temperature=2.0), 'temperature', "variant 'filtered'"),
     (WeightedBCConfig(variant='weighted', keep=0.5), 'keep', "variant 'weighted'"),
-    (GRPOConfig(scale='none', epsilon=1e-6), 'epsilon', "scale 'none'"),
   ],
 )
 def test_what_nothing_reads_is_refused(config: Any, field: str, where: str) -> None:
