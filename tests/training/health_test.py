@@ -1,6 +1,5 @@
 """An update that is left out leaves no trace; spikes are told from the level of the gradients."""
 
-import functools
 from typing import Any
 
 import jax
@@ -108,19 +107,19 @@ def test_the_other_minibatches_of_a_step_are_learnt_from(accumulation: int) -> N
   assert int(found.opt_state[0].count) == 6
 
 
-def test_a_guard_that_has_nothing_to_do_changes_nothing() -> None:
-  """The same steps under 'stop', under 'skip', and with an eye on spikes, to float rounding.
+def test_a_guard_that_has_nothing_to_do_changes_no_bit() -> None:
+  """The same steps under 'stop', under 'skip', and with an eye on spikes.
 
-  They are other programs, which some processors round otherwise.
+  Operation by operation: some processors round a sum of products in one program and not in another.
   """
-  found = []
+  found = set()
   for health in (HealthConfig(), SKIP, HealthConfig(gradient_spike=SpikeConfig(factor=1e6))):
-    update, state = make(health, Schedule(1, 2)), start(health)
-    for number in range(3):
-      state, _ = update(state, batch_of(number))
-    found.append((state.params, state.opt_state, state.targets))
-  for other in found[1:]:
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), other, found[0])
+    with jax.disable_jit():
+      update, state = make(health, Schedule(1, 2)), start(health)
+      for number in range(3):
+        state, _ = update(state, batch_of(number))
+    found.add(trees.sha256((state.params, state.opt_state, state.targets)))
+  assert len(found) == 1
 
 
 @pytest.mark.parametrize('action', ['warn', 'skip'])
