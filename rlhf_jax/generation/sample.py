@@ -34,8 +34,7 @@ def generate(
 
   Token t of a row is drawn with a key made of `key`, the row's `prompts.index` and t: rows with
   different numbers draw independently, and a row's sample depends neither on its neighbours nor on
-  `config.slots`. Of several samples of one prompt each has a number of its own, as `repeat_prompts`
-  gives them; the prompt is read once for all of them.
+  `config.slots`. A prompt is read once for all its samples, which are numbered by `repeat_prompts`.
 
   Args:
     model: the policy's architecture.
@@ -48,13 +47,12 @@ def generate(
     pad_id: fills `tokens` after the end.
     samples: responses to each prompt.
     readout: from final hidden states `[S, width]`, in the compute type, to the next token's logits
-      `[S, V]` float32; None: the decoder's own. Make it inside the jitted function, from parameters
-      that are arguments of that: what it closes over is then no constant of the program.
+      `[S, V]` float32; None: the decoder's own. Make it inside the jitted function, from arguments
+      of that, which are then no constants of the program.
 
   Returns:
-    the responses, `[B * samples, R]`, those to a prompt adjacent. Their log-probs are those of
-    `roles.policy_output` (or of the `readout`) at `config.temperature`, and at temperature 1 where
-    that is 0.
+    the responses, `[B * samples, R]`, those to a prompt adjacent. Their log-probs are those that
+    `roles.policy_output` (or the `readout`) gives at `config.temperature`, at 1 where that is 0.
 
   Raises:
     ValueError: max_new_tokens or samples is below 1.

@@ -1,45 +1,16 @@
 """Fewer slots than rows, and prompts read once: the same responses, by less work."""
 
-import functools
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.common.types import Prompts
-from rlhf_jax.generation.config import GenerationConfig
-from rlhf_jax.generation.sample import generate
 from rlhf_jax.generation.samples import Samples, repeat_prompts
 from rlhf_jax.models import decoder
-from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh, put_batch
-from tests.generation.sample_test import EOS, PAD, P, R, assert_well_formed, make_prompts
-from tests.models.architectures import make_config, make_params
-
-
-@functools.cache
-def _compiled(model: Any, settings: Any, samples: int) -> Any:
-  def apply(params: Any, prompts: Prompts) -> Samples:
-    return generate(
-      ModelConfig(**dict(model)),
-      params,
-      prompts,
-      jax.random.key(1),
-      config=GenerationConfig(**dict(settings)),
-      max_new_tokens=R,
-      eos_id=EOS,
-      pad_id=PAD,
-      samples=samples,
-    )
-
-  return jax.jit(apply)
-
-
-def sample(model: ModelConfig, prompts: Prompts, samples: int = 1, **settings: Any) -> Samples:
-  """Samples from the model with its test parameters."""
-  compiled = _compiled(tuple(vars(model).items()), tuple(settings.items()), samples)
-  return compiled(make_params(model), prompts)
+from tests.generation.sample_test import EOS, PAD, P, assert_well_formed, make_prompts, sample
+from tests.models.architectures import make_config
 
 
 def assert_same(actual: Samples, expected: Samples) -> None:
@@ -70,7 +41,7 @@ def test_copies_change_nothing(slots: int) -> None:
   """Copies of a prompt that is read once are sampled as rows with prompts of their own are."""
   model, prompts = make_config(), make_prompts(4)
   expected = sample(model, repeat_prompts(prompts, 3))
-  assert_same(sample(model, prompts, 3, slots=slots), expected)
+  assert_same(sample(model, prompts, samples=3, slots=slots), expected)
   assert len({tuple(row) for row in expected.tokens.tolist()}) == 12
 
 
@@ -80,7 +51,7 @@ def test_prompts_of_one_token(samples: int) -> None:
   model = make_config()
   prompts = jax.tree.map(lambda leaf: leaf[:, -1:] if leaf.ndim > 1 else leaf, make_prompts())
   expected = sample(model, repeat_prompts(prompts, samples))
-  assert_same(sample(model, prompts, samples, slots=2), expected)
+  assert_same(sample(model, prompts, samples=samples, slots=2), expected)
 
 
 @pytest.mark.parametrize('copies', [1, 2])
@@ -91,8 +62,7 @@ def test_slots_on_a_mesh(sizes: tuple[int, int, int], copies: int) -> None:
   expected = sample(model, repeat_prompts(prompts, copies))
   mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
   with jax.set_mesh(mesh):
-    apply = _compiled(tuple(vars(model).items()), (('slots', 8),), copies)
-    actual = jax.jit(apply)(make_params(model), put_batch(prompts, mesh))
+    actual = sample(model, put_batch(prompts, mesh), samples=copies, slots=8)
   assert_same(jax.device_get(actual), expected)
 
 
@@ -113,3 +83,8 @@ def test_fewer_steps_than_one_batch_after_the_other(monkeypatch: pytest.MonkeyPa
   batches = sum(lengths[start : start + slots].max() for start in range(0, rows, slots))
   assert steps[0] == P - 1 and set(steps[1:]) == {1}
   assert lengths.sum() / slots <= len(steps) - 1 < 0.85 * batches
+
+
+def test_no_samples_are_refused() -> None:
+  with pytest.raises(ValueError, match='samples=0'):
+    sample(make_config(), make_prompts(), samples=0)

@@ -40,15 +40,16 @@ def sample(
   *,
   eos_id: int = EOS,
   pad_id: int = PAD,
+  samples: int = 1,
   **settings: Any,
 ) -> Samples:
-  """Samples from the model with its test parameters."""
-  compiled = _compiled(tuple(vars(model).items()), eos_id, pad_id, tuple(settings.items()))
-  return compiled(make_params(model), prompts)
+  """So many samples of each prompt from the model with its test parameters."""
+  asked = (tuple(vars(model).items()), eos_id, pad_id, samples, tuple(settings.items()))
+  return _compiled(*asked)(make_params(model), prompts)
 
 
 @functools.cache
-def _compiled(model: Any, eos_id: int, pad_id: int, settings: Any) -> Any:
+def _compiled(model: Any, eos_id: int, pad_id: int, samples: int, settings: Any) -> Any:
   def apply(params: Any, prompts: Prompts) -> Samples:
     return generate(
       ModelConfig(**dict(model)),
@@ -59,6 +60,7 @@ def _compiled(model: Any, eos_id: int, pad_id: int, settings: Any) -> Any:
       max_new_tokens=R,
       eos_id=eos_id,
       pad_id=pad_id,
+      samples=samples,
     )
 
   return jax.jit(apply)
