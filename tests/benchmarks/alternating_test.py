@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from benchmarks import alternate, workloads
+from benchmarks import alternating, workloads
 from tests.benchmarks.timing_test import tiny_sizes as tiny_sizes
 
 
@@ -21,9 +21,9 @@ def test_ragged_texts_have_up_to_the_tokens_of_their_job() -> None:
 def test_both_ways_make_their_steps(
   way: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  ways = alternate.WAYS[way]._replace(steps=2)
+  ways = alternating.WAYS[way]._replace(steps=2)
   job = workloads.RAGGED[ways.job]
   monkeypatch.setitem(workloads.RAGGED, ways.job, dataclasses.replace(job, response=8))
-  numbers = alternate.compare(ways, 'SMALL', 'float32', 2, tmp_path)
+  numbers = alternating.compare(ways, 'SMALL', 'float32', 2, tmp_path)
   json.dumps(numbers)
   assert numbers['faster']['least'] > 0 and numbers['less_processor_time']['median'] > 0

@@ -1,0 +1,96 @@
+"""Two ways of the same stage, timed in turn."""
+
+import dataclasses
+import os
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks import measuring
+from benchmarks.timing import Timing, stage
+from rlhf_jax.recipes import build
+from rlhf_jax.stages import resolve
+
+
+class Ways(NamedTuple):
+  """A stage in two ways.
+
+  Attributes:
+    job: one of workloads.JOBS or workloads.RAGGED.
+    plain: fields of its data.
+    other: the same of the other way.
+    steps: in a pass.
+  """
+
+  job: str
+  plain: dict[str, Any]
+  other: dict[str, Any]
+  steps: int
+
+
+_BUCKETS = dict(length_buckets=4, length_window=8)
+WAYS = {
+  'share_prompts': Ways('dpo', dict(share_prompts=False), dict(share_prompts=True), 2),
+  'share_prompts_cached': Ways(
+    'dpo_cached', dict(share_prompts=False), dict(share_prompts=True), 2
+  ),
+  'share_prompts_reward': Ways('reward', dict(share_prompts=False), dict(share_prompts=True), 2),
+  'length_buckets': Ways('dpo_ragged', {}, _BUCKETS, 8),
+  'length_buckets_sft': Ways('sft_ragged', {}, _BUCKETS, 8),
+  'pack': Ways('sft_ragged', {}, dict(pack=True), 8),
+  'pack_buckets': Ways('sft_ragged', {}, dict(pack=True, **_BUCKETS), 8),
+}
+
+
+class _Way:
+  """A stage that makes the steps it is asked for."""
+
+  def __init__(self, timing: Timing, folder: pathlib.Path, changes: dict[str, Any]):
+    config = stage(timing, folder)
+    config.data = dataclasses.replace(config.data, **changes)
+    resolved = resolve(config, folder)
+    built = build(resolved.config, resolved.parents, resolved.feedback)
+    self.recipe, self.mesh = built.recipe, built.mesh
+    with jax.set_mesh(self.mesh):
+      self.state = self.recipe.init()
+
+  def seconds(self, step: int) -> tuple[float, float]:
+    """How long a step takes, its batch included, and of how much processor time."""
+
+    def make() -> Any:
+      prepared = self.recipe.prepare(self.state, self.recipe.batch(step))
+      state = dataclasses.replace(self.state, carry=prepared.carry)
+      self.state, metrics = self.recipe.update(state, prepared.batch)
+      return self.state, metrics
+
+    with jax.set_mesh(self.mesh):
+      before = time.process_time()
+      return measuring.timed(make, 1)[0], time.process_time() - before
+
+
+def compare(ways: Ways, size: str, dtype: str, passes: int, folder: pathlib.Path) -> dict[str, Any]:
+  """Seconds of each pass both ways, and how many times faster the other is."""
+  timing = Timing(ways.job, size, dtype, passes)
+  both = [_Way(timing, folder, changes) for changes in (ways.plain, ways.other)]
+  found = [
+    [[way.seconds(step) for way in both] for step in range(ways.steps)] for _ in range(1 + passes)
+  ]
+  # [passes, ways, clocks]
+  totals = np.array(found).sum(1)
+  ratios = totals[1:, 0] / totals[1:, 1]
+  return {
+    'job': ways.job,
+    'plain': ways.plain,
+    'other': ways.other,
+    'steps': ways.steps,
+    'seconds': [measuring.spread(totals[1:, way, 0].tolist()) for way in range(2)],
+    'processor_seconds': [measuring.spread(totals[1:, way, 1].tolist()) for way in range(2)],
+    'faster': measuring.spread(ratios[:, 0].tolist()),
+    'less_processor_time': measuring.spread(ratios[:, 1].tolist()),
+    'first_seconds': totals[0, :, 0].tolist(),
+    'load': os.getloadavg()[0],
+    **measuring.machine(),
+  }
