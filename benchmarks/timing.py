@@ -167,7 +167,7 @@ def work(name: str, config: ExperimentConfig, model: Any) -> tuple[int, float]:
       model, Rows(job.rows, job.prompt, job.response)
     )
   pairs = name in ('reward', 'dpo', 'dpo_cached')
-  shared = 2 if pairs and config.data.share_prompts else 1
+  shared = (2 if pairs else demands.samples) if config.data.share_prompts else 1
   rows = Rows(job.rows * (2 if pairs else demands.samples), job.prompt, job.response, shared)
   scored = name != 'reward'
   flops = demands.epochs * training_flops(model, rows, scored=scored)

@@ -19,6 +19,7 @@ from rlhf_jax.objectives.grpo import GRPOConfig
 from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.objectives.reward_model import RewardModelConfig
 from rlhf_jax.objectives.sft import SFTConfig
+from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 # Llama-style decoders: 4.2M and 134M parameters.
@@ -52,6 +53,8 @@ class Job:
     prompt: tokens of each prompt.
     response: tokens of each response.
     parents: stages that it starts from.
+    old_logprobs: whose log-probs updates compare with; TRL reads samples again for PPO, but not for
+      GRPO with a single update.
     ragged: texts have up to so many tokens, a third of them on average.
   """
 
@@ -60,6 +63,7 @@ class Job:
   prompt: int
   response: int
   parents: tuple[str, ...] = ()
+  old_logprobs: str = 'trainer'
   ragged: bool = False
 
 
@@ -81,7 +85,9 @@ JOBS = {
     64,
     ('policy', 'reward_model'),
   ),
-  'grpo_iteration': Job(lambda: GRPOConfig(samples=8), 4, 64, 64, ('policy', 'reward_model')),
+  'grpo_iteration': Job(
+    lambda: GRPOConfig(samples=8), 4, 64, 64, ('policy', 'reward_model'), old_logprobs='sampler'
+  ),
 }
 
 
@@ -155,6 +161,7 @@ def config(
     reward_model=RewardModelInitConfig(init=_parent(job, 'reward_model', folder)),
     # Rollouts of full length: what is timed does not depend on what is sampled.
     generation=GenerationConfig(stop_at_eos=False),
+    rollout=RolloutConfig(old_logprobs=job.old_logprobs),
     evaluation=EvaluationConfig(prompts=0, records=0),
   )
 

@@ -120,8 +120,9 @@ class DataConfig:
   # Tokens of a response, <eos> included; shorter ones are padded on the right, longer ones are cut
   # and have no <eos>.
   response_length: int = 16
-  # Whether the responses of a comparison or a ranking are read after one copy of their prompt: the
-  # same numbers for less work, to float error. False: each after a copy of its own.
+  # Whether the responses of a comparison or a ranking, and the samples of a prompt, are read after
+  # one copy of it: the same numbers for less work, to float error. False: each after a copy of its
+  # own.
   share_prompts: bool = True
   # How many widths prompts have, and responses: a batch is as wide as the least that hold its rows,
   # of so many equal steps up to prompt_length and response_length. The same losses for less work;

@@ -158,29 +158,30 @@ def attend_branches(
   """
   rows, length = query.shape[0], mask.shape[-1]
   count, width = branches.mask.shape[0] // rows, branches.mask.shape[1]
-  arrays = (query, key, value)
-  own = [x[:, :, :length] for x in arrays]
+  # Not by slices: their gradients are sums of padded arrays, of which XLA makes a program for CPUs
+  # that crashes where the columns are many (jaxlib 0.10.2).
+  parted = [jnp.split(x, [length], axis=2) for x in (query, key, value)]
+  own, responses = zip(*parted, strict=True)
   of_prompts = attend(config, *own, mask=mask, real=real, window=window)
   if not width:
     return of_prompts
 
   def apart(x: Array) -> Array:
     """The responses' columns, `[B, K, heads, R, D]`."""
-    parted = x[:, :, length:].reshape(rows, x.shape[1], count, width, x.shape[-1])
-    return parted.swapaxes(1, 2)
+    return x.reshape(rows, x.shape[1], count, width, x.shape[-1]).swapaxes(1, 2)
 
-  def after_prompt(x: Array) -> Array:
+  def after_prompt(prompt: Array, response: Array) -> Array:
     """Each response's columns behind those of the prompt, `[B K, heads, P + R, D]`."""
-    parted = apart(x)
-    shape = (*parted.shape[:3], length, x.shape[-1])
-    joined = jnp.concatenate([jnp.broadcast_to(x[:, None, :, :length], shape), parted], axis=3)
+    each = apart(response)
+    shape = (*each.shape[:3], *prompt.shape[2:])
+    joined = jnp.concatenate([jnp.broadcast_to(prompt[:, None], shape), each], axis=3)
     return joined.reshape(-1, *joined.shape[2:])
 
   mixed = attend(
     config,
-    apart(query).reshape(rows * count, query.shape[1], width, query.shape[-1]),
-    after_prompt(key),
-    after_prompt(value),
+    apart(responses[0]).reshape(rows * count, query.shape[1], width, query.shape[-1]),
+    after_prompt(own[1], responses[1]),
+    after_prompt(own[2], responses[2]),
     mask=branches.mask,
     real=branches.real,
     window=window,

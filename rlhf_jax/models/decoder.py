@@ -189,7 +189,8 @@ def branched_states(
     )
   tokens = _joined(prompt, response)
   x, _ = _run(config, params, tokens, _joined(positions, after), context, None)
-  return x[:, :length], x[:, length:].reshape(*response.shape, config.width)
+  prompts, responses = jnp.split(x, [length], axis=1)
+  return prompts, responses.reshape(*response.shape, config.width)
 
 
 def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:

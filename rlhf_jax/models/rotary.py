@@ -43,10 +43,7 @@ def rotate(heads: Array, by: Rotation) -> Array:
   """Rotates the leading entries of `[B, H, T, D]` heads, entry i together with i + dim / 2."""
   cos, sin = (part[:, None] for part in by)
   half = cos.shape[-1]
-  first, second, rest = (
-    heads[..., :half].astype(jnp.float32),
-    heads[..., half : 2 * half].astype(jnp.float32),
-    heads[..., 2 * half :],
-  )
+  *turning, rest = jnp.split(heads, [half, 2 * half], axis=-1)
+  first, second = (part.astype(jnp.float32) for part in turning)
   turned = [first * cos - second * sin, second * cos + first * sin]
   return jnp.concatenate([part.astype(heads.dtype) for part in turned] + [rest], axis=-1)

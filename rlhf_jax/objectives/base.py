@@ -127,7 +127,7 @@ class Demands(NamedTuple):
     epochs: passes over the rows of an iteration.
     minibatches: optimizer updates in each pass.
     samples: responses drawn to each prompt of a batch.
-    rows: rows that `collect` makes of a prompt's samples.
+    rows: rows that `collect` makes of a prompt's samples, adjacent.
     sampler: who draws them.
     value: where the value function sits, on the policy's trunk ('shared'), on one of its own
       copied from the policy ('separate') or from the reward model ('reward_model'); None: there is

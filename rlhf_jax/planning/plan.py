@@ -12,6 +12,8 @@ from rlhf_jax.planning import arithmetic
 from rlhf_jax.planning.arithmetic import Activations, Rows
 from rlhf_jax.planning.programs import Compiled, CompiledProgram, compile_stage, device_bytes
 from rlhf_jax.planning.stage import PlannedStage
+from rlhf_jax.recipes.sharing import shared_rows, shared_samples
+from rlhf_jax.sharding.mesh import row_devices
 
 # Of a device's memory, what programs can have: the rest goes to the runtime, to buffers of the
 # collectives, and to gaps between arrays.
@@ -172,9 +174,16 @@ def _rows(stage: PlannedStage, compiled: Compiled) -> dict[str, Rows]:
   demands = demands_of(config.objective)
   data = config.data
   updated = arithmetic.sequences_in(compiled.batch, data.prompt_length)
-  shares = demands.minibatches * config.accumulation
-  shares *= stage.mesh.shape['data'] * stage.mesh.shape['fsdp']
-  sampled = Rows(config.batch_size * demands.samples, data.prompt_length, data.response_length)
+  devices = row_devices(stage.mesh)
+  shares = demands.minibatches * config.accumulation * devices
+  if objective_of(config.objective).data == 'prompts':
+    updated = updated._replace(shared=max(updated.shared, shared_rows(config, devices)))
+  sampled = Rows(
+    config.batch_size * demands.samples,
+    data.prompt_length,
+    data.response_length,
+    shared_samples(config, devices),
+  )
   device = updated._replace(number=max(updated.number // shares, 1))
   return {'updated': updated, 'device': device, 'sampled': sampled}
 
@@ -190,23 +199,27 @@ def _reading(
   config, mesh = stage.config, {name: int(size) for name, size in stage.mesh.shape.items()}
   judges = {role: run.model for role, run in stage.reward_models.items()}
   models = decoders | {role: judges.get(role, stage.model) for role in compiled.frozen}
-  read = rows['sampled'] if 'generation' in compiled.programs else rows['updated']
-  asked = config.evaluation.batch_size
+  online = 'generation' in compiled.programs
+  read = rows['sampled'] if online else rows['updated']
+  asked = config.evaluation.batch_size if compiled.evaluations else 0
   if 'records' in compiled.evaluations:
     asked *= rows['updated'].number // config.batch_size
-  found = {}
+  found: dict[str, float] = {}
   for role, model in models.items():
     step = read.number // config.accumulation  # in microbatches, as updates do
-    number = max(step if role in scoring else 0, asked if compiled.evaluations else 0)
-    if number:
-      share = max(number // (mesh['data'] * mesh['fsdp']), 1)
-      found[role] = arithmetic.reading_bytes(
-        model,
-        read._replace(number=share),
-        mesh,
-        plain_attention=stage.plain_attention,
-        scored=role in ('policy', 'reference'),
-      )
+    # Evaluations answer a prompt once.
+    evaluated = read._replace(number=asked, shared=1 if online else read.shared)
+    for each in (read._replace(number=step if role in scoring else 0), evaluated):
+      if each.number:
+        share = max(each.number // row_devices(stage.mesh), 1)
+        taken = arithmetic.reading_bytes(
+          model,
+          each._replace(number=share),
+          mesh,
+          plain_attention=stage.plain_attention,
+          scored=role in ('policy', 'reference'),
+        )
+        found[role] = max(found.get(role, 0.0), taken)
   return found
 
 
@@ -225,8 +238,12 @@ def _flops(
   if 'scoring' in compiled.programs:
     scoring = flops['scoring'] = {}
     if online or demands.prepares == 'reads':
+      trusted = online and stage.config.rollout.old_logprobs == 'sampler'
       for role, model in decoders.items():
-        scoring[role] = arithmetic.forward_flops(model, read, scored=role == 'policy')
+        if role == 'policy' and trusted and demands.value != 'shared':
+          continue
+        asked = role == 'policy' and not trusted
+        scoring[role] = arithmetic.forward_flops(model, read, scored=asked)
     for role in compiled.frozen:
       whole = role == 'reference'
       if not whole and not online:  # evaluations alone ask it

@@ -25,11 +25,12 @@ from rlhf_jax.planning.stage import (
 )
 from rlhf_jax.recipes import offline, online, probes
 from rlhf_jax.recipes.policies import make_kl, make_sampler
-from rlhf_jax.recipes.rewards import FrozenRewardModel, make_score
+from rlhf_jax.recipes.rewards import PLAINLY, FrozenRewardModel, Reading, make_score
+from rlhf_jax.recipes.sharing import shared_samples
 from rlhf_jax.recipes.trainer import Trainer, make_trainer
 from rlhf_jax.rollout.engine import Generated
 from rlhf_jax.rollout.rollout import Scored
-from rlhf_jax.sharding.mesh import batch_sharding, replicated
+from rlhf_jax.sharding.mesh import batch_sharding, replicated, row_devices
 from rlhf_jax.training.state import TrainState
 
 Array = jax.Array
@@ -159,7 +160,7 @@ def device_bytes(tree: Any) -> int:
 
 def _placed(tree: Any, stage: PlannedStage) -> Any:
   """Rows over data and fsdp, and what has no rows everywhere, as the loop lays batches."""
-  devices = stage.mesh.shape['data'] * stage.mesh.shape['fsdp']
+  devices = row_devices(stage.mesh)
 
   def place(leaf: Any) -> Any:
     rows = leaf.ndim > 0 and leaf.shape[0] % devices == 0
@@ -255,6 +256,7 @@ def _online(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
   cut = online.make_cut(parts)
   complete = online.make_completion(parts, learner.policy)
   from_reference = demands_of(config.objective).sampler == 'reference'
+  reading = Reading(config.accumulation, shared_samples(config, row_devices(stage.mesh)))
 
   def whole(state: TrainState) -> Any:
     return learner.trees.whole(state.params)
@@ -268,7 +270,7 @@ def _online(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
 
   def scoring(state: TrainState, inputs: Any) -> Any:
     sampled, sequences = inputs
-    scored = _pay(list(rewards.values()), sequences, config.accumulation)
+    scored = _pay(list(rewards.values()), sequences, reading)
     collected, _ = complete(params_of(state), parts.reference, state.carry, sampled, scored)
     return collected.batch
 
@@ -276,9 +278,11 @@ def _online(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
   return _Pieces(learner.trainer, {'generation': generation, 'scoring': scoring}, evaluations)
 
 
-def _pay(models: list[FrozenRewardModel], sequences: Sequences, splits: int = 1) -> Scored:
+def _pay(
+  models: list[FrozenRewardModel], sequences: Sequences, reading: Reading = PLAINLY
+) -> Scored:
   """The sum of what all reward models say; rewards computed on the host cost devices nothing."""
-  found = [make_score(model, splits)(sequences) for model in models]
+  found = [make_score(model, reading)(sequences) for model in models]
   if not found:
     return Scored(jnp.zeros(sequences.response.shape[0]))
   token = [scored.token_rewards for scored in found if scored.token_rewards is not None]

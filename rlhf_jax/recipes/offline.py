@@ -40,7 +40,7 @@ from rlhf_jax.recipes.probes import (
 from rlhf_jax.recipes.reference_cache import ReferenceCache
 from rlhf_jax.recipes.rewards import load_reward_model
 from rlhf_jax.recipes.trainer import Trees, make_trainer
-from rlhf_jax.sharding.mesh import constrain_batch, put_batch, share_of
+from rlhf_jax.sharding.mesh import constrain_batch, put_batch, row_devices, share_of
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
 
@@ -303,8 +303,7 @@ def offline_recipe(parts: StageParts, learner: Learner) -> Recipe:
 
 def _packer(parts: StageParts) -> Packer:
   """Packs the rows that a device reads at a time."""
-  devices = parts.mesh.shape['data'] * parts.mesh.shape['fsdp']
-  return Packer(parts.config.accumulation, devices)
+  return Packer(parts.config.accumulation, row_devices(parts.mesh))
 
 
 def offline_questions(parts: Parts) -> list[Question]:

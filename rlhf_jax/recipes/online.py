@@ -30,15 +30,17 @@ from rlhf_jax.recipes.parts import (
 from rlhf_jax.recipes.policies import temperature_of
 from rlhf_jax.recipes.rewards import (
   FrozenRewardModel,
+  Reading,
   load_reward_model,
   make_reward,
   reward_names,
 )
+from rlhf_jax.recipes.sharing import once_a_prompt, shared_rows, shared_samples
 from rlhf_jax.recipes.trainer import Trainer, Trees, make_trainer
 from rlhf_jax.rollout.engine import Generated, RolloutEngine
 from rlhf_jax.rollout.rollout import Judges, Sampled, Scored, assemble, finite_rewards
 from rlhf_jax.rollout.shaping import truncate_for_scoring
-from rlhf_jax.sharding.mesh import constrain_batch, share_of
+from rlhf_jax.sharding.mesh import constrain_batch, row_devices, share_of
 from rlhf_jax.training.health import USABLE
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
@@ -153,6 +155,7 @@ def online_questions(parts: Parts, reward_model: FrozenRewardModel | None) -> li
 def make_judges(parts: Parts, policy: Callable[[Any, Sequences], PolicyOutput]) -> Judges:
   """Policy, reference and their exact KL, all at the one sampling temperature."""
   temperature = temperature_of(parts)
+  copies = shared_samples(parts.config, row_devices(parts.mesh))
 
   def reference(params: Any, rows: Sequences) -> PolicyOutput:
     return roles.policy_output(parts.model, params, rows, temperature=temperature)
@@ -160,7 +163,7 @@ def make_judges(parts: Parts, policy: Callable[[Any, Sequences], PolicyOutput]) 
   def exact_kl(params: Any, reference: Any, rows: Sequences) -> Array:
     return roles.response_kl(parts.model, params, reference, rows, temperature)
 
-  return Judges(policy, reference, exact_kl)
+  return Judges(*(once_a_prompt(judge, copies) for judge in (policy, reference, exact_kl)))
 
 
 def make_cut(parts: Parts) -> Callable[[Generated], tuple[Sampled, Sequences]]:
@@ -221,7 +224,8 @@ def make_rollout(
   """An iteration before its updates: samples, scores, and what the objective makes of them."""
   config = parts.config
   cut = make_cut(parts)
-  reward = make_reward(parts, reward_model, strict=False, splits=config.accumulation)
+  reading = Reading(config.accumulation, shared_samples(config, row_devices(parts.mesh)))
+  reward = make_reward(parts, reward_model, strict=False, reading=reading)
   names = reward_names(config.rollout)
   complete = make_completion(parts, policy)
   from_reference = demands_of(config.objective).sampler == 'reference'
@@ -267,9 +271,10 @@ def make_learner(parts: Parts, reward_model: FrozenRewardModel | None) -> Learne
   row = objective_of(config.objective)
   value_model = value_model_of(parts, reward_model)
   policy = make_policy(parts, value_model)
+  updated = once_a_prompt(policy, shared_rows(config, row_devices(parts.mesh)))
 
   def loss(params: Any, batch: Any) -> Any:
-    return row.loss(config.objective, Actors(policy=policy), params, batch)
+    return row.loss(config.objective, Actors(policy=updated), params, batch)
 
   carry = row.carry(config.objective)
   if config.health.nonfinite == 'skip':

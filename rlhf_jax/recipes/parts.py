@@ -21,7 +21,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.origins import field_of, path_of
 from rlhf_jax.runs import Run
-from rlhf_jax.sharding.mesh import make_mesh, replicated
+from rlhf_jax.sharding.mesh import make_mesh, replicated, row_devices
 from rlhf_jax.sharding.rules import placed
 
 Array = jax.Array
@@ -220,7 +220,7 @@ def check_devices(config: ExperimentConfig) -> Mesh:
 def check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
   """Every microbatch must divide over the devices that hold rows."""
   demands = demands_of(config.objective)
-  devices = mesh.shape['data'] * mesh.shape['fsdp']
+  devices = row_devices(mesh)
   updated = config.batch_size * demands.rows // (demands.minibatches * config.accumulation)
   scored = config.batch_size * demands.samples // config.accumulation
   if rows := next((rows for rows in (updated, scored) if rows % devices), 0):

@@ -25,6 +25,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.origins import field_of, is_term
 from rlhf_jax.recipes.parts import Parts, abstract_reward_model
+from rlhf_jax.recipes.sharing import once_a_prompt
 from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.rollout.rewards import aggregate, combine
 from rlhf_jax.rollout.rollout import Scored
@@ -93,15 +94,30 @@ def load_member(parts: Parts, run: Run, checkpoint: str) -> FrozenRewardModel:
   return FrozenRewardModel((model,), (params,), objective_of(objective).by_token)
 
 
-def make_score(reward_model: FrozenRewardModel, splits: int = 1) -> Score:
-  """Normalised scores, read in `splits` parts; parameters are an argument of what is jitted."""
+class Reading(NamedTuple):
+  """How reward models read responses.
+
+  Attributes:
+    parts: in how many parts, one after the other.
+    copies: how many adjacent ones of a part have the same prompt, which is read once.
+  """
+
+  parts: int = 1
+  copies: int = 1
+
+
+PLAINLY = Reading()
+
+
+def make_score(reward_model: FrozenRewardModel, reading: Reading = PLAINLY) -> Score:
+  """Normalised scores; parameters are an argument of what is jitted."""
   models, _, by_token, kind, coefficient = reward_model
 
   @jax.jit
   def score(params: tuple[Any, ...], sequences: Sequences) -> Scored:
-    judge = roles.token_reward if by_token else roles.reward_score
+    judge = once_a_prompt(roles.token_reward if by_token else roles.reward_score, reading.copies)
     members = [
-      map_rows(functools.partial(judge, model, tree), sequences, splits)
+      map_rows(functools.partial(judge, model, tree), sequences, reading.parts)
       for model, tree in zip(models, params, strict=True)
     ]
     scores = aggregate(jnp.stack(members), kind, coefficient)
@@ -125,11 +141,14 @@ def reward_names(config: RolloutConfig) -> tuple[str, ...]:
 
 
 def make_reward(
-  parts: Parts, reward_model: FrozenRewardModel | None, *, strict: bool = True, splits: int = 1
+  parts: Parts,
+  reward_model: FrozenRewardModel | None,
+  *,
+  strict: bool = True,
+  reading: Reading = PLAINLY,
 ) -> Score:
   """The score that the config's rewards make up, of responses as they are scored.
 
-  Reward models read them in `splits` parts.
   What a function says that is not finite raises UserError where `strict`, and else is handed on.
   """
   configs = parts.config.rollout.rewards
@@ -137,10 +156,10 @@ def make_reward(
   for number, config in enumerate(configs):
     if config.init is not None:
       own = load_member(parts, parts.parents[f'reward_{number}'], 'final')
-      judges.append(make_score(own, splits))
+      judges.append(make_score(own, reading))
     elif config.source == 'reward_model':
       assert reward_model is not None
-      judges.append(make_score(reward_model, splits))
+      judges.append(make_score(reward_model, reading))
     elif config.source == 'task':
       task = parts.feedback.task
       if task is None:

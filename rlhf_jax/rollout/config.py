@@ -138,6 +138,10 @@ class RolloutConfig:
   score_truncation_after: int = 0
   # Also measure the exact per-token KL from full logits (costs one `[B, R, V]` array twice).
   exact_kl: bool = False
+  # Whose log-probs updates compare the policy's with: those of the 'trainer', which reads each
+  # response again; or, to save that pass, of the 'sampler' itself. They differ by rounding, which
+  # the metric sampler_logprob_error shows of the former, and first_ratio_deviation of the latter.
+  old_logprobs: str = 'trainer'
   # Who samples: 'local', this program, on the mesh that trains; or 'http', a server to which the
   # weights are handed over before each iteration. Evaluations are always sampled here.
   engine: str = 'local'
@@ -185,6 +189,7 @@ class RolloutConfig:
     if self.prompt_buckets < 1:
       raise ConfigError(f'{path}.prompt_buckets', self.prompt_buckets, 'an integer >= 1')
     self.server.validate(f'{path}.server')
+    self._validate_old_logprobs(path)
     if self.engine == 'local':
       for field in dataclasses.fields(self.server):
         value = getattr(self.server, field.name)
@@ -204,6 +209,18 @@ class RolloutConfig:
         self.prompt_buckets,
         f"1 with {path}.engine='http'",
         'The server is given prompts without padding.',
+      )
+
+  def _validate_old_logprobs(self, path: str) -> None:
+    field, kinds = f'{path}.old_logprobs', ('trainer', 'sampler')
+    if self.old_logprobs not in kinds:
+      raise ConfigError(field, self.old_logprobs, f'one of {kinds}')
+    if self.old_logprobs == 'sampler' and self.engine != 'local':
+      raise ConfigError(
+        field,
+        self.old_logprobs,
+        f"'trainer' with {path}.engine={self.engine!r}",
+        'A server computes in other numbers than the trainer.',
       )
 
   def sources(self) -> tuple[str, ...]:

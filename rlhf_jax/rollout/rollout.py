@@ -90,17 +90,21 @@ def assemble(
     the experience, and metrics.
   """
   mask = sampled.sequences.response_mask
+  trusted = config.old_logprobs == 'sampler'
 
-  def judge(sequences: Sequences) -> tuple[Array, Array, Array, Array | None, Array | None]:
+  def judge(sequences: Sequences) -> tuple[tuple[Array, Array] | None, Any]:
     output = judges.policy(params, sequences)
     reference_logprobs = judges.reference(reference, sequences).logprobs
     exact = None
     if config.exact_kl:
       exact = judges.exact_kl(params['policy'], reference, sequences)
-    return output.logprobs, output.entropy, reference_logprobs, output.values, exact
+    own = None if trusted else (output.logprobs, output.entropy)
+    return own, (reference_logprobs, output.values, exact)
 
-  found = map_rows(judge, sampled.sequences, parts)
-  logprobs, entropy, reference_logprobs, values, exact = found
+  own, found = map_rows(judge, sampled.sequences, parts)
+  reference_logprobs, values, exact = found
+  logprobs = sampled.sampler_logprobs if own is None else own[0]
+  assert logprobs is not None, 'validate() demands an engine that says them'
   experience = Experience(
     sequences=sampled.sequences,
     old_logprobs=jnp.where(mask, logprobs, 0.0),
@@ -109,7 +113,11 @@ def assemble(
     token_rewards=scored.token_rewards,
     values=values,
   )
-  metrics = {**rollout_metrics(experience, sampled), 'entropy': Mean.of(entropy, mask)}
+  metrics = rollout_metrics(experience, sampled)
+  if own is None:
+    del metrics['sampler_logprob_error']  # of themselves
+  else:
+    metrics['entropy'] = Mean.of(own[1], mask)
   metrics['nonfinite_rewards'] = Sum((~finite_rewards(scored)).sum())
   if scored.disagreement is not None:
     metrics['reward_disagreement'] = Mean.of(scored.disagreement)

@@ -81,6 +81,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def row_devices(mesh: Mesh) -> int:
+  """Over how many devices the rows of a batch are split."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Everything on every device."""
   return NamedSharding(mesh, PartitionSpec())
@@ -134,7 +139,7 @@ def put_batch(batch: Any, mesh: Mesh, share: Share | None = None) -> Any:
 
 
 def _sharding_of_rows(rows: int, mesh: Mesh) -> NamedSharding:
-  divides = rows % (mesh.shape['data'] * mesh.shape['fsdp']) == 0
+  divides = rows % row_devices(mesh) == 0
   return batch_sharding(mesh) if divides else replicated(mesh)
 
 

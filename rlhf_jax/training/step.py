@@ -27,7 +27,7 @@ class Schedule(NamedTuple):
 
   Attributes:
     epochs: passes over the batch.
-    minibatches: optimizer updates a pass; rows are shuffled when there is more than one update.
+    minibatches: optimizer updates a pass; rows are shuffled when there is more than one.
     accumulation: microbatches a minibatch is split into, to save memory.
   """
 
@@ -208,8 +208,11 @@ def order_of(state: TrainState, batch: Any, schedule: Schedule) -> Array:
 def minibatch_order(key: Array, rows: int, schedule: Schedule) -> Array:
   """Row numbers of each update, `[epochs * minibatches, rows / minibatches]` int32.
 
-  Every epoch is a permutation of its own: each row is seen exactly `epochs` times.
+  Every epoch is a permutation of its own: each row is seen exactly `epochs` times. Where all rows
+  are one minibatch they stay as they are.
   """
+  if schedule.minibatches == 1:
+    return jnp.broadcast_to(jnp.arange(rows), (schedule.epochs, rows))
   keys = jax.random.split(key, schedule.epochs)
   order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)
   return order.reshape(schedule.epochs * schedule.minibatches, rows // schedule.minibatches)

@@ -1,6 +1,9 @@
 """Responses behind one copy of their prompt are read as if each had its own."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +19,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import scalar_head_init
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh, put_batch
 from rlhf_jax.sharding.rules import param_shardings
+from tests.experiments.programs import ROOT
 from tests.models.architectures import VOCAB, make_config, make_params
 
 # Wider than the windows of the architectures, so that responses see a part of their prompt only.
@@ -141,6 +145,39 @@ def test_responses_of_one_token_are_predicted_from_the_prompt_alone() -> None:
   head = scalar_head_init(jax.random.key(5), config.width, 'normal')
   read = policy_reader(config, head)
   assert_close(*both(read, make_params(config), make_shared(responses=1)))
+
+
+# Compiled as for users: the tests go without optimisations.
+LONG_GRADIENT = """
+import jax, jax.numpy as jnp
+from rlhf_jax.models import attending
+from rlhf_jax.models.config import ModelConfig
+
+def causal(rows, queries, keys):
+  seen = jnp.arange(keys) <= jnp.arange(keys - queries, keys)[:, None]
+  return jnp.broadcast_to(seen, (rows, queries, keys))
+
+def loss(query, key, value):
+  branches = attending.Branches(causal(4, 256, 320), jnp.ones((4, 320), bool))
+  mixed = attending.attend_branches(
+    ModelConfig(width=256, heads=4, layers=1), query, key, value, mask=causal(2, 64, 64),
+    real=jnp.ones((2, 64), bool), branches=branches, window=None,
+  )
+  return (mixed**2).sum()
+
+heads = jnp.ones((2, 4, 64 + 2 * 256, 64))
+for gradient in jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(heads, heads, heads):
+  print(gradient.shape, bool(jnp.isfinite(gradient).all()))
+"""
+
+
+def test_the_gradient_of_long_responses_is_a_sound_program() -> None:
+  """Not one that crashes, as XLA once made of it (see `attend_branches`)."""
+  environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+  command = [sys.executable, '-c', LONG_GRADIENT]
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert done.stdout == '(2, 4, 576, 64) True\n' * 3
 
 
 def test_no_response_sees_another() -> None:

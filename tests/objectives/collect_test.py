@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.common.types import Pairs, Rollouts, Sequences
-from rlhf_jax.objectives import OBJECTIVES, objective_of
+from rlhf_jax.objectives import OBJECTIVES, demands_of, objective_of
 from rlhf_jax.objectives.best_of_n import BestOfNConfig
 from rlhf_jax.objectives.grpo import GRPOConfig
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
@@ -134,6 +134,20 @@ def test_the_order_of_prompts_does_not_matter(case: str) -> None:
   back = jax.tree.map(lambda x: np.roll(x, half, axis=0), learnt_from(turned[0]))
   assert_same(back, learnt_from(straight[0]), rtol=1e-5, atol=1e-6)
   assert_same(turned[1:], straight[1:], rtol=1e-5, atol=1e-6)
+
+
+@every_case
+def test_rows_of_a_prompt_stay_adjacent(case: str) -> None:
+  """As many as `demands` say: so that updates can read it once."""
+  experience = experience_of(case)
+  samples = demands_of(CASES[case]).samples
+  rows = experience.sequences
+  number = np.arange(len(rows.prompt)) // samples
+  numbered = dataclasses.replace(rows, prompt=np.broadcast_to(number[:, None], rows.prompt.shape))
+  batch = collect(CASES[case], experience.replace(sequences=numbered))[0]
+  found = getattr(batch, 'sequences', batch).prompt
+  expected = np.repeat(np.unique(number), demands_of(CASES[case]).rows)
+  np.testing.assert_array_equal(found.reshape(len(expected), -1)[:, 0], expected)
 
 
 @pytest.mark.parametrize('case', COMPARING)

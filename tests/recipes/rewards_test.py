@@ -18,7 +18,7 @@ from rlhf_jax.models import roles
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
 from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.recipes.parts import Parts, abstract_reward_model, load_parts
-from rlhf_jax.recipes.rewards import load_reward_model, make_reward, make_score
+from rlhf_jax.recipes.rewards import Reading, load_reward_model, make_reward, make_score
 from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
 from rlhf_jax.rollout.rewards import AGGREGATES
 from rlhf_jax.runs import Run
@@ -92,7 +92,7 @@ def test_an_ensemble_scores_as_numpy_says(
     members = np.stack([scores_by(parts, judges / name) for name in names])
     loaded = load_reward_model(parts)
     assert loaded is not None
-    found: Any = make_score(loaded, splits=len(names) - 1)(some_sequences(parts))
+    found: Any = make_score(loaded, Reading(parts=len(names) - 1))(some_sequences(parts))
   expected = {
     'mean': members.mean(0),
     'worst': members.min(0),
@@ -112,7 +112,7 @@ def test_an_ensemble_of_process_reward_models(parents: pathlib.Path, judges: pat
     loaded = load_reward_model(parts)
     assert loaded is not None and loaded.by_token
     rows = some_sequences(parts)
-    found: Any = make_score(loaded, splits=4)(rows)
+    found: Any = make_score(loaded, Reading(parts=4))(rows)
     tokens = np.where(rows.response_mask, scores_by(parts, members[0], token=True), 0.0)
   np.testing.assert_allclose(found.token_rewards, tokens, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(found.scores, tokens.sum(-1), rtol=1e-4, atol=1e-5)

@@ -39,6 +39,12 @@ def test_sources_that_name_nothing(source: str) -> None:
     ({'server': ServerConfig(retries=1)}, 'rollout.server.retries', 'does not read it'),
     ({'server': ServerConfig(dialect='sglang', model='m')}, 'rollout.server.model', 'has one'),
     ({'prompt_buckets': 0}, 'rollout.prompt_buckets', '>= 1'),
+    ({'old_logprobs': 'policy'}, 'rollout.old_logprobs', "'trainer', 'sampler'"),
+    (
+      {'engine': 'http', 'server': ServerConfig(url='http://a:1'), 'old_logprobs': 'sampler'},
+      'rollout.old_logprobs',
+      "'trainer' with rollout.engine='http'",
+    ),
     (
       {'engine': 'http', 'server': ServerConfig(url='http://a:1'), 'prompt_buckets': 2},
       'rollout.prompt_buckets',

@@ -232,6 +232,20 @@ def test_explained_variance() -> None:
   np.testing.assert_allclose(metrics['explained_variance'], expected, rtol=1e-4)
 
 
+def test_the_sampler_may_be_trusted() -> None:
+  """Its log-probs are the old ones, and the policy's own are not asked for."""
+  experience, metrics = experienced(old_logprobs='sampler')
+  expected, _ = experienced()
+  sampler = np.where(MASK, chosen(LOGITS) + 1e-3, 0.0)
+  np.testing.assert_allclose(experience.old_logprobs, sampler, atol=1e-6)
+  for name in ('reference_logprobs', 'values', 'scores'):
+    np.testing.assert_array_equal(getattr(experience, name), getattr(expected, name))
+  kl = (sampler - np.where(MASK, chosen(REFERENCE), 0.0)).sum(1).mean()
+  values = metrics_lib.values(metrics)
+  assert values['kl'] == pytest.approx(kl, rel=1e-5)
+  assert not {'sampler_logprob_error', 'entropy'} & values.keys()
+
+
 def test_an_untouched_policy_has_no_divergence() -> None:
   """Policy = reference: every KL is 0 and rewards are the scores alone."""
   judges = make_judges(0.0)
