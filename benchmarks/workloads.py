@@ -56,6 +56,7 @@ class Job:
     old_logprobs: whose log-probs updates compare with; TRL reads samples again for PPO, but not for
       GRPO with a single update.
     ragged: texts have up to so many tokens, a third of them on average.
+    stops: responses end with one of so many tokens; 0: they never do.
   """
 
   objective: Callable[[], ObjectiveConfig]
@@ -65,6 +66,7 @@ class Job:
   parents: tuple[str, ...] = ()
   old_logprobs: str = 'trainer'
   ragged: bool = False
+  stops: int = 0
 
 
 # Everything but two tokens of a row is learnt, as peers learn whole texts.
@@ -95,6 +97,8 @@ JOBS = {
 RAGGED = {
   'sft_ragged': Job(SFTConfig, 16, 64, 64, ragged=True),
   'dpo_ragged': Job(DPOConfig, 8, 64, 64, ('policy',), ragged=True),
+  # One token in 64 ends a response, on average, of an untrained decoder of 2048.
+  'generate_ragged': Job(SFTConfig, 96, 64, 256, stops=32),
 }
 
 
@@ -160,7 +164,9 @@ def config(
     policy=InitConfig(init=_parent(job, 'policy', folder)),
     reward_model=RewardModelInitConfig(init=_parent(job, 'reward_model', folder)),
     # Rollouts of full length: what is timed does not depend on what is sampled.
-    generation=GenerationConfig(stop_at_eos=False),
+    generation=GenerationConfig(
+      stop_at_eos=False, stop_tokens=tuple(range(_SPECIAL, _SPECIAL + job.stops))
+    ),
     rollout=RolloutConfig(old_logprobs=job.old_logprobs),
     evaluation=EvaluationConfig(prompts=0, records=0),
   )

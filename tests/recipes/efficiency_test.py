@@ -79,17 +79,22 @@ def live_bytes() -> int:
   return sum({leaf.unsafe_buffer_pointer(): leaf.nbytes for leaf in arrays}.values())
 
 
+@pytest.fixture(scope='module')
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+  """What stages start from whose parameters are most of what they hold."""
+  model = dataclasses.replace(tiny.MODEL, width=256, mlp_width=512)
+  with mock.patch.object(tiny, 'MODEL', model):
+    yield tiny.make_parents(tmp_path_factory.mktemp('wide'))
+
+
 @pytest.mark.parametrize('method', list(HELD))
-def test_a_ppo_iteration_holds_no_tree_twice(method: str, tmp_path: pathlib.Path) -> None:
+def test_a_ppo_iteration_holds_no_tree_twice(method: str, wide: pathlib.Path) -> None:
   """Live bytes before, between and after its parts, as a multiple of the decoder's parameters.
 
   The update itself needs room for gradients, once, and what it computes with.
   """
-  model = dataclasses.replace(tiny.MODEL, width=256, mlp_width=512)
-  with mock.patch.object(tiny, 'MODEL', model):
-    parents = tiny.make_parents(tmp_path)
-    adapter = AdapterConfig() if method == 'none' else AdapterConfig(method=method, rank=1)
-    config = tiny.make_config('ppo', parents, adapter=adapter, objective=PPOConfig(epochs=2))
+  adapter = AdapterConfig() if method == 'none' else AdapterConfig(method=method, rank=1)
+  config = tiny.make_config('ppo', wide, adapter=adapter, objective=PPOConfig(epochs=2))
   before = live_bytes()
   built = tiny.build_recipe(config)
   with jax.set_mesh(built.mesh):
