@@ -12,8 +12,10 @@ from rlhf_jax.planning import arithmetic
 from rlhf_jax.planning.arithmetic import Activations, Rows
 from rlhf_jax.planning.programs import Compiled, CompiledProgram, compile_stage, device_bytes
 from rlhf_jax.planning.stage import PlannedStage
+from rlhf_jax.recipes.engines import sampling_mesh
 from rlhf_jax.recipes.sharing import shared_rows, shared_samples
 from rlhf_jax.sharding.mesh import row_devices
+from rlhf_jax.sharding.rules import relaid
 
 # Of a device's memory, what programs can have: the rest goes to the runtime, to buffers of the
 # collectives, and to gaps between arrays.
@@ -32,7 +34,8 @@ class Plan:
     gradients: bytes of the gradients while an update runs, a part of its temporaries.
     cache: bytes of the key-value cache while responses are sampled, by a step or an evaluation,
       whichever has more, likewise; 0: none are.
-    sampling_weights: bytes of the weights that sampling reads, in the compute type, likewise.
+    sampling_weights: bytes of the weights that sampling reads, in the compute type, and of their
+      copy on a mesh of its own, likewise.
     decoded: bytes that sampling reads of a device's memory.
     activations: an estimate for the update on an accelerator, by role of the trained decoders.
     reading: an estimate of what a forward pass holds there, by role of all that score for a step or
@@ -103,6 +106,9 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
   sampler = stage.config.generation.sampling(stage.model)
   accumulated = 2 if stage.config.accumulation > 1 else 1
   online = 'generation' in compiled.programs
+  elsewhere = sampling_mesh(stage.config, stage.model, stage.mesh) if online else None
+  copied = 0 if elsewhere is None else device_bytes(relaid(_sampler(stage, compiled), elsewhere))
+  sampling = mesh if elsewhere is None else dict(elsewhere.shape)
   sampled = [(rows['sampled'], demands_of(stage.config.objective).samples)] if online else []
   if 'answers' in compiled.evaluations:
     answers = rows['sampled']._replace(number=stage.config.evaluation.batch_size)
@@ -118,19 +124,22 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
     gradients=accumulated * device_bytes(compiled.state.params),
     cache=max(
       (
-        arithmetic.sampling_cache_bytes(sampler, each, copies, stage.config.generation.slots, mesh)
+        arithmetic.sampling_cache_bytes(
+          sampler, each, copies, stage.config.generation.slots, sampling
+        )
         for each, copies in sampled
       ),
       default=0,
     ),
     sampling_weights=(
-      arithmetic.sampling_weights(
-        sampler, mesh, gathered=stage.config.generation.weights == 'gathered'
+      copied
+      + arithmetic.sampling_weights(
+        sampler, sampling, gathered=stage.config.generation.weights == 'gathered'
       )
       if sampled
       else 0.0
     ),
-    decoded=arithmetic.decoding_bytes(sampler, rows['sampled'], mesh) if online else 0.0,
+    decoded=arithmetic.decoding_bytes(sampler, rows['sampled'], sampling) if online else 0.0,
     activations={
       role: arithmetic.activation_bytes(
         model, rows['device'], mesh, plain_attention=stage.plain_attention
@@ -143,6 +152,14 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
     flops=flops,
     notes=stage.notes + _notes(stage, compiled),
   )
+
+
+def _sampler(stage: PlannedStage, compiled: Compiled) -> list[Any]:
+  """The trees of who samples."""
+  config, policy = stage.config, compiled.state.params['policy']
+  if demands_of(config.objective).sampler == 'reference':
+    return [compiled.frozen['reference']]
+  return [policy] if config.adapter.method == 'none' else [policy, compiled.frozen['reference']]
 
 
 def _resident(compiled: Compiled) -> dict[str, int]:

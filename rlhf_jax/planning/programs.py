@@ -24,6 +24,7 @@ from rlhf_jax.planning.stage import (
   abstract_sequences,
 )
 from rlhf_jax.recipes import offline, online, probes
+from rlhf_jax.recipes.engines import sampling_mesh
 from rlhf_jax.recipes.policies import make_kl, make_sampler
 from rlhf_jax.recipes.rewards import PLAINLY, FrozenRewardModel, Reading, make_score
 from rlhf_jax.recipes.sharing import shared_samples
@@ -31,6 +32,7 @@ from rlhf_jax.recipes.trainer import Trainer, make_trainer
 from rlhf_jax.rollout.engine import Generated
 from rlhf_jax.rollout.rollout import Scored
 from rlhf_jax.sharding.mesh import batch_sharding, replicated, row_devices
+from rlhf_jax.sharding.rules import relaid
 from rlhf_jax.training.state import TrainState
 
 Array = jax.Array
@@ -95,6 +97,7 @@ def compile_stage(stage: PlannedStage, say: Callable[[str], None] = lambda _: No
   def look(frozen: Any) -> None:
     built.append(pieces(stage, frozen))
 
+  elsewhere = sampling_mesh(stage.config, stage.model, stage.mesh)
   with jax.set_mesh(stage.mesh):
     jax.eval_shape(look, frozen)
     state = built[0].trainer.abstract
@@ -106,8 +109,13 @@ def compile_stage(stage: PlannedStage, say: Callable[[str], None] = lambda _: No
         return pieces(stage, frozen).functions[name](state, inputs)
 
       say(f'compiling {name}')
-      programs[name] = _compile(jax.jit(run), (state, frozen, inputs), stage)
-      inputs = _placed(jax.eval_shape(run, state, frozen, inputs), stage)
+      arguments = (state, frozen, inputs)
+      if name == 'generation' and elsewhere is not None:
+        with jax.set_mesh(elsewhere):
+          programs[name] = _compile(jax.jit(run), relaid(arguments, elsewhere), stage, elsewhere)
+      else:
+        programs[name] = _compile(jax.jit(run), arguments, stage)
+      inputs = _placed(jax.eval_shape(run, *arguments), stage)
 
     def update(state: Any, frozen: Any, inputs: Any) -> Any:
       return pieces(stage, frozen).trainer.update(state, inputs)
@@ -128,14 +136,18 @@ def compile_stage(stage: PlannedStage, say: Callable[[str], None] = lambda _: No
 
 
 def _compile(
-  function: Any, arguments: tuple[Any, Any, Any], stage: PlannedStage
+  function: Any,
+  arguments: tuple[Any, Any, Any],
+  stage: PlannedStage,
+  elsewhere: jax.sharding.Mesh | None = None,
 ) -> CompiledProgram:
   start = time.perf_counter()
+  mesh = stage.mesh if elsewhere is None else elsewhere
   compiled = function.lower(*arguments).compile()
   memory: Any = compiled.memory_analysis()
   costs = compiled.cost_analysis() or {}
   costs = costs[0] if isinstance(costs, list) else costs
-  read = hlo.read(compiled.as_text(), dict(stage.mesh.shape), stage.config.data.response_length)
+  read = hlo.read(compiled.as_text(), dict(mesh.shape), stage.config.data.response_length)
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
   return CompiledProgram(
     memory.temp_size_in_bytes,

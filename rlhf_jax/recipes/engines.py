@@ -9,15 +9,19 @@ import jax
 
 from rlhf_jax.common import processes
 from rlhf_jax.common.errors import ConfigError, RunError
+from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.hf_folder import assets_of
 from rlhf_jax.models import adapters, hf_export
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of
 from rlhf_jax.recipes.parts import Parts
 from rlhf_jax.recipes.policies import make_sampler, stops_of
 from rlhf_jax.rollout.dialects import Wanted
 from rlhf_jax.rollout.engine import LocalEngine, Roles, RolloutEngine, bucket_lengths
 from rlhf_jax.rollout.http_engine import HttpEngine, Served
-from rlhf_jax.sharding.mesh import share_of
+from rlhf_jax.sharding.mesh import MeshConfig, make_mesh, share_of
+
+Mesh = jax.sharding.Mesh
 
 
 def make_engine(parts: Parts, folder: pathlib.Path | None) -> RolloutEngine:
@@ -38,7 +42,8 @@ def make_engine(parts: Parts, folder: pathlib.Path | None) -> RolloutEngine:
   if config.rollout.engine == 'local':
     lengths = bucket_lengths(config.data.prompt_length, config.rollout.prompt_buckets)
     share = share_of(config.batch_size, parts.mesh)
-    return LocalEngine(make_sampler(parts, copies), parts.mesh, share, lengths)
+    elsewhere = sampling_mesh(config, parts.model, parts.mesh)
+    return LocalEngine(make_sampler(parts, copies), parts.mesh, share, lengths, elsewhere)
   if processes.several():
     raise ConfigError('rollout.engine', 'http', "'local' with several processes")
   if folder is None:
@@ -53,6 +58,28 @@ def make_engine(parts: Parts, folder: pathlib.Path | None) -> RolloutEngine:
   weights = _weights_folder(server.weights, folder)
   served = _served(parts, folder, weights, copies)
   return HttpEngine(server, wanted, served, weights, parts.mesh)
+
+
+def sampling_mesh(config: ExperimentConfig, model: ModelConfig, mesh: Mesh) -> Mesh | None:
+  """The mesh that a config samples its rollouts on; None: that of training.
+
+  Raises:
+    ConfigError: the devices, the heads or the prompts do not divide over it.
+  """
+  tensor = config.rollout.sampling_tensor
+  if not tensor:
+    return None
+  groups, left = divmod(mesh.size, tensor)
+  expected = None
+  if left:
+    expected = f'a divisor of the number of devices, {mesh.size}'
+  elif model.heads % tensor or model.num_kv_heads % tensor:
+    expected = f'a divisor of the heads, {model.heads}, and of those of keys, {model.num_kv_heads}'
+  elif config.batch_size % groups:
+    expected = f'as many that their groups, here {groups}, divide batch_size={config.batch_size}'
+  if expected:
+    raise ConfigError('rollout.sampling_tensor', tensor, expected)
+  return make_mesh(MeshConfig(data=groups, tensor=tensor), mesh.devices.flatten().tolist())
 
 
 def _weights_folder(asked: str | None, folder: pathlib.Path) -> pathlib.Path:

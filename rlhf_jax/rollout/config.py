@@ -149,6 +149,10 @@ class RolloutConfig:
   # is a program that samples. A batch of short prompts takes the smallest that holds it; what is
   # sampled is the same. Each is compiled when it is first needed.
   prompt_buckets: int = 1
+  # 'local' only: how many devices share the heads, hidden units and vocabulary of a copy of the
+  # weights while responses are sampled; each such group samples rows of its own. The weights are
+  # laid out anew in each iteration, which takes the memory of a copy. 0: on the mesh that trains.
+  sampling_tensor: int = 0
   # 'http' only: the server.
   server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
 
@@ -188,6 +192,10 @@ class RolloutConfig:
       raise ConfigError(f'{path}.engine', self.engine, f'one of {ENGINES}')
     if self.prompt_buckets < 1:
       raise ConfigError(f'{path}.prompt_buckets', self.prompt_buckets, 'an integer >= 1')
+    if self.sampling_tensor < 0:
+      raise ConfigError(
+        f'{path}.sampling_tensor', self.sampling_tensor, 'a number of devices, or 0 for the mesh'
+      )
     self.server.validate(f'{path}.server')
     self._validate_old_logprobs(path)
     if self.engine == 'local':
@@ -209,6 +217,10 @@ class RolloutConfig:
         self.prompt_buckets,
         f"1 with {path}.engine='http'",
         'The server is given prompts without padding.',
+      )
+    if self.sampling_tensor:
+      raise ConfigError(
+        f'{path}.sampling_tensor', self.sampling_tensor, f"0 with {path}.engine='http'"
       )
 
   def _validate_old_logprobs(self, path: str) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from rlhf_jax.common import processes
 from rlhf_jax.common.types import Prompts, Sequences
 from rlhf_jax.generation.samples import Samples, repeat_prompts, samples_to_sequences
-from rlhf_jax.sharding.mesh import Share, constrain_batch, put_batch
+from rlhf_jax.sharding.mesh import Share, batch_sharding, constrain_batch, put_batch
+from rlhf_jax.sharding.rules import relaid
 
 Array = jax.Array
 Roles = Mapping[str, Any]
@@ -48,7 +49,9 @@ class RolloutEngine(Protocol):
 
 
 class LocalEngine:
-  """Samples on the mesh that trains.
+  """Samples on the devices that train, on their mesh or on another one of them.
+
+  On another one a copy of the weights lies as that mesh has them while responses are sampled.
 
   A batch whose prompts are all short is cut to the smallest of a few lengths that holds them: what
   is sampled is the same, with less to read and a smaller cache. Each length is a program of its
@@ -56,7 +59,12 @@ class LocalEngine:
   """
 
   def __init__(
-    self, sampler: Sampler, mesh: jax.sharding.Mesh, share: Share, lengths: Sequence[int]
+    self,
+    sampler: Sampler,
+    mesh: jax.sharding.Mesh,
+    share: Share,
+    lengths: Sequence[int],
+    sampling_mesh: jax.sharding.Mesh | None = None,
   ):
     """Compiles nothing yet.
 
@@ -65,8 +73,10 @@ class LocalEngine:
       mesh: where they go.
       share: which rows of the batch this process has.
       lengths: of prompts, in columns; the largest is P.
+      sampling_mesh: where they are sampled, of the same devices; None: there.
     """
     self._mesh, self._share, self._lengths = mesh, share, sorted(lengths)
+    self._sampling_mesh = sampling_mesh
     self._params: Roles | None = None
 
     def sample(params: Roles, prompts: Prompts, key: Array, length: int) -> Generated:
@@ -89,8 +99,14 @@ class LocalEngine:
   def generate(self, prompts: Prompts, key: Array) -> Generated:
     """Answers the prompts of this process; all processes ask together."""
     assert self._params is not None, 'sync_weights comes first'
+    params, length = self._params, self._length(prompts)
     placed = put_batch(prompts, self._mesh, self._share)
-    return self._sample(self._params, placed, key, length=self._length(prompts))
+    if self._sampling_mesh is None:
+      return self._sample(params, placed, key, length=length)
+    params, placed, key = relaid((params, placed, key), self._sampling_mesh)
+    with jax.set_mesh(self._sampling_mesh):
+      found = self._sample(params, placed, key, length=length)
+    return jax.device_put(found, batch_sharding(self._mesh))
 
   def _length(self, prompts: Prompts) -> int:
     """The smallest length that holds the prompts of every process."""

@@ -76,6 +76,31 @@ def placed(axes: Any, init: Callable[[Array], Any], mesh: Mesh) -> Any:
   )
 
 
+def relaid(tree: Any, mesh: Mesh) -> Any:
+  """Arrays, or their shapes, over another mesh of the same devices, cut along the same axes.
+
+  What a mesh axis does not divide there is not cut over it.
+  """
+
+  def axes(size: int, names: Any) -> Any:
+    names = names if isinstance(names, tuple) else (names,)
+    whole = names == (None,) or size % math.prod(mesh.shape[name] for name in names)
+    return None if whole else names
+
+  def place(leaf: Any) -> NamedSharding:
+    spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else ()
+    return NamedSharding(mesh, PartitionSpec(*map(axes, leaf.shape, spec)))
+
+  shardings = jax.tree.map(place, tree)
+  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+    return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      tree,
+      shardings,
+    )
+  return jax.device_put(tree, shardings)
+
+
 def opt_state_shardings(
   optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh
 ) -> Any:

@@ -16,8 +16,10 @@ from rlhf_jax.config import EvaluationConfig
 from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.objectives import demands_of
+from rlhf_jax.recipes import engines
 from rlhf_jax.rollout.config import RolloutConfig, ServerConfig
 from rlhf_jax.runs import Run
+from rlhf_jax.sharding.mesh import MeshConfig
 from tests import tiny
 from tests.rollout import stand_in
 from tests.rollout.stand_in import StandIn
@@ -45,9 +47,11 @@ def know(server: StandIn, config: Any) -> None:
     server.know(key, config.batch_size * demands_of(config.objective).samples)
 
 
-def take_steps(config: Any, folder: pathlib.Path | None = None) -> list[tuple[Any, Any, Any]]:
+def take_steps(
+  config: Any, folder: pathlib.Path | None = None, devices: int = 1
+) -> list[tuple[Any, Any, Any]]:
   """What each step trained on, its metrics, and the policy before it."""
-  built = tiny.build_recipe(config, folder=folder)
+  built = tiny.build_recipe(config, devices, folder)
   found = []
   with jax.set_mesh(built.mesh):
     state = built.recipe.init()
@@ -138,6 +142,52 @@ def test_a_run_on_a_server(parents: pathlib.Path, tmp_path: pathlib.Path) -> Non
   assert int(done.loop.state.step) == STEPS and done.outcome.run.result is not None
   assert not any((tmp_path / 'shared').iterdir())
   assert done.outcome.run.config.rollout.server == config.rollout.server
+
+
+@pytest.mark.parametrize(
+  ('case', 'changes'), [('ppo', {}), ('rloo', dict(adapter=AdapterConfig(method='lora', rank=2)))]
+)
+def test_a_mesh_of_its_own_changes_nothing(
+  case: str, changes: Any, parents: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Trained over fsdp, sampled by pairs of devices that have half of the heads each."""
+  seen: list[dict[str, int]] = []
+  real = engines.LocalEngine
+
+  def make(sampler: Any, *arguments: Any) -> Any:
+    def watched(params: Any, prompts: Any, key: Any) -> Any:
+      seen.append(dict(jax.sharding.get_abstract_mesh().shape))
+      return sampler(params, prompts, key)
+
+    return real(watched, *arguments)
+
+  monkeypatch.setattr(engines, 'LocalEngine', make)
+  found = []
+  for tensor in (0, 2):
+    config = tiny.make_config(case, parents, mesh=MeshConfig(data=1, fsdp=4), **changes)
+    config.rollout.sampling_tensor = tensor
+    found.append(take_steps(config, devices=4))
+  assert seen == [{'data': 1, 'fsdp': 4, 'tensor': 1}, {'data': 2, 'fsdp': 1, 'tensor': 2}]
+  for (expected, values, _), (others, numbers, _) in zip(*found, strict=True):
+    jax.tree.map(np.testing.assert_array_equal, others, expected)
+    assert numbers == pytest.approx(values, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('tensor', 'changes', 'message'),
+  [
+    (3, {}, 'a divisor of the number of devices, 4'),
+    (4, {}, 'a divisor of the heads, 2'),
+    (1, dict(batch_size=2, mesh=MeshConfig(data=2, tensor=2)), 'their groups, here 4, divide'),
+  ],
+)
+def test_a_mesh_that_does_not_fit(
+  tensor: int, changes: Any, message: str, parents: pathlib.Path
+) -> None:
+  config = tiny.make_config('rloo', parents, **changes)
+  config.rollout.sampling_tensor = tensor
+  with pytest.raises(ConfigError, match=f'rollout.sampling_tensor.*{message}'):
+    tiny.build_recipe(config, 4)
 
 
 def test_what_a_server_cannot_do(

@@ -39,6 +39,12 @@ def test_sources_that_name_nothing(source: str) -> None:
     ({'server': ServerConfig(retries=1)}, 'rollout.server.retries', 'does not read it'),
     ({'server': ServerConfig(dialect='sglang', model='m')}, 'rollout.server.model', 'has one'),
     ({'prompt_buckets': 0}, 'rollout.prompt_buckets', '>= 1'),
+    ({'sampling_tensor': -1}, 'rollout.sampling_tensor', '0 for the mesh'),
+    (
+      {'engine': 'http', 'server': ServerConfig(url='http://a:1'), 'sampling_tensor': 2},
+      'rollout.sampling_tensor',
+      "0 with rollout.engine='http'",
+    ),
     ({'old_logprobs': 'policy'}, 'rollout.old_logprobs', "'trainer', 'sampler'"),
     (
       {'engine': 'http', 'server': ServerConfig(url='http://a:1'), 'old_logprobs': 'sampler'},
