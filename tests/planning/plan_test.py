@@ -14,8 +14,8 @@ from rlhf_jax.config import EvaluationConfig, InitConfig, RewardModelInitConfig
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.planning import arithmetic, programs, report
 from rlhf_jax.planning import plan as plans
-from rlhf_jax.planning import programs, report
 from rlhf_jax.planning.accelerators import ACCELERATORS, accelerator
 from rlhf_jax.planning.arithmetic import Rows, cache_bytes
 from rlhf_jax.planning.programs import device_bytes
@@ -121,6 +121,30 @@ def test_evaluations_are_planned_beside_the_step(parents: Path) -> None:
   alone = plans.make_plan(plan_stage(config, make_mesh(MESH), 0))
   assert not alone.evaluations and alone.cache == 0
   assert alone.flops == asked.flops and alone.compiled_peak < asked.compiled_peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['none', 'lora'])
+def test_sampling_on_a_mesh_of_its_own_is_planned(method: str, parents: Path) -> None:
+  """Its weights are a copy, of which each pair of devices has one; nothing else is otherwise."""
+  config = tiny.make_config('rloo', parents, mesh=MeshConfig(data=1, fsdp=8))
+  config.adapter = AdapterConfig(method=method, rank=2)
+  here = plans.make_plan(plan_stage(config, make_mesh(config.mesh), 0))
+  config.rollout.sampling_tensor = 2
+  stage = plan_stage(config, make_mesh(config.mesh), 0)
+  there = plans.make_plan(stage)
+  assert there.resident == here.resident and there.flops == here.flops
+  count = there.parameters['policy'] + (0 if method == 'none' else there.parameters['reference'])
+  copied = there.sampling_weights - arithmetic.sampling_weights(
+    stage.model, {'data': 4, 'fsdp': 1, 'tensor': 2}, gathered=False
+  )
+  # Norms and what else is not cut is whole on both.
+  assert 4 * count / 2 <= copied < 1.2 * 4 * count / 2
+  gathered = [
+    {kind.axes for kind in plan.programs['generation'].read.collectives} for plan in (here, there)
+  ]
+  assert any('fsdp' in axes for axes in gathered[0])
+  assert not any('fsdp' in axes for axes in gathered[1])
 
 
 def test_parents_need_not_have_been_run() -> None:
