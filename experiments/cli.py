@@ -105,6 +105,21 @@ def json_path(value: str | None) -> pathlib.Path | None:
   return path
 
 
+def hush_aftermath(shown: Callable[[Any], Any]) -> Callable[[Any], None]:
+  """A hook that leaves out what is left of a checkpoint's writes once one of them has failed.
+
+  The others report to a loop of orbax's that is closed by then; the failure itself is said by
+  whoever waits for the checkpoint. All else goes to `shown`.
+  """
+
+  def hook(unraisable: Any) -> None:
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
+      shown(unraisable)
+
+  return hook
+
+
 def run(main: Callable[[], int], *, resumable: bool = False) -> None:
   """Runs a program and exits with its code.
 
@@ -118,6 +133,7 @@ def run(main: Callable[[], int], *, resumable: bool = False) -> None:
     logging.set_verbosity(logging.WARNING)
     if not flags.FLAGS.debug:  # it logs the tracebacks of errors that it raises as well
       standard_logging.getLogger('absl').addFilter(lambda record: '/orbax/' not in record.pathname)
+      sys.unraisablehook = hush_aftermath(sys.unraisablehook)
     if int(os.environ.get('JAX_NUM_CPU_DEVICES') or 1) > 1:
       # A simulated device holds a thread while it waits for another: with only as many threads as
       # there are cores, programs that overlap can come to wait for each other without end.

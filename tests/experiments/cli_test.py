@@ -1,6 +1,8 @@
 """What programs share: the checks of flags that several of them have."""
 
 import pathlib
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from absl import flags
@@ -71,3 +73,13 @@ def test_a_path_that_leads_somewhere_is_no_mistake() -> None:
   paths = ('rollout.rewards[0].weight', 'objective.kl.target', 'steps', 'reward_model.ensemble')
   for path in paths:
     assert cli.unknown_field(['--config=configs/ppo.py', f'--config.{path}=1']) is None
+
+
+def test_what_follows_a_failed_checkpoint_is_not_shown() -> None:
+  """The loop that orbax's other writes report to is closed; all other errors are shown."""
+  shown: list[Any] = []
+  hook = cli.hush_aftermath(shown.append)
+  errors = (RuntimeError('Event loop is closed'), RuntimeError('else'), OSError('disk'))
+  for error in errors:
+    hook(SimpleNamespace(exc_value=error))
+  assert [each.exc_value for each in shown] == list(errors[1:])
