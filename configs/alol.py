@@ -5,9 +5,8 @@ from rlhf_jax.objectives.alol import ALoLConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """Importance weights of whole responses; rows are drawn by their advantage."""
-  del arg
   return ExperimentConfig(
     name='alol',
     objective=ALoLConfig(variant='sequence'),

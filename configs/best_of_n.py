@@ -5,9 +5,8 @@ from rlhf_jax.objectives.best_of_n import BestOfNConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """The samples come from the frozen SFT policy."""
-  del arg
   return ExperimentConfig(
     name='best_of_n',
     objective=BestOfNConfig(samples=8),

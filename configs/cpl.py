@@ -5,9 +5,8 @@ from rlhf_jax.objectives.cpl import CPLConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """CPL with log-ratios to the SFT policy (CPL-KL); SFT is its behaviour-cloning warm start."""
-  del arg
   return ExperimentConfig(
     name='cpl',
     objective=CPLConfig(alpha=0.5, lam=0.75, use_reference=True),

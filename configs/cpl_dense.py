@@ -5,9 +5,8 @@ from rlhf_jax.objectives.cpl_dense import DenseCPLConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """CPL-KL on every ordered pair of each ranking."""
-  del arg
   return ExperimentConfig(
     name='cpl_dense',
     objective=DenseCPLConfig(alpha=0.5, lam=0.75, use_reference=True),

@@ -5,9 +5,8 @@ from rlhf_jax.objectives.cpl_scored import ScoredCPLConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """CPL-KL on every ordered pair of eight rated responses to different prompts."""
-  del arg
   return ExperimentConfig(
     name='cpl_scored',
     # Groups, so that a batch can be accumulated and cut over devices.

@@ -5,9 +5,8 @@ from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """Sigmoid DPO; the reward model only measures."""
-  del arg
   return ExperimentConfig(
     name='dpo',
     objective=DPOConfig(beta=0.7),

@@ -5,9 +5,8 @@ from rlhf_jax.objectives.best_of_n import BestOfNConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """A step is a round of 256 prompts; the policy that answers them is the last round's."""
-  del arg
   return ExperimentConfig(
     name='expert_iteration',
     objective=BestOfNConfig(samples=4, sample_from='policy', epochs=2, minibatches=4),

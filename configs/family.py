@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 
 from configs import reward_model, sft
+from rlhf_jax.config import check_argument
 from rlhf_jax.study import StudyConfig
 
 OBJECTIVES = (
@@ -35,6 +36,8 @@ OBJECTIVES = (
 def get_config(arg: str | None = None) -> StudyConfig:
   """The whole family, or with an argument like `dpo,kto` a part of it; one seed."""
   names = OBJECTIVES if arg is None else tuple(arg.split(','))
+  for name in names:
+    check_argument(name, OBJECTIVES)
   stages = {name: importlib.import_module(f'configs.{name}').get_config() for name in names}
   prompts = {
     name: dataclasses.replace(stage, evaluation=dataclasses.replace(stage.evaluation, prompts=256))

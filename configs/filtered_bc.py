@@ -5,9 +5,8 @@ from rlhf_jax.objectives.weighted_bc import WeightedBCConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """The best quarter of 16,000 rated responses."""
-  del arg
   return ExperimentConfig(
     name='filtered_bc',
     objective=WeightedBCConfig(variant='filtered', keep=0.25),

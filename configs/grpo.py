@@ -5,9 +5,8 @@ from rlhf_jax.objectives.grpo import GRPOConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """Eight responses to each prompt; the KL is in the loss."""
-  del arg
   return ExperimentConfig(
     name='grpo',
     objective=GRPOConfig(samples=8, kl_coefficient=0.5, minibatches=2),

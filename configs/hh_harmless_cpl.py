@@ -10,9 +10,8 @@ from rlhf_jax.objectives.cpl import CPLConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """CPL with log-ratios to the SFT policy, its warm start, and cloning of the chosen responses."""
-  del arg
   return ExperimentConfig(
     name='hh_harmless_cpl',
     objective=CPLConfig(

@@ -5,7 +5,12 @@
 """
 
 from configs import hh_harmless
-from rlhf_jax.config import ExperimentConfig, InitConfig, RewardModelInitConfig
+from rlhf_jax.config import (
+  ExperimentConfig,
+  InitConfig,
+  RewardModelInitConfig,
+  check_argument,
+)
 from rlhf_jax.objectives.dpo import DPOConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
@@ -19,6 +24,7 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
   `configs/hh_harmless_dpo.py:authors` has the recipe of the authors' released code: batches of 64,
   RMSprop at 5e-7 after 150 steps of warm-up, one epoch (their rate at update t is t / 151).
   """
+  check_argument(arg, ('authors',))
   if arg == 'authors':
     authors = get_config()
     authors.name = 'hh_harmless_dpo_authors'

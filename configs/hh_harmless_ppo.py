@@ -11,9 +11,8 @@ from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """Two epochs of two minibatches a rollout; the value function starts as the reward model."""
-  del arg
   return ExperimentConfig(
     name='hh_harmless_ppo',
     objective=PPOConfig(

@@ -10,9 +10,8 @@ from rlhf_jax.objectives.reward_model import RewardModelConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """One epoch under strong weight decay: 1731 comparisons are soon learnt by heart."""
-  del arg
   return ExperimentConfig(
     name='hh_harmless_reward_model',
     objective=RewardModelConfig(normalization='policy_samples'),

@@ -10,9 +10,8 @@ from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """The start of the other hh_harmless stages."""
-  del arg
   return ExperimentConfig(
     name='hh_harmless_sft',
     objective=SFTConfig(),

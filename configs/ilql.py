@@ -5,9 +5,8 @@ from rlhf_jax.objectives.ilql import ILQLConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """The policy is the SFT policy, further trained, tilted by decode_beta (Q - V)."""
-  del arg
   return ExperimentConfig(
     name='ilql',
     # The score comes back token by token, each a step of the slow copies behind the next: over

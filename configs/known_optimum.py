@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from configs import dpo, online_dpo, ppo, reward_model, rloo, sft, tilted_bc
-from rlhf_jax.config import EvaluationConfig
+from rlhf_jax.config import EvaluationConfig, check_argument
 from rlhf_jax.data.config import DataConfig, ReviewsConfig
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
 from rlhf_jax.objectives.tilted_bc import TiltedBCConfig
@@ -91,8 +91,11 @@ def get_config(arg: str | None = None) -> StudyConfig:
   (the default), 'distilled' and 'converged' say which arms; 'converged/dpo,rloo' takes some.
   """
   arm, _, names = ('short' if arg is None else arg).partition('/')
+  check_argument(arm, ARMS)
   objectives = ARMS[arm]()
   if names:
+    for name in names.split(','):
+      check_argument(name, objectives)
     objectives = {name: objectives[name] for name in names.split(',')}
   start = dataclasses.replace(sft.get_config(), data=DATA, steps=1000)
   judge = dataclasses.replace(reward_model.get_config(), data=DATA)

@@ -5,9 +5,8 @@ from rlhf_jax.objectives.kto import KTOConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """Twice the rows of a batch of pairs: as many responses."""
-  del arg
   return ExperimentConfig(
     name='kto',
     objective=KTOConfig(beta=1.0),

@@ -1,6 +1,6 @@
 """Dense contrastive preference learning on the embedded control task: pairs of scored segments."""
 
-from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig
+from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig, check_argument
 from rlhf_jax.data.config import CONTROL, DataConfig
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.objectives.cpl_dense import DenseCPLConfig
@@ -10,6 +10,7 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 
 def get_config(arg: str | None = None) -> ExperimentConfig:
   """Pairs of whole batches of 96 scored segments (released code); 'rankings' pairs within fours."""
+  check_argument(arg, ('rankings',))
   if arg == 'rankings':
     objective: DenseCPLConfig = DenseCPLConfig()
     evaluation = EvaluationConfig(every=100, records=2000, batch_size=500)

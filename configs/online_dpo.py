@@ -5,9 +5,8 @@ from rlhf_jax.objectives.online_dpo import OnlineDPOConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """The better and the worse of two responses make a pair."""
-  del arg
   return ExperimentConfig(
     name='online_dpo',
     objective=OnlineDPOConfig(samples=2, beta=0.7),

@@ -5,9 +5,8 @@ from rlhf_jax.objectives.orpo import ORPOConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """It needs no SFT; it starts from it here so that all objectives have one start."""
-  del arg
   return ExperimentConfig(
     name='orpo',
     objective=ORPOConfig(lam=1.0),

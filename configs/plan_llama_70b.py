@@ -6,7 +6,7 @@
 The parents are this file's own stages 'sft' and 'reward_model', which a plan does not run.
 """
 
-from rlhf_jax.config import ExperimentConfig, InitConfig, RewardModelInitConfig
+from rlhf_jax.config import ExperimentConfig, InitConfig, RewardModelInitConfig, check_argument
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives.ppo import PPOConfig
@@ -40,6 +40,7 @@ def llama_70b() -> ModelConfig:
 
 def get_config(arg: str | None = None) -> ExperimentConfig:
   """The stage, or its parents: 'sft', 'reward_model'."""
+  check_argument(arg, ('sft', 'reward_model'))
   stage = ExperimentConfig(
     name=f'llama_70b_{arg}' if arg else 'llama_70b_ppo',
     batch_size=256,

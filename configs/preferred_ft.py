@@ -6,9 +6,8 @@ from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """A baseline of the DPO paper."""
-  del arg
   return ExperimentConfig(
     name='preferred_ft',
     objective=SFTConfig(),

@@ -7,9 +7,8 @@ from rlhf_jax.config import EvaluationConfig
 from rlhf_jax.study import StudyConfig
 
 
-def get_config(arg: str | None = None) -> StudyConfig:
+def get_config() -> StudyConfig:
   """A study that a laptop finishes in minutes."""
-  del arg
   objectives = {
     'ppo': dataclasses.replace(
       ppo.get_config(), evaluation=EvaluationConfig(every=10, prompts=256)

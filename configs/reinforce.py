@@ -6,9 +6,8 @@ from rlhf_jax.objectives.reinforce import ReinforceConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """One update a rollout."""
-  del arg
   return ExperimentConfig(
     name='reinforce',
     objective=ReinforceConfig(kl=KLPenaltyConfig(coefficient=1.0)),

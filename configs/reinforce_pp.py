@@ -6,9 +6,8 @@ from rlhf_jax.objectives.reinforce_pp import ReinforcePPConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """PPO's updates without its value function."""
-  del arg
   return ExperimentConfig(
     name='reinforce_pp',
     objective=ReinforcePPConfig(kl=KLPenaltyConfig(coefficient=1.0), epochs=2, minibatches=2),

@@ -5,9 +5,8 @@ from rlhf_jax.objectives.reward_rating import RatingRewardConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """A new head on the SFT policy's trunk."""
-  del arg
   return ExperimentConfig(
     name='reward_rating',
     objective=RatingRewardConfig(),

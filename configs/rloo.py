@@ -6,9 +6,8 @@ from rlhf_jax.objectives.rloo import RLOOConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """Four responses to each prompt; two updates a rollout."""
-  del arg
   return ExperimentConfig(
     name='rloo',
     objective=RLOOConfig(samples=4, kl=KLPenaltyConfig(coefficient=1.0), minibatches=2),

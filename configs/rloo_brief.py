@@ -7,13 +7,13 @@ from rlhf_jax.config import ExperimentConfig, RewardModelInitConfig
 from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """An ensemble of three reward models by its worst member, gated by a Python function.
 
   A response of more than eight words is paid its brevity alone, however positive it is.
   """
   return dataclasses.replace(
-    rloo.get_config(arg),
+    rloo.get_config(),
     name='rloo_brief',
     reward_model=RewardModelInitConfig(
       init='configs/reward_model.py',

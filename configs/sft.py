@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the embedded reviews: the start of every other stage."""
 
-from rlhf_jax.config import EvaluationConfig, ExperimentConfig
+from rlhf_jax.config import EvaluationConfig, ExperimentConfig, check_argument
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives.sft import SFTConfig
@@ -13,10 +13,11 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
   `configs/sft.py:all` imitates both responses of every comparison as well, as CPL's behaviour
   cloning does.
   """
+  check_argument(arg, ('all',))
   return ExperimentConfig(
     name='sft',
     objective=SFTConfig(),
-    data=DataConfig(responses='all' if arg == 'all' else 'chosen'),
+    data=DataConfig(responses=arg or 'chosen'),
     # Rounded up, so that a tensor axis divides the vocabulary.
     model=ModelConfig(vocab_multiple=8),
     steps=600,

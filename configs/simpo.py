@@ -5,9 +5,8 @@ from rlhf_jax.objectives.simpo import SimPOConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """The released beta and margin; the reward model only measures."""
-  del arg
   return ExperimentConfig(
     name='simpo',
     objective=SimPOConfig(beta=2.0, gamma=1.0),

@@ -5,9 +5,8 @@ from rlhf_jax.objectives.tilted_bc import TiltedBCConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """Normalised rewards have a standard deviation near 1, so that the optimum's KL is near 0.5."""
-  del arg
   return ExperimentConfig(
     name='tilted_bc',
     objective=TiltedBCConfig(samples=16),

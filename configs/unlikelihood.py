@@ -5,9 +5,8 @@ from rlhf_jax.objectives.unlikelihood import UnlikelihoodConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """A baseline of the DPO paper. It has no tie to the reference: it is stopped early."""
-  del arg
   return ExperimentConfig(
     name='unlikelihood',
     objective=UnlikelihoodConfig(alpha=0.5),

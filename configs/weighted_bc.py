@@ -5,9 +5,8 @@ from rlhf_jax.objectives.weighted_bc import WeightedBCConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
-def get_config(arg: str | None = None) -> ExperimentConfig:
+def get_config() -> ExperimentConfig:
   """Reward-weighted regression on 16,000 rated responses."""
-  del arg
   return ExperimentConfig(
     name='weighted_bc',
     objective=WeightedBCConfig(variant='weighted', temperature=1.5),

@@ -5,10 +5,12 @@ import errno
 import logging as standard_logging
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
 import traceback
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -33,11 +35,16 @@ _STORAGE = (
   errno.EDQUOT,
   errno.EFBIG,
   errno.EROFS,
+  errno.EEXIST,
+  errno.ENOTDIR,
   errno.EACCES,
   errno.EPERM,
   errno.EIO,
   errno.ESTALE,
 )
+# Of fields that may have none, which the flag library would read as a number or a text.
+_NONE = re.compile(r'--config\.(.+)=None')
+_NONES: list[str] = []
 _AGAIN = 'Mend the cause, and run the same command again to go on.'
 
 flags.DEFINE_bool('debug', False, 'Show tracebacks of errors, and check every operation for nan.')
@@ -65,19 +72,43 @@ def given(flag: flags.FlagHolder) -> Any:
     raise UserError(
       f'--config: expected a config dataclass from get_config(), got {type(config).__name__}.'
     )
-  _restore_none(config)
+  for path in _NONES:
+    set_none(config, path)
   return config
 
 
-def _restore_none(config: Any) -> None:
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    children = value.values() if isinstance(value, dict) else [value]
-    for child in children:
-      if dataclasses.is_dataclass(child):
-        _restore_none(child)
-    if value == 'None':
-      setattr(config, field.name, None)
+def set_none(config: Any, path: str) -> None:
+  """Sets what `--config.PATH=None` names; raises UserError where it cannot be None."""
+  owner, name = _owner(config, path)
+  if type(None) not in typing.get_args(typing.get_type_hints(type(owner)).get(name)):
+    raise UserError(f'--config.{path}=None: it must have a value; --help lists the options.')
+  setattr(owner, name, None)
+
+
+def _owner(holder: Any, path: str) -> tuple[Any, str]:
+  """What a path like 'rollout.rewards[0].weight' is a field of, and the field.
+
+  Raises UserError for a part of it that names nothing, with what was probably meant.
+  """
+  *parts, last = path.split('.')
+  for part in [*parts, last]:
+    owner = holder
+    name, _, number = part.rstrip(']').partition('[')
+    fields = holder if isinstance(holder, dict) else getattr(holder, '__dataclass_fields__', {})
+    if name not in fields:
+      raise UserError(
+        f'--config.{path}: {type(holder).__name__} has no {name!r}; {suggestion(name, fields)}'
+      )
+    holder = holder[name] if isinstance(holder, dict) else getattr(holder, name)
+    if number:
+      entries = holder if isinstance(holder, tuple) else ()
+      if not number.isdigit() or int(number) >= len(entries):
+        raise UserError(
+          f'--config.{path}: {name} has {len(entries)} entries, [0] the first; flags change those '
+          'that are there, and further ones are written in a config file.'
+        )
+      holder = entries[int(number)]
+  return owner, last
 
 
 def run_or_model(run: str | None, model: str | None) -> Run:
@@ -182,18 +213,13 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 def parse(argv: Sequence[str]) -> list[str]:
   """Parses flags; unknown config fields and wrong types end with a message, not a traceback."""
+  nones = [match for match in map(_NONE.fullmatch, argv) if match]
+  _NONES[:] = [match[1] for match in nones]
   try:
-    return flags.FLAGS(list(argv))
-  except (
-    flags.Error,
-    KeyError,
-    IndexError,
-    AttributeError,
-    TypeError,
-    ValueError,
-    OSError,
-    UserError,
-  ) as error:
+    return flags.FLAGS([text for text in argv if not _NONE.fullmatch(text)])
+  except SystemExit:  # of --help, which the flag library takes for a failure
+    sys.exit(DONE)
+  except Exception as error:  # of the flag library, or of the user's config file
     if '--debug' in argv:
       traceback.print_exc()
     fail(_what_was_wrong(argv) or f'{error} (--help lists the options)')
@@ -212,25 +238,13 @@ def unknown_field(argv: Sequence[str]) -> str | None:
   files = [text.partition('=')[2] for text in argv if text.startswith('--config=')]
   if not files:
     return None
-  for text in argv:
-    if not text.startswith('--config.'):
-      continue
-    holder: Any = load_config(files[-1])
-    path = text.partition('=')[0]
-    for part in path.split('.')[1:]:
-      name, _, number = part.rstrip(']').partition('[')
-      fields = holder if isinstance(holder, dict) else getattr(holder, '__dataclass_fields__', {})
-      if name not in fields:
-        return f'{path}: {type(holder).__name__} has no {name!r}; {suggestion(name, fields)}'
-      holder = holder[name] if isinstance(holder, dict) else getattr(holder, name)
-      if number:
-        entries = holder if isinstance(holder, tuple) else ()
-        if not number.isdigit() or int(number) >= len(entries):
-          return (
-            f'{path}: {name} has {len(entries)} entries, [0] the first; flags change those that '
-            'are there, and further ones are written in a config file.'
-          )
-        holder = entries[int(number)]
+  config = load_config(files[-1])
+  try:
+    for text in argv:
+      if text.startswith('--config.'):
+        _owner(config, text.partition('=')[0].removeprefix('--config.'))
+  except UserError as error:
+    return str(error)
   return None
 
 

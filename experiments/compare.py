@@ -31,7 +31,7 @@ from experiments.reporting import tables
 from experiments.reporting.files import write_report
 from experiments.reporting.summary import Completion, Study, summarise
 from rlhf_jax.common import processes
-from rlhf_jax.common.errors import UserError
+from rlhf_jax.common.errors import ConfigError, UserError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import to_dict
 from rlhf_jax.evaluation.frontier import FrontierPoint, optimal_frontier
@@ -41,7 +41,7 @@ from rlhf_jax.objectives import objective_of
 from rlhf_jax.recipes.parts import load_parts
 from rlhf_jax.recipes.probes import reference_rewards
 from rlhf_jax.runs import Run, fingerprint
-from rlhf_jax.stages import StoppedError, load_data, run_stage
+from rlhf_jax.stages import StoppedError, check_alone, load_data, run_stage
 from rlhf_jax.study import StudyConfig
 from rlhf_jax.training.writers import read_rows
 
@@ -91,6 +91,15 @@ def run_stages(study: StudyConfig, folder: pathlib.Path, overwrite: bool) -> Sta
       config = study.stage(name, seed, str(sft.folder), str(reward_model.folder))
       objectives[name, seed] = run(config, f'{name}_seed{seed}')
   return Stages(sft, reward_model, objectives)
+
+
+def check_stages(study: StudyConfig, folder: pathlib.Path) -> None:
+  """Raises UserError for what can be known to be wrong of any stage before the first is trained."""
+  for name, config in study.stages().items():
+    try:
+      check_alone(config, folder)
+    except ConfigError as error:
+      raise ConfigError.within(name, error) from error
 
 
 def read_evaluations(stages: Stages) -> Iterator[dict[str, Any]]:
@@ -177,11 +186,13 @@ def keep(rewards: np.ndarray, path: pathlib.Path) -> None:
 def reward_model_facts(run: Run, folder: pathlib.Path) -> dict[str, Any]:
   """Held-out accuracy with its interval, beside the best that any judge could have."""
   row = read_rows(run.folder / 'evaluations.jsonl')[-1]
+  feedback = load_data(run.config.data, folder)
+  assert isinstance(feedback, Feedback), 'a study is of texts'
   right = run.answers(row['step'])['held_out_right']
   return {
     'accuracy': row['held_out_accuracy'],
     'accuracy_interval': proportion_interval(right[None]).to_dict(),
-    'bayes_accuracy': load_data(run.config.data, folder).bayes_accuracy,
+    'bayes_accuracy': feedback.bayes_accuracy(right.size),
   }
 
 
@@ -212,6 +223,8 @@ def read_record(run: Run) -> dict[str, Any]:
 def describe(study: StudyConfig, stages: Stages) -> Study:
   """What a reader must know beside the numbers."""
   config = next(iter(study.objectives.values()))
+  first = next(iter(stages.objectives.values()))
+  answered = len(first.answers(first.config.steps)['prompt'])
   record = read_record(stages.sft)
   packages = record['packages']
   runs = (stages.sft, stages.reward_model, *stages.objectives.values())
@@ -237,7 +250,7 @@ def describe(study: StudyConfig, stages: Stages) -> Study:
       ),
       (
         'Evaluation',
-        f'{config.evaluation.prompts} held-out prompts, one response each, the same '
+        f'{answered} held-out prompts, one response each, the same '
         'random numbers for every model; temperature '
         f'{config.generation.temperature:g}, at most {config.data.response_length} tokens',
       ),
@@ -273,6 +286,7 @@ def compare(
     StoppedError: a signal ended a stage early; the same call goes on.
   """
   study.validate()
+  check_stages(study, folder)
   stages = run_stages(study, folder, overwrite)
   optimum = frontier(study, stages, folder)
   if not processes.is_main():

@@ -80,7 +80,7 @@ HELD_OUT_PATH = flags.DEFINE_string(
 PROMPTS = flags.DEFINE_integer('prompts', None, 'Held-out prompts to answer; 0: none.', 0)
 RECORDS = flags.DEFINE_integer('records', None, 'Held-out records to score; 0: none.', 0)
 BATCH_SIZE = flags.DEFINE_integer('batch_size', None, 'Rows a forward pass.', 1)
-SEED = flags.DEFINE_integer('seed', None, 'Seeds the sampled responses.', 0)
+SEED = flags.DEFINE_integer('seed', None, 'Seeds the sampled responses.', 0, 2**32 - 1)
 BEST_OF_N = flags.DEFINE_list(
   'best_of_n',
   [],

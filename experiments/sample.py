@@ -79,7 +79,7 @@ PROMPT_LENGTH = flags.DEFINE_integer(
   "Tokens of a prompt that are read; longer ones are cut. Default: the run's data.prompt_length.",
   2,
 )
-SEED = flags.DEFINE_integer('seed', 0, 'Seeds the sampling.', 0)
+SEED = flags.DEFINE_integer('seed', 0, 'Seeds the sampling.', 0, 2**32 - 1)
 BEST_OF = flags.DEFINE_integer(
   'best_of',
   1,

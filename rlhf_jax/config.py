@@ -2,11 +2,14 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import pathlib
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from rlhf_jax.common.errors import ConfigError, UserError
+from rlhf_jax.common.prng import check_seed
 from rlhf_jax.config_parts import (
   EvaluationConfig,
   InitConfig,
@@ -84,8 +87,7 @@ class ExperimentConfig:
     for name in ('steps', 'batch_size', 'accumulation'):
       if getattr(self, name) < 1:
         raise ConfigError(name, getattr(self, name), 'an integer >= 1')
-    if self.seed < 0:
-      raise ConfigError('seed', self.seed, 'an integer >= 0')
+    check_seed('seed', self.seed)
     for field in dataclasses.fields(self):
       value: Any = getattr(self, field.name)
       if hasattr(value, 'validate'):
@@ -321,6 +323,15 @@ class ExperimentConfig:
     if self.rollout.engine == 'http' and self.rollout.server.dialect == 'sglang':
       self._validate_stops()
     fixed_length = not (self.generation.stop_at_eos or self.generation.stop_tokens)
+    rollout = self.rollout
+    if fixed_length and rollout.missing_stop != 'none' and rollout.score_truncation_token < 0:
+      raise ConfigError(
+        'rollout.missing_stop',
+        rollout.missing_stop,
+        "'none' where no response can stop",
+        'All would be paid alike. Set --config.generation.stop_at_eos=True, or name stop_tokens or '
+        'a rollout.score_truncation_token.',
+      )
     if demands_of(self.objective).fixed_length and not fixed_length:
       raise ConfigError(
         'objective.score_placement',
@@ -343,7 +354,7 @@ def load_config(reference: str) -> Any:
   """Runs `get_config` of a config file, given as `path/to/config.py` or `path/to/config.py:arg`.
 
   Raises:
-    UserError: the file is missing or has no `get_config`.
+    UserError: the file is missing, fails, has no `get_config`, or one that takes no such argument.
   """
   path, _, argument = reference.partition(':')
   file = pathlib.Path(path)
@@ -352,10 +363,31 @@ def load_config(reference: str) -> Any:
   spec = importlib.util.spec_from_file_location(file.stem, file)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except SyntaxError as error:
-    raise UserError(f'{path}:{error.lineno}: {error.msg}.') from error
+  load = spec.loader.exec_module
+  _ran(reference, lambda: load(module))
   if not hasattr(module, 'get_config'):
-    raise UserError(f'{path}: a config file must define get_config(arg=None).')
-  return module.get_config(argument) if argument else module.get_config()
+    raise UserError(f'{path}: a config file must define get_config().')
+  if not argument:
+    return _ran(reference, module.get_config)
+  if not inspect.signature(module.get_config).parameters:
+    raise UserError(f'{reference}: its get_config takes no argument, here {argument!r}.')
+  return _ran(reference, lambda: module.get_config(argument))
+
+
+def _ran(reference: str, call: Callable[[], Any]) -> Any:
+  """What the user's code gives; its own errors are the user's, and say where they arose."""
+  try:
+    return call()
+  except SyntaxError as error:
+    raise UserError(f'{error.filename}:{error.lineno}: {error.msg}.') from error
+  except Exception as error:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = '' if isinstance(error, UserError) else f'{place.filename}:{place.lineno}: '
+    kind = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
+    raise UserError(f'{reference}: {where}{kind}{error}') from error
+
+
+def check_argument(argument: str | None, known: Iterable[str]) -> None:
+  """Raises UserError for what follows the colon after a config file if it is none of `known`."""
+  if argument is not None and argument not in known:
+    raise UserError(f'argument {argument!r}: expected one of {", ".join(known)}.')

@@ -3,6 +3,7 @@
 import dataclasses
 
 from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.prng import check_seed
 from rlhf_jax.rollout.rewards import AGGREGATES
 
 CHECKPOINTS = ('final', 'best')
@@ -86,6 +87,7 @@ class EvaluationConfig:
         raise ConfigError(f'{path}.{name}', getattr(self, name), 'an integer >= 0')
     if self.batch_size < 1:
       raise ConfigError(f'{path}.batch_size', self.batch_size, 'an integer >= 1')
+    check_seed(f'{path}.seed', self.seed)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -335,6 +335,7 @@ class Run:
     The places, 'mesh' and 'server', are where it works, which is no part of what it is.
     """
     if (self.folder / 'config.json').exists() and self._origin()['identity'] != identity:
+      processes.say(f'{self.folder}: the run of another config that it held is deleted')
       # Renamed first: an interrupted deletion must not leave half a run under its name. A link to
       # the directory stays.
       folder = self.folder.resolve()

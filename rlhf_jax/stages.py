@@ -27,10 +27,10 @@ from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.objectives import demands_of, objective_of
-from rlhf_jax.origins import path_of
+from rlhf_jax.origins import field_of, path_of
 from rlhf_jax.provenance import environment_record, git_revision
 from rlhf_jax.recipes import Built, build
-from rlhf_jax.recipes.parts import chat_template, check_devices, check_role
+from rlhf_jax.recipes.parts import chat_template, check_devices, check_role, check_trains
 from rlhf_jax.recipes.rewards import reward_fingerprints
 from rlhf_jax.runs import Run, fingerprint, write_json
 from rlhf_jax.training.checkpoints import Checkpoints
@@ -148,24 +148,53 @@ def resolve(
 
   `chain` holds the config files that led here, so that a circle of them is refused.
   """
-  config.validate()
   if config.deterministic:
     determinism.require()
-  feedback = load_data(config.data, root)
-  check_devices(config)
-  for kind in _needed(config):
-    feedback.require('train', kind)
-  # Like all that can be wrong here, before the stages that it starts from take their time.
-  online = objective_of(config.objective).data == 'prompts'
-  rewards = reward_fingerprints(config.rollout) if online else {}
-  for role, (init, checkpoint) in config.inits().items():
-    if is_source(init) and (run := open_source(init)).result is not None:
-      check_role(role, run)
-      run.params_identity(checkpoint)  # which says so if there are no parameters that can be read
+  _check_chain(config, root, chain)
+  feedback, rewards = check_alone(config, root)
   parents = {
     role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()
   }
   return Stage(config, parents, feedback, _identity(config, parents, feedback, rewards))
+
+
+def check_alone(
+  config: ExperimentConfig, root: str | pathlib.Path
+) -> tuple[Feedback | ControlFeedback, dict[str, str]]:
+  """A stage's data, and the fingerprints of its reward functions.
+
+  Raises UserError for what can be known to be wrong without the stages that it starts from.
+  """
+  config.validate()
+  feedback = load_data(config.data, root)
+  check_devices(config)
+  for kind in _needed(config):
+    feedback.require('train', kind)
+  objective = objective_of(config.objective)
+  if objective.trains == 'policy' and config.evaluation.prompts and isinstance(feedback, Feedback):
+    feedback.require('held_out', 'prompts')
+  rewards = reward_fingerprints(config.rollout) if objective.data == 'prompts' else {}
+  return feedback, rewards
+
+
+def _check_chain(
+  config: ExperimentConfig, root: str | pathlib.Path, chain: tuple[str, ...]
+) -> None:
+  """Raises UserError for what can be known to be wrong before any stage takes its time."""
+  check_alone(config, root)
+  for role, (init, checkpoint) in config.inits().items():
+    if is_source(init):
+      if (run := open_source(init)).result is not None:
+        check_role(role, run)
+        run.params_identity(checkpoint)  # which says so if no parameters can be read
+      continue
+    needed = _needed_stage(config, role, init, chain)
+    try:
+      _check_chain(needed, root, (*chain, init))
+    except ConfigError as error:
+      raise ConfigError(
+        path_of(role), init, 'a stage that can run on behalf of this one', f'Of that one: {error}'
+      ) from error
 
 
 def _needed(config: ExperimentConfig) -> tuple[str, ...]:
@@ -254,21 +283,7 @@ def _parent(
         'It has no result.json: run its command again to finish it.',
       )
     return run
-  if not pathlib.Path(init.partition(':')[0]).is_file():
-    raise ConfigError(
-      field,
-      init,
-      'a run directory, a checkpoint folder (hf:owner/name of the hub) or a config file',
-      'There is none at that path.',
-    )
-  if init in chain:
-    raise ConfigError(
-      field,
-      init,
-      'a stage that does not start from this one',
-      f'{" -> ".join(chain)} is a circle.',
-    )
-  needed = _needed_stage(config, field, init)
+  needed = _needed_stage(config, role, init, chain)
   stage = resolve(needed, root, (*chain, init))
   folder = pathlib.Path(root) / 'stages' / f'{needed.name}-{fingerprint(stage.identity)[:12]}'
   run = Run(folder)
@@ -285,11 +300,37 @@ def _parent(
   return run
 
 
-def _needed_stage(config: ExperimentConfig, field: str, init: str) -> ExperimentConfig:
+def _needed_stage(
+  config: ExperimentConfig, role: str, init: str, chain: tuple[str, ...]
+) -> ExperimentConfig:
   """The stage of a config file that `config` starts from, on the devices and the data of that."""
+  field = path_of(role)
+  if not pathlib.Path(init.partition(':')[0]).is_file():
+    raise ConfigError(
+      field,
+      init,
+      'a run directory, a checkpoint folder (hf:owner/name of the hub) or a config file',
+      'There is none at that path.',
+    )
+  if init in chain:
+    raise ConfigError(
+      field,
+      init,
+      'a stage that does not start from this one',
+      f'{" -> ".join(chain)} is a circle.',
+    )
   needed = load_config(init)
   if not isinstance(needed, ExperimentConfig):
     raise ConfigError(field, init, f'the config of one stage, not a {type(needed).__name__}')
+  check_trains(role, init, needed)
+  checkpoint = config.inits()[role].checkpoint
+  if checkpoint == 'best' and not needed.checkpoint.best_metric:
+    raise ConfigError(
+      f'{field_of(role)}.checkpoint',
+      checkpoint,
+      f"'final' with {init}, which keeps no best checkpoint",
+      'Set its checkpoint.best_metric, or name a run that kept one.',
+    )
   # It works on behalf of this stage: on the same devices, on the same data (or what is held out
   # here might be trained on there); what it makes of them is its own affair.
   needed.mesh = config.mesh

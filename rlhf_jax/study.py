@@ -3,6 +3,7 @@
 import dataclasses
 
 from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.prng import check_seed
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import NAME, differences, is_name, to_dict
 from rlhf_jax.data.config import EMBEDDED
@@ -37,8 +38,10 @@ class StudyConfig:
       ConfigError: names the field, its value, what was expected and what to do.
     """
     self._validate_types()
-    if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-      raise ConfigError('seeds', self.seeds, 'one or more different integers >= 0')
+    if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+      raise ConfigError('seeds', self.seeds, 'one or more different integers')
+    for seed in self.seeds:
+      check_seed('seeds', seed)
     if not self.objectives:
       raise ConfigError('objectives', self.objectives, 'at least one objective')
     for name in ('frontier_samples', 'kl_budget'):
@@ -105,15 +108,7 @@ class StudyConfig:
 
   def _validate_stages(self) -> None:
     """Every stage's own values, before the first of them is trained."""
-    some = 'a stage of this study'
-    parts = {
-      'sft': self.sft,
-      'reward_model': dataclasses.replace(
-        self.reward_model, policy=dataclasses.replace(self.reward_model.policy, init=some)
-      ),
-      **{f'objectives.{name}': self.stage(name, 0, some, some) for name in self.objectives},
-    }
-    for name, config in parts.items():
+    for name, config in self.stages().items():
       try:
         config.validate()
       except ConfigError as error:
@@ -156,6 +151,16 @@ class StudyConfig:
         self.reward_model.evaluation.records,
         'at least 1: the report says how often it is right on held-out records',
       )
+
+  def stages(self) -> dict[str, ExperimentConfig]:
+    """Every stage by its path in the study, starting from places that are still to come."""
+    some = 'a stage of this study'
+    start = dataclasses.replace(self.reward_model.policy, init=some)
+    return {
+      'sft': self.sft,
+      'reward_model': dataclasses.replace(self.reward_model, policy=start),
+      **{f'objectives.{name}': self.stage(name, 0, some, some) for name in self.objectives},
+    }
 
   def stage(self, name: str, seed: int, sft: str, reward_model: str) -> ExperimentConfig:
     """The config of one objective and seed, with its parents' run directories filled in."""

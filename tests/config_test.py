@@ -228,7 +228,7 @@ JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
     ('sft', {'name': 'a/b'}, 'name', 'letters'),
     ('sft', {'steps': 0}, 'steps', '>= 1'),
     ('sft', {'batch_size': 0}, 'batch_size', '>= 1'),
-    ('sft', {'seed': -1}, 'seed', '>= 0'),
+    ('sft', {'seed': -1}, 'seed', 'from 0 to'),
     ('sft', {'accumulation': 3}, 'batch_size', 'accumulation 3'),
     ('ppo', {'accumulation': 8}, 'batch_size', 'objective.minibatches 2 x accumulation 8'),
     ('rloo', {'objective.minibatches': 3}, 'batch_size', 'rows (2 rows of each)'),
@@ -243,6 +243,13 @@ JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
     ('ppo', {'generation.top_k': 5}, 'generation', 'unfiltered policy'),
     ('ppo', {'objective.score_placement': 'last_position'}, 'objective.score_placement', 'eos'),
     ('ppo', {'rollout.rewards': ()}, 'rollout.rewards', 'at least one'),
+    (
+      'ppo',
+      {'rollout.missing_stop': 'replace', 'generation.stop_at_eos': False},
+      'rollout.missing_stop',
+      'where no response can stop',
+    ),
+    ('ppo', {'evaluation.seed': 2**32}, 'evaluation.seed', '2**32 - 1'),
     ('dpo', SERVER, 'rollout.engine', "'local' for dpo"),
     ('ilql', SERVER, 'rollout.engine', "'local' for ilql"),
     (
@@ -388,4 +395,24 @@ def test_config_files_take_an_argument(tmp_path: pathlib.Path) -> None:
     load_config(str(tmp_path / 'y.py'))
   file.write_text('x = 1\n')
   with pytest.raises(UserError, match='must define get_config'):
+    load_config(str(file))
+  file.write_text('def get_config():\n  return {}\n')
+  with pytest.raises(UserError, match="x.py:some: its get_config takes no argument, here 'some'"):
+    load_config(f'{file}:some')
+  with pytest.raises(UserError, match="sft.py:al: argument 'al': expected one of all"):
+    load_config('configs/sft.py:al')
+
+
+@pytest.mark.parametrize(
+  ('text', 'words'),
+  [
+    ('import no_such_module\n', 'x.py:1: ModuleNotFoundError: No module'),
+    ('def get_config():\n  return undefined\n', 'x.py:2: NameError: '),
+    ('def get_config():\n  return (\n', "x.py:2: '\\(' was never closed"),
+  ],
+)
+def test_a_config_file_that_fails_says_where(text: str, words: str, tmp_path: pathlib.Path) -> None:
+  file = tmp_path / 'x.py'
+  file.write_text(text)
+  with pytest.raises(UserError, match=words):
     load_config(str(file))

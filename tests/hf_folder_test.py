@@ -139,7 +139,7 @@ def test_wrong_folders(folders: Path, tmp_path: Path) -> None:
   """A policy is no reward model; embeddings must hold all ids; nothing is nothing."""
   config = config_of('rloo', folders)
   config.reward_model = RewardModelInitConfig(init=str(folders / 'policy'))
-  with pytest.raises(ConfigError, match=r'reward_model.init=.*expected the run of a reward model'):
+  with pytest.raises(ConfigError, match=r'reward_model.init=.*expected what trains a reward model'):
     tiny.run_stage(config, tmp_path / 'out')
   config = config_of('sft', folders)
   config.policy = InitConfig(init=str(tmp_path / 'nothing'))

@@ -237,7 +237,7 @@ def test_a_start_that_is_none_is_named(parents: pathlib.Path, tmp_path: pathlib.
   assert 'none at that path' in refused(init='no/such')
   assert 'finished run' in refused(init=str(tmp_path))
   assert 'best_metric' in refused(init=str(parents / 'sft'), checkpoint='best')
-  assert 'That run trained a reward model' in refused(init=str(parents / 'reward_model'))
+  assert 'That trains a reward model' in refused(init=str(parents / 'reward_model'))
   study = tmp_path / 'study.py'
   study.write_text('def get_config(): return {}')
   assert 'config of one stage' in refused(init=str(study))

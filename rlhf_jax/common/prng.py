@@ -5,6 +5,8 @@ import zlib
 
 import jax
 
+from rlhf_jax.common.errors import ConfigError
+
 Array = jax.Array
 
 
@@ -33,3 +35,9 @@ def stream_key(key: Array, stream: Stream, step: int | Array = 0) -> Array:
 def row_keys(key: Array, index: Array) -> Array:
   """`[B]` row numbers -> `[B]` keys, so that a row's draws do not depend on its neighbours."""
   return jax.vmap(lambda row: jax.random.fold_in(key, row))(index)
+
+
+def check_seed(field: str, seed: int) -> None:
+  """Raises ConfigError for a seed that another one would be taken for: keys have 32 bits of it."""
+  if not 0 <= seed < 2**32:
+    raise ConfigError(field, seed, 'an integer from 0 to 2**32 - 1')

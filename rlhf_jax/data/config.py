@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.prng import check_seed
 from rlhf_jax.data.lqr import LQRConfig
 from rlhf_jax.feedback.convert import CONVERTERS
 from rlhf_jax.feedback.labelling import LabelConfig
@@ -60,8 +61,7 @@ class ReviewsConfig:
       raise ConfigError(
         f'{path}.ranking_size', self.ranking_size, f'an integer in [2, {LARGEST_RANKING}]'
       )
-    if self.seed < 0:
-      raise ConfigError(f'{path}.seed', self.seed, 'an integer >= 0')
+    check_seed(f'{path}.seed', self.seed)
     self.labels.validate(f'{path}.labels')
 
 

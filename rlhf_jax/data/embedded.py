@@ -11,7 +11,7 @@ import numpy as np
 from rlhf_jax.data import reviews
 from rlhf_jax.data.config import ReviewsConfig
 from rlhf_jax.feedback.dataset import Deferred, Feedback, Split
-from rlhf_jax.feedback.labelling import LabelConfig, bayes_accuracy, label, population, rank
+from rlhf_jax.feedback.labelling import LabelConfig, label, population, rank
 from rlhf_jax.feedback.records import (
   Comparison,
   Demonstration,
@@ -92,7 +92,7 @@ def make(config: ReviewsConfig, held_out: float, max_words: int) -> Feedback:
     train=splits[0],
     held_out=splits[1],
     task=ReviewsTask(),
-    bayes_accuracy=bayes_accuracy(probability) if probability.size else None,
+    label_probability=probability,
   )
 
 

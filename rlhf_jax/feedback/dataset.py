@@ -12,6 +12,7 @@ import numpy as np
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.feedback.convert import CONVERTERS
 from rlhf_jax.feedback.dialogues import Context, Dialogue, contents
+from rlhf_jax.feedback.labelling import bayes_accuracy
 from rlhf_jax.feedback.records import (
   Comparison,
   Demonstration,
@@ -125,7 +126,7 @@ class Feedback:
     train: records to learn from.
     held_out: records kept for evaluation.
     task: the task, where the true reward is known.
-    bayes_accuracy: the best accuracy any judge can have on `held_out.comparisons`, where known.
+    label_probability: `[N]`, how likely each label of `held_out.comparisons` was, where known.
     quarantined: how many bad records were set aside.
     damage: what is said of files that are damaged from some line on.
     unconverted: what there was to learn from before a converter was applied, so that stages with
@@ -136,10 +137,15 @@ class Feedback:
   train: Split
   held_out: Split
   task: Task | None = None
-  bayes_accuracy: float | None = None
+  label_probability: np.ndarray | None = None
   quarantined: int = 0
   damage: tuple[str, ...] = ()
   unconverted: Split | None = None
+
+  def bayes_accuracy(self, count: int | None = None) -> float | None:
+    """The best accuracy any judge can have on the first held-out comparisons, where known."""
+    known = self.label_probability
+    return None if known is None or not known.size else bayes_accuracy(known[:count])
 
   def require(self, split: str, kind: str) -> tuple[Any, ...]:
     """`train` or `held_out` records of a kind; raises DataError where the source has none."""
@@ -194,7 +200,7 @@ class Feedback:
       train=train,
       held_out=self.held_out.converted(name),
       # It was that of the comparisons that are replaced.
-      bayes_accuracy=None if converter.target == 'comparisons' else self.bayes_accuracy,
+      label_probability=None if converter.target == 'comparisons' else self.label_probability,
     )
 
   @functools.cached_property

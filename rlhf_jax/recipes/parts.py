@@ -112,13 +112,18 @@ def load_parts(
 
 def check_role(role: str, run: Run) -> None:
   """Raises ConfigError for a run that trained something else than its role says."""
-  trained, wanted = objective_of(run.config.objective).trains, field_of(role)
+  check_trains(role, str(run.folder), run.config)
+
+
+def check_trains(role: str, init: str, config: ExperimentConfig) -> None:
+  """Raises ConfigError where the config behind an `init` trains something else than its role."""
+  trained, wanted = objective_of(config.objective).trains, field_of(role)
   if trained != wanted:
     raise ConfigError(
       path_of(role),
-      str(run.folder),
-      f'the run of a {wanted.replace("_", " ")}',
-      f'That run trained a {trained.replace("_", " ")}.',
+      init,
+      f'what trains a {wanted.replace("_", " ")}',
+      f'That trains a {trained.replace("_", " ")}.',
     )
 
 

@@ -36,7 +36,7 @@ def test_demonstrations_and_prompts_derive_from_comparisons(tmp_path):
     Demonstration(pair['prompt'], pair['chosen']) for pair in PAIRS
   )
   assert feedback.train.prompts == tuple(Prompt(f'prompt {i}') for i in range(20))  # each once
-  assert feedback.task is None and feedback.bayes_accuracy is None
+  assert feedback.task is None and feedback.bayes_accuracy() is None
   with pytest.raises(DataError, match='no held_out comparisons'):
     feedback.require('held_out', 'comparisons')
 
@@ -120,7 +120,7 @@ def test_the_embedded_task_has_every_kind_and_its_optimum():
   assert len(feedback.require('train', 'prompts')) == 10
   assert len(feedback.require('train', 'demonstrations')) == 30
   assert len(feedback.require('held_out', 'comparisons')) == 20
-  assert feedback.task is not None and feedback.bayes_accuracy is not None
+  assert feedback.task is not None and feedback.bayes_accuracy() is not None
   config.responses = 'all'
   assert len(sources.load(config).train.demonstrations) == 30 + 2 * 40
 
@@ -189,7 +189,7 @@ def test_the_embedded_task_is_converted_from_its_own_kinds():
   config.convert = 'rankings_to_comparisons'
   feedback = sources.load(config)
   assert len(feedback.train.comparisons) == 8 * 6 and len(feedback.held_out.comparisons) == 6 * 6
-  assert feedback.bayes_accuracy is None and plain.bayes_accuracy is not None
+  assert feedback.bayes_accuracy() is None and plain.bayes_accuracy() is not None
   assert feedback.fingerprint != plain.fingerprint
   first: Ranking = feedback.train.rankings[0]
   assert feedback.train.comparisons[0].prompt == first.prompt

@@ -10,6 +10,7 @@ from ml_collections import config_flags
 
 from experiments import cli
 from rlhf_jax.common.errors import UserError
+from rlhf_jax.config import load_config
 from rlhf_jax.rollout.config import RewardConfig
 
 
@@ -73,6 +74,18 @@ def test_a_path_that_leads_somewhere_is_no_mistake() -> None:
   paths = ('rollout.rewards[0].weight', 'objective.kl.target', 'steps', 'reward_model.ensemble')
   for path in paths:
     assert cli.unknown_field(['--config=configs/ppo.py', f'--config.{path}=1']) is None
+
+
+def test_none_is_a_value_of_what_may_have_none() -> None:
+  """Numbers, and fields within tuples, too."""
+  config = load_config('configs/rloo_brief.py')
+  config.model.window = 3
+  for path in ('model.window', 'rollout.rewards[1].clip_above', 'policy.init'):
+    cli.set_none(config, path)
+  assert config.model.window is config.rollout.rewards[1].clip_above is config.policy.init is None
+  for path in ('seed', 'rollout.rewards[0].weight', 'name'):
+    with pytest.raises(UserError, match=r'=None: it must have a value'):
+      cli.set_none(config, path)
 
 
 def test_what_follows_a_failed_checkpoint_is_not_shown() -> None:

@@ -32,6 +32,21 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
   ),
   'unknown flag': ([SFT, '--workdirs=x'], ['workdirs']),
   'no flag': ([SFT, 'steps=3'], ['steps=3', '--name=value']),
+  'no value': ([SFT, '--config.model.kv_heads=None', '--config.seed=None'], ['seed=None', 'value']),
+  'a seed of 33 bits': ([SFT, '--config.seed=4294967296'], ['seed=4294967296', '2**32 - 1']),
+  'an argument of none': ([f'{DPO}:x'], ['dpo.py:x', 'takes no argument']),
+  'parent of another kind': (
+    [PPO, f'--config.reward_model.init={SFT.partition("=")[2]}'],
+    ['reward_model.init=', 'That trains a policy'],
+  ),
+  'parent without a best': (
+    [DPO, '--config.policy.checkpoint=best'],
+    ["policy.checkpoint='best'", "'final' with configs/sft.py"],
+  ),
+  'parent on these devices': (
+    [DPO, '--config.mesh.tensor=1', '--config.batch_size=66', '--config.data.held_out=0'],
+    ['no held_out prompts'],
+  ),
   'wrong type': ([SFT, '--config.steps=ten'], ['--config.steps', 'ten']),
   'wrong type of a list': ([SFT, '--config.generation.stop_tokens=a'], ['stop_tokens']),
   'no such config': (['--config=configs/stf.py'], ['configs/stf.py', 'no config file']),
@@ -120,6 +135,7 @@ def test_debug_shows_where_it_happened(tmp_path: pathlib.Path) -> None:
 
 def test_help_lists_what_there_is() -> None:
   done = run_program('train', '--help')
+  assert done.returncode == 0
   for words in ('--config=configs/dpo.py', 'Exit codes', '--workdir', '--[no]overwrite', '--root'):
     assert words in done.stdout
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from rlhf_jax.common.errors import DataError
@@ -20,6 +21,7 @@ RATINGS = (Rating('How?', 'So.', 1), Rating('How?', 'Thus.', 0.5))
 RANKING = Ranking('How?', ('So.', 'Thus.', 'Hm.'), (1, 2, 2))
 STEPS = StepRating('How?', ('So.', 'Thus.'), (1, 0), separator='\n')
 PAIR = Comparison('How?', 'So.', 'Thus.')
+PROBABILITY = np.array([0.9, 0.3])
 TRAIN = Split((Prompt('How?'),), (Demonstration('How?', 'So.'),), (PAIR,))
 
 
@@ -72,13 +74,18 @@ def test_what_is_missing_is_refused_with_the_converters_that_would_make_it(split
 
 def test_converted_records_replace_those_of_their_kind_on_both_sides():
   split = Split(comparisons=(PAIR,), ratings=RATINGS)
-  feedback = Feedback('x', split, split, bayes_accuracy=0.8).converted('ratings_to_comparisons')
+  feedback = Feedback('x', split, split, label_probability=PROBABILITY).converted(
+    'ratings_to_comparisons'
+  )
   for side in (feedback.train, feedback.held_out):
     assert side.comparisons == (Comparison('How?', 'So.', 'Thus.', margin=0.5),)
     assert side.ratings == RATINGS
-  assert feedback.bayes_accuracy is None  # it was that of other comparisons
-  other = Feedback('x', split, split, bayes_accuracy=0.8).converted('comparisons_to_ratings')
-  assert other.bayes_accuracy == 0.8 and len(other.train.ratings) == 2
+  assert feedback.bayes_accuracy() is None  # it was that of other comparisons
+  other = Feedback('x', split, split, label_probability=PROBABILITY).converted(
+    'comparisons_to_ratings'
+  )
+  assert other.bayes_accuracy(1) == pytest.approx(0.9)
+  assert other.bayes_accuracy() == pytest.approx(0.8) and len(other.train.ratings) == 2
 
 
 def test_a_converter_without_anything_to_read_or_to_give_is_refused():

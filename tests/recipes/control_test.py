@@ -244,7 +244,7 @@ def test_a_policy_is_no_reward_model(tmp_path: pathlib.Path) -> None:
   run(small('lqr_sft'), tmp_path / 'sft')
   config = small('lqr_piql')
   config.reward_model.init = str(tmp_path / 'sft')
-  with pytest.raises(ConfigError, match=r'reward_model\.init.*the run of a reward model'):
+  with pytest.raises(ConfigError, match=r'reward_model\.init.*what trains a reward model'):
     with tiny.devices(1):
       stages.run_stage(config, tmp_path / 'run', root=tmp_path)
 
