@@ -26,11 +26,11 @@ from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.hf_folder import is_source, open_source
-from rlhf_jax.objectives import demands_of, objective_of
+from rlhf_jax.objectives import objective_of
 from rlhf_jax.origins import path_of
 from rlhf_jax.provenance import environment_record, git_revision
 from rlhf_jax.recipes import Built, build
-from rlhf_jax.recipes.parts import chat_template, check_devices, check_role
+from rlhf_jax.recipes.parts import chat_template, check_devices, check_records, check_role
 from rlhf_jax.recipes.rewards import reward_fingerprints
 from rlhf_jax.runs import Run, fingerprint, write_json
 from rlhf_jax.training.checkpoints import Checkpoints
@@ -153,8 +153,7 @@ def resolve(
     determinism.require()
   feedback = load_data(config.data, root)
   check_devices(config)
-  for kind in _needed(config):
-    feedback.require('train', kind)
+  check_records(config, feedback)
   # Like all that can be wrong here, before the stages that it starts from take their time.
   online = objective_of(config.objective).data == 'prompts'
   rewards = reward_fingerprints(config.rollout) if online else {}
@@ -166,13 +165,6 @@ def resolve(
     role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()
   }
   return Stage(config, parents, feedback, _identity(config, parents, feedback, rewards))
-
-
-def _needed(config: ExperimentConfig) -> tuple[str, ...]:
-  """The kinds of records that a stage learns from, those that it reads at its very end too."""
-  kind = objective_of(config.objective).data
-  normalized = demands_of(config.objective).normalization.kind == 'demonstrations'
-  return (kind, 'demonstrations') if normalized else (kind,)
 
 
 def load_data(data: DataConfig, root: str | pathlib.Path) -> Feedback | ControlFeedback:
