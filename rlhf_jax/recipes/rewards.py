@@ -27,7 +27,7 @@ from rlhf_jax.origins import field_of, is_term
 from rlhf_jax.recipes.parts import Parts, abstract_reward_model
 from rlhf_jax.recipes.sharing import once_a_prompt
 from rlhf_jax.rollout.config import RolloutConfig
-from rlhf_jax.rollout.rewards import aggregate, combine
+from rlhf_jax.rollout.rewards import aggregate, combine, counted
 from rlhf_jax.rollout.rollout import Scored
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import put_batch
@@ -172,19 +172,19 @@ def make_reward(
 
   @jax.jit
   def add(found: list[Scored]) -> Scored:
-    scores = combine([scored.scores for scored in found], configs)
+    scores = [scored.scores for scored in found]
     paid = [
-      config.weight * scored.token_rewards
-      for config, scored in zip(configs, found, strict=True)
+      jnp.where(counts[:, None], config.weight * scored.token_rewards, 0.0)
+      for counts, config, scored in zip(counted(scores, configs), configs, found, strict=True)
       if scored.token_rewards is not None
     ]
     disagreements = [scored.disagreement for scored in found if scored.disagreement is not None]
     return Scored(
-      scores,
+      combine(scores, configs),
       functools.reduce(jnp.add, paid) if paid else None,
       # There is one ensemble at most.
       disagreements[0] if disagreements else None,
-      jnp.stack([scored.scores for scored in found], axis=1),
+      jnp.stack(scores, axis=1),
     )
 
   return lambda sequences: add([judge(sequences) for judge in judges])
