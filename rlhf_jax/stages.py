@@ -31,7 +31,7 @@ from rlhf_jax.origins import path_of
 from rlhf_jax.provenance import environment_record, git_revision
 from rlhf_jax.recipes import Built, build
 from rlhf_jax.recipes.parts import chat_template, check_devices, check_records, check_role
-from rlhf_jax.recipes.rewards import reward_fingerprints
+from rlhf_jax.recipes.rewards import check_judges, reward_fingerprints
 from rlhf_jax.runs import Run, fingerprint, write_json
 from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.loop import LoopConfig, Outcome, train
@@ -164,6 +164,7 @@ def resolve(
   parents = {
     role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()
   }
+  check_judges(config, parents)
   return Stage(config, parents, feedback, _identity(config, parents, feedback, rewards))
 
 

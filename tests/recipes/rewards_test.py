@@ -229,6 +229,10 @@ def test_members_can_be_config_files(parents: pathlib.Path, tmp_path: pathlib.Pa
   assert loaded is not None and len(loaded.params) == 2
   first, second = (np.asarray(tree['head']['kernel']) for tree in loaded.params)
   assert not np.array_equal(first, second)
+  again = f'{tmp_path}/../{tmp_path.name}/reward_model.py:0'
+  config.reward_model = RewardModelInitConfig(init=f'{file}:0', ensemble=(again,))
+  with pytest.raises(ConfigError, match=r'reward_model\.ensemble.*the same parameters'):
+    identity(config, tmp_path)
 
 
 LEXICON = 'def count(prompts, responses):\n  return [len(text.split()) for text in responses]\n'
@@ -336,3 +340,27 @@ def test_members_must_differ(judges: pathlib.Path, parents: pathlib.Path) -> Non
   for members in ((judges / 'a', judges / 'a'), (judges / 'a', '')):
     with pytest.raises(ConfigError, match=r'reward_model\.ensemble'):
       make_config(parents, *members, aggregate='uncertainty').validate()
+
+
+def test_members_and_rewards_must_differ_under_any_names(
+  judges: pathlib.Path, parents: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  """A copy of a run has its parameters: it is no other judge."""
+  copy = judges / 'a_elsewhere'
+  shutil.copytree(judges / 'a', copy, dirs_exist_ok=True)
+  with pytest.raises(ConfigError, match='the same parameters') as caught:
+    identity(make_config(parents, judges / 'a', judges / 'b', copy), tmp_path)
+  assert caught.value.field == 'reward_model.ensemble' and repr(str(copy)) in str(caught.value)
+
+  def rewards(*members: str, terms: tuple[RewardConfig, ...]) -> Any:
+    folders = [judges / name for name in members]
+    return make_config(parents, *folders, rollout=RolloutConfig(rewards=terms))
+
+  own = RewardConfig(init=str(copy), weight=0.5)
+  for terms in ((RewardConfig(), own), (RewardConfig(init=str(judges / 'a')), own)):
+    with pytest.raises(ConfigError, match='the same parameters') as caught:
+      identity(rewards('a', terms=terms), tmp_path)
+    assert caught.value.field == 'rollout.rewards[1].init'
+  # One reward, and a model that is not asked; and an ensemble beside its first member.
+  identity(rewards('a', terms=(own,)), tmp_path)
+  identity(rewards('a', 'b', terms=(RewardConfig(), own)), tmp_path)
