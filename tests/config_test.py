@@ -283,6 +283,12 @@ JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
       'reward_model.uncertainty_coefficient',
       '>= 0',
     ),
+    (
+      'ppo',
+      {'reward_model.ensemble': ('x',), 'reward_model.uncertainty_coefficient': 0.5},
+      'reward_model.uncertainty_coefficient',
+      "with aggregate 'mean'",
+    ),
     *(
       (case, {'objective.samples': 1}, 'objective.samples', '>= 2')
       for case in ('rloo', 'grpo', 'online_dpo', 'best_of_n')

@@ -50,7 +50,7 @@ def make_config(
     init=first,
     ensemble=tuple(others),
     aggregate=aggregate,
-    uncertainty_coefficient=COEFFICIENT,
+    uncertainty_coefficient=COEFFICIENT if aggregate == 'uncertainty' else 1.0,
   )
   return tiny.make_config('ppo', parents, **{'reward_model': reward_model, **changes})
 
@@ -153,7 +153,7 @@ def test_a_closed_gate_pays_no_tokens_but_its_own(
     gated = paid(RewardConfig(weight=2.0), dataclasses.replace(count, gate_below=longer))
   below, short = own < gate, words < longer
   assert below.any() and not below.all() and short.any() and not short.all()
-  close = dict(rtol=1e-4, atol=1e-5)
+  close: Any = {'rtol': 1e-4, 'atol': 1e-5}
   for found, pays, scores in (
     (gating, below, np.where(below, 2 * own, words)),
     (gated, ~short, np.where(short, words, 2 * own + words)),
