@@ -44,7 +44,8 @@ class ILQLConfig:
   target_rate: float = 0.005
   # Strength of the tilt when responses are sampled: log pi + beta (Q - V).
   decode_beta: float = 1.0
-  # Scores are brought to mean 0 and standard deviation 1 over the dataset, as in trlx.
+  # Scores are brought to mean 0 and standard deviation 1 over the dataset, as in trlx (whose
+  # deviation is of the count less one).
   whiten_scores: bool = True
 
   def validate(self, path: str) -> None:
@@ -63,7 +64,9 @@ def curate(config: ILQLConfig, scores: np.ndarray, baselines: Callable[[], np.nd
   """Every row, its score standardised over the dataset where asked for."""
   del baselines
   if config.whiten_scores:
-    scores = (scores - scores.mean()) / max(float(scores.std()), 1e-8)
+    # Of equal scores, or of one, nothing is left.
+    deviation = scores.std(ddof=1) if len(scores) > 1 else 0.0
+    scores = (scores - scores.mean()) / max(float(deviation), 1e-8)
   return Curated(scores, np.ones(len(scores), bool))
 
 
