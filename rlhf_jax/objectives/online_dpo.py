@@ -38,7 +38,7 @@ class OnlineDPOConfig:
   # Passes over the rollouts of an iteration, and minibatches (optimizer updates) in each pass.
   epochs: int = 1
   minibatches: int = 1
-  # Strength of the tie to the reference.
+  # Strength of the tie to the reference (0.1 in TRL).
   beta: float = 0.1
   # As in DPO: 'sigmoid', 'ipo' or 'hinge' (the paper's three).
   variant: str = 'sigmoid'

@@ -37,7 +37,7 @@ class ReinforceConfig:
   # iteration; 'running', a moving average over the iterations before (Ahmadian et al. 2024, eq. 8,
   # is the plain mean of all rewards so far).
   baseline: str = 'running'
-  # What the moving average keeps of itself in an iteration.
+  # What the moving average keeps of itself in an iteration (0.9: about ten iterations).
   baseline_decay: float = 0.9
   # The penalty on the KL of the whole response, inside its reward.
   kl: KLPenaltyConfig = dataclasses.field(default_factory=KLPenaltyConfig)
