@@ -4,6 +4,7 @@ import dataclasses
 
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.common.prng import check_seed
+from rlhf_jax.objectives.base import check_unread
 from rlhf_jax.rollout.rewards import AGGREGATES
 
 CHECKPOINTS = ('final', 'best')
@@ -34,7 +35,8 @@ class RewardModelInitConfig(InitConfig):
   # Further ones, runs or configs like `init`: together they are an ensemble.
   ensemble: tuple[str, ...] = ()
   # The ensemble's score: its 'mean'; its 'worst' member's; or, 'uncertainty', the mean less
-  # uncertainty_coefficient times the variance over members (Coste et al. 2023).
+  # uncertainty_coefficient times the variance over members (Coste et al. 2023). Members that
+  # score tokens are aggregated token by token.
   aggregate: str = 'mean'
   uncertainty_coefficient: float = 1.0
 
@@ -63,6 +65,9 @@ class RewardModelInitConfig(InitConfig):
       raise ConfigError(
         f'{path}.uncertainty_coefficient', self.uncertainty_coefficient, 'a number >= 0'
       )
+    if self.aggregate != 'uncertainty':
+      where = f'with aggregate {self.aggregate!r}'
+      check_unread(self, path, ('uncertainty_coefficient',), where)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -26,12 +26,18 @@ from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.hf_folder import is_source, open_source
-from rlhf_jax.objectives import demands_of, objective_of
+from rlhf_jax.objectives import objective_of
 from rlhf_jax.origins import field_of, path_of
 from rlhf_jax.provenance import environment_record, git_revision
 from rlhf_jax.recipes import Built, build
-from rlhf_jax.recipes.parts import chat_template, check_devices, check_role, check_trains
-from rlhf_jax.recipes.rewards import reward_fingerprints
+from rlhf_jax.recipes.parts import (
+  chat_template,
+  check_devices,
+  check_records,
+  check_role,
+  check_trains,
+)
+from rlhf_jax.recipes.rewards import check_judges, reward_fingerprints
 from rlhf_jax.runs import Run, fingerprint, write_json
 from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.loop import LoopConfig, Outcome, train
@@ -155,6 +161,7 @@ def resolve(
   parents = {
     role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()
   }
+  check_judges(config, parents)
   return Stage(config, parents, feedback, _identity(config, parents, feedback, rewards))
 
 
@@ -168,8 +175,7 @@ def check_alone(
   config.validate()
   feedback = load_data(config.data, root)
   check_devices(config)
-  for kind in _needed(config):
-    feedback.require('train', kind)
+  check_records(config, feedback)
   objective = objective_of(config.objective)
   if objective.trains == 'policy' and config.evaluation.prompts and isinstance(feedback, Feedback):
     feedback.require('held_out', 'prompts')
@@ -195,13 +201,6 @@ def _check_chain(
       raise ConfigError(
         path_of(role), init, 'a stage that can run on behalf of this one', f'Of that one: {error}'
       ) from error
-
-
-def _needed(config: ExperimentConfig) -> tuple[str, ...]:
-  """The kinds of records that a stage learns from, those that it reads at its very end too."""
-  kind = objective_of(config.objective).data
-  normalized = demands_of(config.objective).normalization.kind == 'demonstrations'
-  return (kind, 'demonstrations') if normalized else (kind,)
 
 
 def load_data(data: DataConfig, root: str | pathlib.Path) -> Feedback | ControlFeedback:

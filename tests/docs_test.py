@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from docs import fill
 from rlhf_jax.config import ExperimentConfig, load_config
 from rlhf_jax.objectives import OBJECTIVES, Actors
 from rlhf_jax.recipes.rewards import load_function
-from tests.objectives import tabular
+from tests.objectives import base_test, cases, properties_test, tabular
 from tests.objectives.references import pairs
 
 PAGE = fill.PAGE.read_text()
@@ -164,10 +165,16 @@ def test_the_example_of_rewards_works(tmp_path: Path, monkeypatch: pytest.Monkey
     load_function(source)
 
 
-def test_the_example_of_an_objective_works(tmp_path: Path) -> None:
-  """Its config validates, its loss is the equation."""
+@pytest.fixture
+def example(tmp_path: Path) -> Any:
+  """The row of the table that the page's example is."""
   (code,) = (code for code in CODE if 'OBJECTIVE' in code)
-  row = load(code, tmp_path).OBJECTIVE
+  return load(code, tmp_path).OBJECTIVE
+
+
+def test_the_example_of_an_objective_works(example: Any) -> None:
+  """Its config validates, its loss is the equation."""
+  row = example
   config = row.config(delta=2.0, nll_coefficient=0.5)
   config.validate('objective')
   logprobs = np.array([[[-1.0, -2.0], [-1.5, -9.0]], [[-1.0, -1.0], [-4.0, -4.0]]], np.float32)
@@ -178,3 +185,35 @@ def test_the_example_of_an_objective_works(tmp_path: Path) -> None:
   # Totals -3, -1.5 and -2, -8.
   expected = ((2.0 + 3.0 - 1.5) + 0.5 * 3.0 + 0.0 + 0.5 * 2.0) / 2
   np.testing.assert_allclose(mean.value(), expected, rtol=1e-6)
+
+
+# What is asked of a case of comparisons, with the arguments of one call.
+PROPERTIES: dict[str, tuple[Any, ...]] = {
+  'test_cases_are_valid_configs': (),
+  'test_masked_contents_do_not_matter': (np.nan, 0),
+  'test_masked_outputs_do_not_matter_and_have_no_gradient': (np.inf,),
+  'test_more_padding_changes_nothing': (),
+  'test_swapping_labels_mirrors_the_loss': (),
+  'test_swapping_negates_the_predicted_difference': (),
+  'test_splitting_rows_changes_nothing': (),
+  'test_losses_and_metrics_are_float32': (),
+  'test_gradients_stay_finite_at_extreme_log_ratios': (1e3,),
+  'test_reference_log_probs_are_needed_exactly_where_declared': (),
+}
+
+
+def test_the_example_of_an_objective_has_all_properties(
+  example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """In the table and among the cases, as the page says, it passes what is asked of all of them."""
+  monkeypatch.setitem(OBJECTIVES, example.name, example)
+  monkeypatch.setitem(cases.CASES, example.name, example.config())
+  base_test.test_rows_of_the_table_are_whole()
+  base_test.test_a_config_selects_its_objective_by_type()
+  properties_test.test_every_objective_has_a_case()
+  tests = inspect.getmembers(properties_test, inspect.isfunction)
+  asked = {name for name, test in tests if 'case' in inspect.signature(test).parameters}
+  asked = {name for name in asked if name.startswith('test_')}
+  assert asked - {'test_the_order_in_which_a_ranking_is_listed_does_not_matter'} == set(PROPERTIES)
+  for name, arguments in PROPERTIES.items():
+    getattr(properties_test, name)(example.name, *arguments)

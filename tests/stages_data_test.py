@@ -10,6 +10,7 @@ from rlhf_jax import stages
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.config import InitConfig, RewardModelInitConfig
 from rlhf_jax.data.config import DataConfig
+from rlhf_jax.objectives.kto import KTOConfig
 from rlhf_jax.objectives.reward_listwise import ListwiseRewardConfig
 from rlhf_jax.recipes import parts
 from tests import tiny
@@ -25,8 +26,14 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def write_data(folder: pathlib.Path, kind: str, convert: str = '') -> DataConfig:
   """A file of records of one kind."""
-  path = folder / f'{kind}.jsonl'
-  path.write_text('\n'.join(json.dumps({'prompt': f'say {n}', **ROWS[kind]}) for n in range(20)))
+  rows = [{'prompt': f'say {n}', **ROWS[kind]} for n in range(20)]
+  return write_rows(folder, rows, convert)
+
+
+def write_rows(folder: pathlib.Path, rows: list[dict[str, Any]], convert: str = '') -> DataConfig:
+  """A file of these records."""
+  path = folder / 'rows.jsonl'
+  path.write_text('\n'.join(map(json.dumps, rows)))
   return DataConfig(
     source='jsonl',
     path=str(path),
@@ -89,6 +96,53 @@ def test_what_is_read_at_the_end_is_asked_for_at_the_start(
   data = write_data(tmp_path, 'rankings')
   said = refused('reward_listwise', data, tmp_path, monkeypatch)
   assert 'no train demonstrations' in said and 'rankings_to_demonstrations' in said
+  assert "--config.objective.normalization='none' does without them" in said
+
+
+@pytest.mark.parametrize(
+  ('case', 'kind', 'convert'),
+  [
+    ('reward_listwise', 'ratings', 'ratings_to_rankings'),
+    ('reward_rating', 'rankings', 'rankings_to_ratings'),
+  ],
+)
+def test_a_converter_does_not_lead_to_another_and_back(
+  case: str, kind: str, convert: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """There is one at a time: what learns from converted records is normalised otherwise."""
+  rows = [{'prompt': f'say {n}', **ROWS[kind]} for n in range(20)]
+  if kind == 'ratings':  # of one prompt, which differ
+    rows += [{**row, 'response': 'bad', 'score': -1.0} for row in rows]
+  said = refused(case, write_rows(tmp_path, rows, convert), tmp_path, monkeypatch)
+  assert 'no train demonstrations' in said and '--config.data.convert' not in said
+  assert "--config.objective.normalization='none' does without them" in said
+
+
+@pytest.mark.parametrize(
+  ('scores', 'threshold', 'found'),
+  [
+    ((1.0, 3.0, 5.0), 0.0, '20 are above objective.threshold=0 and 0 below'),
+    ((1.0, 3.0, 5.0), 5.0, '0 are above objective.threshold=5 and 13 below'),
+    ((0.5,), 0.5, '0 are above objective.threshold=0.5 and 0 below'),
+  ],
+)
+def test_kto_wants_good_and_bad(
+  scores: tuple[float, ...],
+  threshold: float,
+  found: str,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """Ratings from 1 to 5 are all good at a threshold of 0: the field and the counts are named."""
+  rows = [
+    {'prompt': f'say {n}', 'response': 'so', 'score': scores[n % len(scores)]} for n in range(24)
+  ]
+  data = write_rows(tmp_path, rows)
+  said = refused('kto', data, tmp_path, monkeypatch, objective=KTOConfig(threshold=threshold))
+  assert found in said and 'Set --config.objective.threshold between' in said
+  config = tiny.make_config('kto', data=data, objective=KTOConfig(threshold=3.0))
+  if len(scores) > 1:
+    parts.check_records(config, stages.load_data(data, tmp_path))
 
 
 @pytest.mark.slow

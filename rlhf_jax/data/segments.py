@@ -81,11 +81,12 @@ class ControlFeedback:
   quarantined: int = 0
   damage: tuple[str, ...] = ()
 
-  def require(self, split: str, kind: str) -> Judged:
+  def require(self, split: str, kind: str, instead: str = '') -> Judged:
     """What a split has of a kind; demonstrations and step ratings are the comparisons' segments.
 
     Raises DataError for another kind, and where there are none.
     """
+    del instead  # no objective of control has records that come second
     field = {'demonstrations': 'comparisons', 'step_ratings': 'comparisons'}.get(kind, kind)
     if field not in ('comparisons', 'ratings', 'rankings'):
       raise DataError(

@@ -147,15 +147,19 @@ class Feedback:
     known = self.label_probability
     return None if known is None or not known.size else bayes_accuracy(known[:count])
 
-  def require(self, split: str, kind: str) -> tuple[Any, ...]:
-    """`train` or `held_out` records of a kind; raises DataError where the source has none."""
+  def require(self, split: str, kind: str, instead: str = '') -> tuple[Any, ...]:
+    """`train` or `held_out` records of a kind; raises DataError where the source has none.
+
+    `instead` says how to do without them, where they come second. A converter is then none of the
+    ways if there is one already: it would be in the place of that.
+    """
     side: Split = getattr(self, split)
     records = getattr(side, kind)
     if len(records):
       return tuple(records)
-    raise DataError(
-      f'{self.source}: no {split} {kind}; found {side.sizes}. {self._remedy(split, kind)}'
-    )
+    taken = instead and self.unconverted is not None
+    remedy = instead if taken else f'{self._remedy(split, kind)} {instead}'.rstrip()
+    raise DataError(f'{self.source}: no {split} {kind}; found {side.sizes}. {remedy}')
 
   def _remedy(self, split: str, kind: str) -> str:
     if split == 'held_out' and len(getattr(self.train, kind)):

@@ -197,6 +197,8 @@ class Objective(NamedTuple):
     curate: `(config, scores, baselines) -> Curated`, for objectives that eat ratings: from all
       scores `[N]` of the dataset; `baselines()` gives `[N]` estimates of the score that the
       reference's response to the same prompt would have had.
+    unlearnable: `(config, scores) -> str`, for objectives that eat ratings: why nothing can be
+      learnt from all scores `[N]` float32 of the dataset; '': something can.
     collect: `(config, experience, carry) -> Collected`, for objectives that eat prompts.
     carry: initial memory of `collect`, numbers by name.
     trains: the role of what is trained.
@@ -213,6 +215,7 @@ class Objective(NamedTuple):
   difference: Callable[[Any, Actors, Params, Any], Array] | None = None
   prepare: Callable[[Any, Actors, Params, Params | None, Any], Any] | None = None
   curate: Callable[[Any, np.ndarray, Callable[[], np.ndarray]], Curated] | None = None
+  unlearnable: Callable[[Any, np.ndarray], str] | None = None
   collect: Callable[[Any, Experience, Carry], Collected] | None = None
   carry: Callable[[Any], dict[str, float]] = lambda config: {}
   trains: Literal['policy', 'reward_model'] = 'policy'

@@ -47,7 +47,8 @@ class GRPOConfig:
   # Passes over the rollouts of an iteration, and minibatches (optimizer updates) in each pass.
   epochs: int = 1
   minibatches: int = 1
-  # How far a token's probability ratio may fall and rise (DAPO: 0.2 and 0.28).
+  # How far a token's probability ratio may fall and rise (TRL: 0.2 both; DAPO: 0.2
+  # and 0.28).
   clip: float = 0.2
   clip_high: float = 0.2
   # The largest ratio that counts where the advantage is negative (`delta` in TRL; 3 in Ye et al.

@@ -29,22 +29,24 @@ Array = jax.Array
 class ILQLConfig:
   """Implicit language Q-learning (Snell et al. 2023); defaults as in trlx."""
 
-  # Discount of a token.
+  # Discount of a token (0.99 in trlx).
   gamma: float = 0.99
-  # V is this expectile of Q over the data's actions.
+  # V is this expectile of Q over the data's actions (0.7 in trlx).
   expectile: float = 0.7
-  # Weight of the conservative term, the cross-entropy of the data's tokens under softmax(Q).
+  # Weight of the conservative term, the cross-entropy of the data's tokens under softmax(Q)
+  # (0.1 in trlx).
   cql_coefficient: float = 0.1
   # Weight of the policy's own log-likelihood term, and the inverse temperature of its weights
-  # exp(beta (Q - V)); 0 is plain imitation (Nair et al. 2020).
+  # exp(beta (Q - V)); 0 is plain imitation (Nair et al. 2020; 1 and 0 in trlx).
   awac_coefficient: float = 1.0
   awac_beta: float = 0.0
   # How far the slow copies of Q move towards Q in an update (Kostrikov et al. 2021; trlx moves by
   # 0.001 every 5 updates).
   target_rate: float = 0.005
-  # Strength of the tilt when responses are sampled: log pi + beta (Q - V).
+  # Strength of the tilt when responses are sampled: log pi + beta (Q - V) (1 in trlx).
   decode_beta: float = 1.0
-  # Scores are brought to mean 0 and standard deviation 1 over the dataset, as in trlx.
+  # Scores are brought to mean 0 and standard deviation 1 over the dataset, as in trlx (whose
+  # deviation is of the count less one).
   whiten_scores: bool = True
 
   def validate(self, path: str) -> None:
@@ -63,7 +65,9 @@ def curate(config: ILQLConfig, scores: np.ndarray, baselines: Callable[[], np.nd
   """Every row, its score standardised over the dataset where asked for."""
   del baselines
   if config.whiten_scores:
-    scores = (scores - scores.mean()) / max(float(scores.std()), 1e-8)
+    # Of equal scores, or of one, nothing is left.
+    deviation = scores.std(ddof=1) if len(scores) > 1 else 0.0
+    scores = (scores - scores.mean()) / max(float(deviation), 1e-8)
   return Curated(scores, np.ones(len(scores), bool))
 
 

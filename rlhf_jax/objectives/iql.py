@@ -32,14 +32,16 @@ class IQLConfig:
   Rewards are those of the stage's reward model (P-IQL), or the task's own where it names none.
   """
 
-  # Discount of a step.
+  # Discount of a step (0.99 in Hejna et al. 2023, released code).
   gamma: float = 0.99
-  # V is this expectile of Q over the data's actions.
+  # V is this expectile of Q over the data's actions (0.7 in Hejna et al. 2023, released code).
   expectile: float = 0.7
-  # Inverse temperature of the weights exp(beta (Q - V)), and where they are cut.
+  # Inverse temperature of the weights exp(beta (Q - V)), and where they are cut (3 and
+  # 100 in Hejna et al. 2023, released code).
   temperature: float = 3.0
   max_weight: float = 100.0
-  # How far the slow copies of Q move towards Q in an update.
+  # How far the slow copies of Q move towards Q in an update (0.005 in Hejna et al. 2023,
+  # released code).
   target_rate: float = 0.005
 
   def validate(self, path: str) -> None:

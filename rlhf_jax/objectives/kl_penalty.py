@@ -14,7 +14,8 @@ Array = jax.Array
 class KLPenaltyConfig:
   """How strongly the KL to the reference is taken off the reward."""
 
-  # Initial (and, without a target, constant) coefficient beta (0.05 in Huang et al. 2024).
+  # Initial (and, without a target, constant) coefficient beta (0.05 in Huang et al. 2024;
+  # 0.01 in OpenRLHF's REINFORCE++).
   coefficient: float = 0.05
   # Sequence KL in nats that the adaptive controller aims at; 0 keeps the coefficient fixed.
   target: float = 0.0

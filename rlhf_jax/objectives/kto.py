@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from rlhf_jax.common.checks import check_float, check_shapes
@@ -41,6 +42,19 @@ class KTOConfig:
     for name in ('beta', 'desirable_weight', 'undesirable_weight'):
       if not getattr(self, name) > 0:
         raise ConfigError(f'{path}.{name}', getattr(self, name), 'a number > 0')
+
+
+def unlearnable(config: KTOConfig, scores: np.ndarray) -> str:
+  """Why nothing can be learnt from scores `[N]` on one side of the threshold; '' from others."""
+  threshold = np.float32(config.threshold)
+  above, below = int((scores > threshold).sum()), int((scores < threshold).sum())
+  if above and below:
+    return ''
+  return (
+    f'of {len(scores)} ratings, {scores.min():g} to {scores.max():g}, {above} are above '
+    f'objective.threshold={config.threshold:g} and {below} below; expected some of either. '
+    'Set --config.objective.threshold between good ratings and bad ones.'
+  )
 
 
 @struct.dataclass
@@ -158,5 +172,6 @@ OBJECTIVE = Objective(
   loss,
   always,
   prepare=prepare,
+  unlearnable=unlearnable,
   demands=demands,
 )

@@ -22,6 +22,7 @@ from rlhf_jax.objectives.base import (
 )
 from rlhf_jax.objectives.dpo import dpo
 from rlhf_jax.objectives.policy_gradient import check_samples, check_updates, grouped
+from rlhf_jax.objectives.reward_model import preference_metrics
 
 Array = jax.Array
 
@@ -37,7 +38,7 @@ class OnlineDPOConfig:
   # Passes over the rollouts of an iteration, and minibatches (optimizer updates) in each pass.
   epochs: int = 1
   minibatches: int = 1
-  # Strength of the tie to the reference.
+  # Strength of the tie to the reference (0.1 in TRL).
   beta: float = 0.1
   # As in DPO: 'sigmoid', 'ipo' or 'hinge' (the paper's three).
   variant: str = 'sigmoid'
@@ -91,8 +92,10 @@ def loss(config: OnlineDPOConfig, actors: Actors, params: Params, batch: Pairs) 
   told_apart = batch.margin > 0
   mean = Mean.of(losses, told_apart)
   margin = config.beta * (logratios[:, 0] - logratios[:, 1])
+  # A pair whose scores are equal is a labelled tie.
+  labels = jnp.where(told_apart, batch.preference, 0.5)
   return mean, {
-    'accuracy': Mean.of(margin > 0, told_apart),
+    'accuracy': preference_metrics(margin, labels)['accuracy'],
     'implicit_reward_margin': Mean.of(margin, told_apart),
   }
 

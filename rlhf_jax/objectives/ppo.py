@@ -39,13 +39,16 @@ Array = jax.Array
 class PPOConfig:
   """PPO for language models (Schulman et al. 2017; Ziegler et al. 2019; Huang et al. 2024)."""
 
-  # Passes over the rollouts of an iteration, and minibatches (optimizer updates) in each pass.
+  # Passes over the rollouts of an iteration, and minibatches (optimizer updates) in each pass (4
+  # and 1 in Ziegler et al. 2019, released code; 4 in Huang et al. 2024).
   epochs: int = 4
   minibatches: int = 1
-  # Discount and trace decay of the advantage estimator.
+  # Discount and trace decay of the advantage estimator (1 and 0.95 in Ziegler et al. 2019 and
+  # Huang et al. 2024).
   gamma: float = 1.0
   lam: float = 0.95
-  # Clipping of the probability ratio and of the value function's move, and the value loss's weight.
+  # Clipping of the probability ratio and of the value function's move, and the value loss's weight
+  # (0.2, 0.2 and 0.1 in Ziegler et al. 2019, released code).
   clip: float = 0.2
   value_clip: float = 0.2
   value_coefficient: float = 0.1

@@ -18,6 +18,7 @@ from rlhf_jax.objectives.base import (
   Objective,
   Params,
   always,
+  check_unread,
 )
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig, next_coefficient
 from rlhf_jax.objectives.policy_gradient import rollouts_of, sequence_kl
@@ -36,7 +37,7 @@ class ReinforceConfig:
   # iteration; 'running', a moving average over the iterations before (Ahmadian et al. 2024, eq. 8,
   # is the plain mean of all rewards so far).
   baseline: str = 'running'
-  # What the moving average keeps of itself in an iteration.
+  # What the moving average keeps of itself in an iteration (0.9: about ten iterations).
   baseline_decay: float = 0.9
   # The penalty on the KL of the whole response, inside its reward.
   kl: KLPenaltyConfig = dataclasses.field(default_factory=KLPenaltyConfig)
@@ -47,6 +48,8 @@ class ReinforceConfig:
       raise ConfigError(f'{path}.baseline', self.baseline, f'one of {BASELINES}')
     if not 0 <= self.baseline_decay < 1:
       raise ConfigError(f'{path}.baseline_decay', self.baseline_decay, 'a number in [0, 1)')
+    if self.baseline != 'running':
+      check_unread(self, path, ('baseline_decay',), f'with baseline {self.baseline!r}')
     self.kl.validate(f'{path}.kl')
 
 

@@ -28,7 +28,8 @@ MAX_LOGPROB = -1e-6
 class UnlikelihoodConfig:
   """The unlikelihood baseline of Rafailov et al. 2023 (section 6; Welleck et al. 2020)."""
 
-  # Weight of the unlikelihood term (swept over 0.05, 0.1, 0.5, 1 by Rafailov et al.).
+  # Weight of the unlikelihood term (0.1 is one of those that Rafailov et al. sweep:
+  # 0.05, 0.1, 0.5, 1).
   alpha: float = 0.1
   # How a rejected response is made unlikely: 'sequence', by lowering its log-prob (Rafailov et al.;
   # without lower bound, so that long training degenerates), or 'token', by raising log(1 - p) of

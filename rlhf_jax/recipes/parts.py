@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from rlhf_jax.common import prng
-from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.common.errors import ConfigError, DataError
+from rlhf_jax.common.types import Ratings
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.data import templates, tokenizers
 from rlhf_jax.data.config import TRAINED_TOKENIZERS, DataConfig
+from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.models import adapters, attending, decoder, heads, q_heads, roles
@@ -242,6 +245,24 @@ def check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
       config.evaluation.batch_size,
       f'a multiple of the {devices} devices of the data and fsdp axes',
     )
+
+
+def check_records(config: ExperimentConfig, feedback: Feedback | ControlFeedback) -> None:
+  """Raises DataError without records to learn from, to the very end of the stage."""
+  objective = objective_of(config.objective)
+  feedback.require('train', objective.data)
+  if objective.unlearnable is not None:
+    rated = feedback.train.ratings
+    given = rated.score if isinstance(rated, Ratings) else [rating.score for rating in rated]
+    scores = np.asarray(given, np.float32)
+    if reason := objective.unlearnable(config.objective, scores):
+      raise DataError(f'{feedback.source}: {reason}')
+  if demands_of(config.objective).normalization.kind == 'demonstrations':
+    instead = (
+      'They are for the normalization alone, not for what is learnt: '
+      "--config.objective.normalization='none' does without them, 'policy_samples' takes prompts."
+    )
+    feedback.require('train', 'demonstrations', instead)
 
 
 def check_length(model: ModelConfig, config: ExperimentConfig) -> None:

@@ -7,7 +7,7 @@ import pathlib
 import sys
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,15 +19,16 @@ from rlhf_jax.common.masked import masked_sum
 from rlhf_jax.common.processes import gather_rows, shared_rows, to_host
 from rlhf_jax.common.rows import map_rows
 from rlhf_jax.common.types import Sequences
+from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.evaluation.policy import decode_sequences
 from rlhf_jax.models import roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
-from rlhf_jax.origins import field_of, is_term
+from rlhf_jax.origins import field_of, is_term, path_of
 from rlhf_jax.recipes.parts import Parts, abstract_reward_model
 from rlhf_jax.recipes.sharing import once_a_prompt
 from rlhf_jax.rollout.config import RolloutConfig
-from rlhf_jax.rollout.rewards import aggregate, combine
+from rlhf_jax.rollout.rewards import aggregate, combine, counted
 from rlhf_jax.rollout.rollout import Scored
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import put_batch
@@ -92,6 +93,32 @@ def load_member(parts: Parts, run: Run, checkpoint: str) -> FrozenRewardModel:
       'reward_model.init', str(run.folder), 'a reward model that can pay a policy', reason
     )
   return FrozenRewardModel((model,), (params,), objective_of(objective).by_token)
+
+
+def check_judges(config: ExperimentConfig, parents: Mapping[str, Run]) -> None:
+  """Raises ConfigError for a model that is two members of the ensemble, or two of the rewards.
+
+  Its names may differ: parents are the same where their parameters are.
+  """
+  inits = config.inits()
+  members = [role for role in inits if field_of(role) == 'reward_model' and not is_term(role)]
+  terms = [role for role in inits if is_term(role)]
+  if len(members) == 1 and any(
+    reward.source == 'reward_model' and reward.init is None for reward in config.rollout.rewards
+  ):
+    terms = [*members, *terms]
+  for together in (members, terms):
+    known: dict[str, str] = {}
+    for role in together:
+      init, checkpoint = inits[role]
+      first = known.setdefault(parents[role].params_identity(checkpoint), role)
+      if first != role:
+        raise ConfigError(
+          path_of(role),
+          init,
+          f'another model than {path_of(first)}={inits[first].init!r}',
+          'Both names lead to the same parameters. Name one that was trained with another seed.',
+        )
 
 
 class Reading(NamedTuple):
@@ -172,19 +199,19 @@ def make_reward(
 
   @jax.jit
   def add(found: list[Scored]) -> Scored:
-    scores = combine([scored.scores for scored in found], configs)
+    scores = [scored.scores for scored in found]
     paid = [
-      config.weight * scored.token_rewards
-      for config, scored in zip(configs, found, strict=True)
+      jnp.where(counts[:, None], config.weight * scored.token_rewards, 0.0)
+      for counts, config, scored in zip(counted(scores, configs), configs, found, strict=True)
       if scored.token_rewards is not None
     ]
     disagreements = [scored.disagreement for scored in found if scored.disagreement is not None]
     return Scored(
-      scores,
+      combine(scores, configs),
       functools.reduce(jnp.add, paid) if paid else None,
       # There is one ensemble at most.
       disagreements[0] if disagreements else None,
-      jnp.stack([scored.scores for scored in found], axis=1),
+      jnp.stack(scores, axis=1),
     )
 
   return lambda sequences: add([judge(sequences) for judge in judges])

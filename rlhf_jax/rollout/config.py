@@ -5,6 +5,7 @@ import urllib.parse
 
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.models.hf_files import DTYPES
+from rlhf_jax.objectives.base import check_unread
 
 ENGINES = ('local', 'http')
 DIALECTS = ('vllm', 'sglang')
@@ -50,6 +51,14 @@ class RewardConfig:
       raise ConfigError(f'{path}.files', self.files, f'none with source {self.source!r}')
     if self.gate_only and self.gate_below is None:
       raise ConfigError(f'{path}.gate_only', True, f'False without {path}.gate_below')
+    limit, gate = self.clip_above, self.gate_below
+    if limit is not None and gate is not None and limit < gate:
+      raise ConfigError(
+        f'{path}.clip_above',
+        limit,
+        f'None, or a number >= {path}.gate_below={gate}',
+        'It would count for no more above the gate than just below it.',
+      )
     if self.weight == 0:
       raise ConfigError(f'{path}.weight', self.weight, 'a number that is not 0', 'Leave it out.')
 
@@ -175,10 +184,14 @@ class RolloutConfig:
       raise ConfigError(
         f'{path}.score_truncation_after', self.score_truncation_after, 'an integer >= 0'
       )
+    if self.score_truncation_token < 0:
+      check_unread(self, path, ('score_truncation_after',), 'without score_truncation_token')
     self._validate_engine(path)
     kinds = ('none', 'replace', 'subtract')
     if self.missing_stop not in kinds:
       raise ConfigError(f'{path}.missing_stop', self.missing_stop, f'one of {kinds}')
+    if self.missing_stop == 'none':
+      check_unread(self, path, ('missing_stop_value',), "with missing_stop 'none'")
     if self.missing_stop == 'subtract' and self.missing_stop_value <= 0:
       raise ConfigError(
         f'{path}.missing_stop_value',

@@ -13,11 +13,28 @@ Array = jax.Array
 AGGREGATES = ('mean', 'worst', 'uncertainty')
 
 
-def combine(scores: Sequence[Array], configs: Sequence[RewardConfig]) -> Array:
-  """The weighted sum of `[B]` float rewards, less what thresholds and gates take away: `[B]`.
+def counted(scores: Sequence[Array], configs: Sequence[RewardConfig]) -> list[Array]:
+  """Which of the `[B]` float rewards count, `[B]` bool each.
 
-  Every reward counts up to its `clip_above`, those that are `gate_only` not at all. A reward below
-  its `gate_below` alone is the score, weighted; of several such the first one listed.
+  Below its `gate_below` a reward counts alone, of several such the first one listed. Elsewhere all
+  do but those that are `gate_only`.
+  """
+  counts = []
+  free = jnp.ones(scores[0].shape, bool)
+  for score, config in zip(scores, configs, strict=True):
+    below = free & (score < (-jnp.inf if config.gate_below is None else config.gate_below))
+    counts.append(below)
+    free &= ~below
+  return [
+    alone if config.gate_only else alone | free
+    for alone, config in zip(counts, configs, strict=True)
+  ]
+
+
+def combine(scores: Sequence[Array], configs: Sequence[RewardConfig]) -> Array:
+  """The weighted sum of those `[B]` float rewards that are `counted`: `[B]` float32.
+
+  Every reward counts up to its `clip_above`, which is not below its gate.
   """
   check_float(**{f'reward_{number}': score for number, score in enumerate(scores)})
   scores = [score.astype(jnp.float32) for score in scores]
@@ -26,14 +43,10 @@ def combine(scores: Sequence[Array], configs: Sequence[RewardConfig]) -> Array:
     for score, config in zip(scores, configs, strict=True)
   ]
   total = sum(
-    config.weight * score
-    for score, config in zip(clipped, configs, strict=True)
-    if not config.gate_only
+    jnp.where(counts, config.weight * score, 0.0)
+    for counts, score, config in zip(counted(scores, configs), clipped, configs, strict=True)
   )
   assert isinstance(total, jax.Array)
-  for score, config in reversed(list(zip(scores, configs, strict=True))):
-    if config.gate_below is not None:
-      total = jnp.where(score < config.gate_below, config.weight * score, total)
   return total
 
 

@@ -15,6 +15,7 @@ from rlhf_jax.objectives.base import flatten_rows, of_preferred, pair_logprobs
 from rlhf_jax.objectives.cpl import CPLConfig
 from rlhf_jax.objectives.cpl_dense import DenseCPLConfig
 from rlhf_jax.objectives.dpo import DPOConfig
+from rlhf_jax.objectives.reinforce import ReinforceConfig
 from rlhf_jax.objectives.weighted_bc import WeightedBCConfig
 from tests import quick
 from tests.objectives import tabular
@@ -125,6 +126,7 @@ def test_of_preferred_takes_the_preferred_and_halves_ties() -> None:
     (ALoLConfig(kl_coefficient=0.2), 'kl_coefficient', "variant 'sequence'"),
     (ALoLConfig(variant='kl', clip=0.2), 'clip', "variant 'kl'"),
     (ALoLConfig(variant='reference_free', clip=0.2), 'clip', "variant 'reference_free'"),
+    (ReinforceConfig(baseline='batch', baseline_decay=0.5), 'baseline_decay', "baseline 'batch'"),
     (WeightedBCConfig(temperature=2.0), 'temperature', "variant 'filtered'"),
     (WeightedBCConfig(variant='weighted', keep=0.5), 'keep', "variant 'weighted'"),
   ],

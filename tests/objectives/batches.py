@@ -9,7 +9,9 @@ import numpy as np
 
 from rlhf_jax.common.types import Pairs, Rankings, Ratings, Rollouts, Sequences, StepRatings
 from rlhf_jax.objectives import ObjectiveConfig, objective_of
+from rlhf_jax.objectives.imitation import as_responses
 from rlhf_jax.objectives.kto import ReferencedRatings
+from rlhf_jax.objectives.orpo import ORPOConfig
 
 VOCAB, P, R, B, K = 5, 3, 4, 4, 3
 LENGTHS = ((4, 2, 3), (1, 3, 4), (3, 4, 2), (2, 1, 1))
@@ -114,9 +116,20 @@ def token_mask(batch: Any) -> Any:
   return mask & batch.mask[..., None] if isinstance(batch, Rankings) else mask
 
 
-def masks_of(batch: Any) -> dict[str, Any]:
-  """Which outputs of `DIRECT` may matter, by name."""
-  tokens = batch.score_mask if isinstance(batch, StepRatings) else token_mask(batch)
+def texts_of(config: ObjectiveConfig, batch: Any) -> Sequences:
+  """What a config's loss asks a policy about: the responses, or with them their prompts."""
+  sequences = sequences_of(batch)
+  whole = isinstance(config, ORPOConfig) and config.prompt_nll
+  return as_responses(sequences)[0] if whole else sequences
+
+
+def masks_of(config: ObjectiveConfig, batch: Any) -> dict[str, Any]:
+  """Which outputs of `DIRECT` may matter to a config's loss, by name."""
+  tokens: Any = np.asarray(texts_of(config, batch).response_mask)
+  if isinstance(batch, Rankings):
+    tokens = token_mask(batch)
+  elif isinstance(batch, StepRatings) and getattr(config, 'between', None) != 'zero':
+    tokens = batch.score_mask
   q_names = ('next_values', 'target_q')
   masks = dict.fromkeys(('logprobs', 'entropy', 'values', *q_names), tokens)
   if isinstance(batch, Rollouts) and batch.value_mask is not None:

@@ -72,12 +72,13 @@ def test_the_policy_alone_is_imitation() -> None:
 
 
 def test_scores_are_standardised_over_the_dataset() -> None:
-  """Mean 0 and standard deviation 1 of the count; equal ones become 0; every row stays."""
+  """Mean 0 and standard deviation 1 of the count less one; equal ones become 0; every row stays."""
   scores = np.array([1.0, 2.0, 4.0, 9.0])
   curated = curate(ILQLConfig(), scores, lambda: scores)
-  np.testing.assert_allclose(curated.scores, (scores - 4.0) / np.sqrt((9 + 4 + 0 + 25) / 4))
+  np.testing.assert_allclose(curated.scores, (scores - 4.0) / np.sqrt((9 + 4 + 0 + 25) / 3))
   assert curated.keep.all() and curated.weights is None
-  np.testing.assert_array_equal(curate(ILQLConfig(), np.ones(3), lambda: scores).scores, 0.0)
+  for alike in (np.ones(3), np.ones(1)):
+    np.testing.assert_array_equal(curate(ILQLConfig(), alike, lambda: scores).scores, 0.0)
   plain = curate(ILQLConfig(whiten_scores=False), scores, lambda: scores)
   np.testing.assert_array_equal(plain.scores, scores)
 

@@ -85,6 +85,20 @@ def test_the_loss_is_dpos_over_pairs_that_are_told_apart(variant: str) -> None:
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+def test_a_predicted_tie_is_half_right() -> None:
+  """As in all accuracies: at the start, where policy and reference are one, it is a half."""
+  batch, outputs = make_batch('online_pairs'), make_outputs('online_pairs')
+  start = outputs | {'logprobs': batch.reference_logprobs}
+  evaluate = tabular.evaluator(OnlineDPOConfig(), tabular.DIRECT)
+  _, metrics, _ = evaluate(start, batch)
+  # Three pairs of four are told apart.
+  assert metrics['accuracy'].value() == 0.5 and metrics['accuracy'].weight == 3
+  likelier = np.array([1.0, 1.0, -1.0, 0.0], np.float32)[:, None, None]
+  first = np.array([1.0, 0.0], np.float32)[:, None]
+  _, metrics, _ = evaluate({**start, 'logprobs': start['logprobs'] + likelier * first}, batch)
+  np.testing.assert_allclose(metrics['accuracy'].value(), (1 + 0 + 0.5) / 3)
+
+
 @pytest.mark.parametrize(
   ('settings', 'field'),
   [

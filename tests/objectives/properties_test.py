@@ -49,7 +49,8 @@ def batch_of(case: str) -> Any:
 
 def outputs_of(case: str) -> dict[str, np.ndarray]:
   """Outputs of `DIRECT` for what a case eats."""
-  return tabular.make_outputs(kind_of(CASES[case]))
+  length = batches.texts_of(CASES[case], batch_of(case)).response.shape[-1]
+  return tabular.make_outputs(kind_of(CASES[case]), length=length)
 
 
 def trained_outputs(case: str) -> tuple[str, ...]:
@@ -107,7 +108,9 @@ def test_masked_outputs_do_not_matter_and_have_no_gradient(case: str, bad: float
   So is that by outputs which the loss only reports, or reads as constants.
   """
   batch, outputs = batch_of(case), outputs_of(case)
-  masks = {name: mask for name, mask in batches.masks_of(batch).items() if name in outputs}
+  masks = {
+    name: mask for name, mask in batches.masks_of(CASES[case], batch).items() if name in outputs
+  }
   dirty = outputs | {
     name: np.where(mask, outputs[name], np.float32(bad)) for name, mask in masks.items()
   }

@@ -109,11 +109,14 @@ DIRECT = Actors(
 )
 
 
-def make_outputs(kind: str, seed: int = 2) -> dict[str, np.ndarray]:
-  """Parameters for `DIRECT` on a kind of batch, float32; those of Q for single responses only."""
+def make_outputs(kind: str, seed: int = 2, length: int = R) -> dict[str, np.ndarray]:
+  """Parameters for `DIRECT` on a kind of batch, float32; those of Q for single responses only.
+
+  They are of texts of `length` tokens.
+  """
   rng = np.random.default_rng(seed)
   rows = SHAPES.get(kind, (B,))
-  shape = (*rows, R)
+  shape = (*rows, length)
   outputs = {name: rng.normal(0, 1, shape) for name in ('entropy', 'values')}
   outputs['logprobs'] = -1.6 + 0.4 * rng.normal(0, 1, shape)
   outputs['scores'] = rng.normal(0, 1, rows)

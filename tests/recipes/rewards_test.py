@@ -50,7 +50,7 @@ def make_config(
     init=first,
     ensemble=tuple(others),
     aggregate=aggregate,
-    uncertainty_coefficient=COEFFICIENT,
+    uncertainty_coefficient=COEFFICIENT if aggregate == 'uncertainty' else 1.0,
   )
   return tiny.make_config('ppo', parents, **{'reward_model': reward_model, **changes})
 
@@ -111,12 +111,55 @@ def test_an_ensemble_of_process_reward_models(parents: pathlib.Path, judges: pat
   with jax.set_mesh(parts.mesh):
     loaded = load_reward_model(parts)
     assert loaded is not None and loaded.by_token
+    # The second member is another model: one whose opinions are stronger.
+    other = jax.tree.map(lambda x: 3 * x, loaded.params[1])
+    loaded = loaded._replace(params=(loaded.params[0], other))
     rows = some_sequences(parts)
     found: Any = make_score(loaded, Reading(parts=4))(rows)
-    tokens = np.where(rows.response_mask, scores_by(parts, members[0], token=True), 0.0)
-  np.testing.assert_allclose(found.token_rewards, tokens, rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(found.scores, tokens.sum(-1), rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(found.disagreement, 0, atol=1e-5)  # the same twice
+    own = [roles.token_reward(loaded.models[0], tree, rows) for tree in loaded.params]
+  mask = rows.response_mask
+  tokens = np.where(mask, np.asarray(own, np.float64), 0.0)
+  expected = tokens.mean(0) - COEFFICIENT * tokens.var(0)
+  np.testing.assert_allclose(found.token_rewards, expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(found.scores, expected.sum(-1), rtol=1e-4, atol=1e-5)
+  sums = tokens.sum(-1)
+  np.testing.assert_allclose(found.disagreement, sums.std(0), rtol=1e-4, atol=1e-5)
+  # Of summed scores the aggregate would be another.
+  assert np.abs(found.scores - (sums.mean(0) - COEFFICIENT * sums.var(0))).max() > 1e-3
+
+
+def test_a_closed_gate_pays_no_tokens_but_its_own(
+  parents: pathlib.Path, judges: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  """A process reward model that only gates pays where it does; one that is summed, elsewhere."""
+  file = tmp_path / 'lexicon.py'
+  file.write_text(LEXICON)
+  parts = parts_of(make_config(parents, judges / 'process'))
+  with jax.set_mesh(parts.mesh):
+    rows = some_sequences(parts)
+    tokens = np.where(rows.response_mask, scores_by(parts, judges / 'process', token=True), 0.0)
+    own = tokens.sum(-1)
+    words = np.array([len(x.split()) for x in decode_sequences(rows, parts.tokenizer.decode)[1]])
+    gate, count = float(np.median(own)), RewardConfig(source=f'{file}:count')
+
+    def paid(*rewards: RewardConfig) -> Any:
+      config = dataclasses.replace(parts.config, rollout=RolloutConfig(rewards=rewards))
+      config.validate()
+      own_parts = dataclasses.replace(parts, config=config)
+      return make_reward(own_parts, load_reward_model(parts))(rows)
+
+    gating = paid(RewardConfig(weight=2.0, gate_below=gate, gate_only=True), count)
+    longer = float(words.max())
+    gated = paid(RewardConfig(weight=2.0), dataclasses.replace(count, gate_below=longer))
+  below, short = own < gate, words < longer
+  assert below.any() and not below.all() and short.any() and not short.all()
+  close: Any = {'rtol': 1e-4, 'atol': 1e-5}
+  for found, pays, scores in (
+    (gating, below, np.where(below, 2 * own, words)),
+    (gated, ~short, np.where(short, words, 2 * own + words)),
+  ):
+    np.testing.assert_allclose(found.token_rewards, np.where(pays[:, None], 2 * tokens, 0), **close)
+    np.testing.assert_allclose(found.scores, scores, **close)
 
 
 def test_members_of_two_kinds_are_refused(parents: pathlib.Path, judges: pathlib.Path) -> None:
@@ -186,6 +229,10 @@ def test_members_can_be_config_files(parents: pathlib.Path, tmp_path: pathlib.Pa
   assert loaded is not None and len(loaded.params) == 2
   first, second = (np.asarray(tree['head']['kernel']) for tree in loaded.params)
   assert not np.array_equal(first, second)
+  again = f'{tmp_path}/../{tmp_path.name}/reward_model.py:0'
+  config.reward_model = RewardModelInitConfig(init=f'{file}:0', ensemble=(again,))
+  with pytest.raises(ConfigError, match=r'reward_model\.ensemble.*the same parameters'):
+    identity(config, tmp_path)
 
 
 LEXICON = 'def count(prompts, responses):\n  return [len(text.split()) for text in responses]\n'
@@ -293,3 +340,27 @@ def test_members_must_differ(judges: pathlib.Path, parents: pathlib.Path) -> Non
   for members in ((judges / 'a', judges / 'a'), (judges / 'a', '')):
     with pytest.raises(ConfigError, match=r'reward_model\.ensemble'):
       make_config(parents, *members, aggregate='uncertainty').validate()
+
+
+def test_members_and_rewards_must_differ_under_any_names(
+  judges: pathlib.Path, parents: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  """A copy of a run has its parameters: it is no other judge."""
+  copy = judges / 'a_elsewhere'
+  shutil.copytree(judges / 'a', copy, dirs_exist_ok=True)
+  with pytest.raises(ConfigError, match='the same parameters') as caught:
+    identity(make_config(parents, judges / 'a', judges / 'b', copy), tmp_path)
+  assert caught.value.field == 'reward_model.ensemble' and repr(str(copy)) in str(caught.value)
+
+  def rewards(*members: str, terms: tuple[RewardConfig, ...]) -> Any:
+    folders = [judges / name for name in members]
+    return make_config(parents, *folders, rollout=RolloutConfig(rewards=terms))
+
+  own = RewardConfig(init=str(copy), weight=0.5)
+  for terms in ((RewardConfig(), own), (RewardConfig(init=str(judges / 'a')), own)):
+    with pytest.raises(ConfigError, match='the same parameters') as caught:
+      identity(rewards('a', terms=terms), tmp_path)
+    assert caught.value.field == 'rollout.rewards[1].init'
+  # One reward, and a model that is not asked; and an ensemble beside its first member.
+  identity(rewards('a', terms=(own,)), tmp_path)
+  identity(rewards('a', 'b', terms=(RewardConfig(), own)), tmp_path)

@@ -63,6 +63,8 @@ def test_sources_that_name_nothing(source: str) -> None:
     ({'server': ServerConfig(concurrency=0)}, 'rollout.server.concurrency', '>= 1'),
     ({'server': ServerConfig(dtype='int8')}, 'rollout.server.dtype', 'bfloat16'),
     ({'missing_stop': 'subtract'}, 'rollout.missing_stop_value', 'never stop'),
+    ({'missing_stop_value': -2.0}, 'rollout.missing_stop_value', "with missing_stop 'none'"),
+    ({'score_truncation_after': 16}, 'rollout.score_truncation_after', 'Nothing reads it there'),
   ],
 )
 def test_what_cannot_work_is_named(settings: dict[str, Any], field: str, words: str) -> None:
@@ -78,6 +80,11 @@ def test_the_defaults_are_one_reward_model() -> None:
   assert config.sources() == ('reward_model',)
 
 
+def test_a_threshold_may_lie_on_its_gate() -> None:
+  """All above the gate is then good enough."""
+  RolloutConfig(rewards=(RewardConfig(gate_below=0.5, clip_above=0.5),)).validate('rollout')
+
+
 @pytest.mark.parametrize(
   ('rewards', 'field'),
   [
@@ -86,6 +93,7 @@ def test_the_defaults_are_one_reward_model() -> None:
     ((RewardConfig(files=('words.txt',)),), 'rewards[0].files'),
     ((RewardConfig(gate_only=True),), 'rewards[0].gate_only'),
     ((RewardConfig(gate_only=True, gate_below=0.0),), 'rewards'),
+    ((RewardConfig(gate_below=0.5, clip_above=0.4),), 'rewards[0].clip_above'),
   ],
 )
 def test_rewards_that_cannot_be_together(rewards: tuple[RewardConfig, ...], field: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.rollout.config import RewardConfig
-from rlhf_jax.rollout.rewards import AGGREGATES, aggregate, combine
+from rlhf_jax.rollout.rewards import AGGREGATES, aggregate, combine, counted
 
 RNG = np.random.default_rng(0)
 B = 64
@@ -106,3 +106,6 @@ def test_llama_2s_reward_is_either_safety_or_helpfulness() -> None:
   safety, helpfulness = jnp.array([0.1, 0.14, 0.2, 0.9]), jnp.array([5.0, -5.0, 2.0, -1.0])
   terms = (RewardConfig(gate_below=0.15, gate_only=True), RewardConfig(source='task'))
   np.testing.assert_allclose(combine([safety, helpfulness], terms), [0.1, 0.14, 2.0, -1.0])
+  np.testing.assert_array_equal(
+    counted([safety, helpfulness], terms), [[True, True, False, False], [False, False, True, True]]
+  )
