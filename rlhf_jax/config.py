@@ -361,10 +361,11 @@ def load_config(reference: str) -> Any:
   if not file.is_file():
     raise UserError(f'{reference}: there is no config file {path}.')
   spec = importlib.util.spec_from_file_location(file.stem, file)
-  assert spec is not None and spec.loader is not None
+  assert spec is not None
+  loader = spec.loader
+  assert loader is not None
   module = importlib.util.module_from_spec(spec)
-  load = spec.loader.exec_module
-  _ran(reference, lambda: load(module))
+  _ran(reference, lambda: loader.exec_module(module))
   if not hasattr(module, 'get_config'):
     raise UserError(f'{path}: a config file must define get_config().')
   if not argument:
