@@ -1,8 +1,8 @@
 r"""Completes prompts, or chats, with the policy of a finished run or a checkpoint folder.
 
-  python -m experiments.sample --run=runs/dpo --prompt="the plot was" --temperature=0
+  python -m experiments.sample --run=runs/dpo --prompt="the soup was" --temperature=0
   python -m experiments.sample --run=runs/dpo --prompt=a --prompt=b --num_samples=4 --json=ab.json
-  python -m experiments.sample --run=runs/dpo --prompt="the plot was" --best_of=16
+  python -m experiments.sample --run=runs/dpo --prompt="the soup was" --best_of=16
   python -m experiments.sample --run=runs/hh_dpo               # a terminal: one line, one prompt
   python -m experiments.sample --run=runs/hh_dpo --chat        # a dialogue, with its history
   python -m experiments.sample --model=hf:owner/name           # or a checkpoint folder

@@ -26,9 +26,9 @@ SPLITS = {
   'mesh (2, 2, 2), accumulation 2': ((2, 2, 2), 2),
   'mesh (1, 4, 2)': ((1, 4, 2), 1),
 }
-# Every split of one case of each kind: plain means, pairs, a statistic of the batch, whitening,
-# groups. The others, made of the same parts, are cut along all axes and into microbatches at once.
-THOROUGH = ('sft', 'dpo', 'kto', 'ppo', 'grpo')
+# Every split of the commonest, and of one case of each kind: plain means, pairs, a statistic of the
+# batch, whitening, groups. The others, made of the same parts, are cut along all axes and into microbatches at once.
+THOROUGH = ('sft', 'reward_model', 'dpo', 'cpl', 'kto', 'ppo', 'grpo')
 AT_ONCE = 'mesh (2, 2, 2), accumulation 2'
 CASES = [(case, split) for split in SPLITS for case in THOROUGH] + [
   (case, AT_ONCE) for case in tiny.OBJECTIVES if case not in THOROUGH
