@@ -252,11 +252,12 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def read_assets(folder: pathlib.Path, trained: pathlib.Path | None = None) -> Assets:
   """The assets of a checkpoint folder, `trained` added."""
-  values: dict[str, Any] = {}
-  for field, name in (('config', CONFIG), ('generation', GENERATION)):
-    path = folder / name
-    values[field] = read_json(path) if path.is_file() else None
-  return Assets(folder, trained=trained, **values)
+  config, generation = (
+    read_json(path) if (path := folder / name).is_file() else None for name in (CONFIG, GENERATION)
+  )
+  if config is not None:
+    config = hf_model.text_part(str(folder / CONFIG), config)
+  return Assets(folder, config, generation, trained)
 
 
 def family_of(

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -57,13 +58,14 @@ class Checkpoint:
 
   Attributes:
     folder: where it lies.
-    config: the content of config.json.
+    config: the content of config.json; of a model that reads pictures too, that of its text part.
     family: its row of the table.
     model: the decoder. That of a reward model has no read-out of its own to tokens: its embeddings
       count as tied.
     scores: whether it is a reward model or value function (a sequence classifier with one label),
       not a policy.
     hub: the name of the hub that the folder was downloaded for; None: a folder of the user's own.
+    pictures: whether it is the text part of a model that reads pictures too.
   """
 
   folder: pathlib.Path
@@ -72,15 +74,22 @@ class Checkpoint:
   model: ModelConfig
   scores: bool
   hub: str | None = None
+  pictures: bool = False
 
   @functools.cached_property
   def headers(self) -> dict[str, Header]:
-    """All tensors in its files, by name; those of the hub are downloaded if they are not here yet.
+    """All its tensors, by name; those of the hub are downloaded if they are not here yet.
+
+    Of a model that reads pictures too: those of the text part, by their names in it.
 
     Raises CheckpointError for files that cannot be read.
     """
     files = tensor_files(self.folder, self.hub)
-    return {name: header for file in files for name, header in headers_of(file)}
+    found = {name: header for file in files for name, header in headers_of(file)}
+    if not self.pictures:
+      return found
+    names = {name: hf_model.text_tensor(name) for name in found}
+    return {text: found[name] for name, text in names.items() if text is not None}
 
   @property
   def score_bias(self) -> float:
@@ -143,12 +152,16 @@ def open_checkpoint(source: str | pathlib.Path) -> Checkpoint:
   if not isinstance(config, dict):
     raise CheckpointError(f'{path}: expected an object, found {type(config).__name__}.')
   where = str(path)
+  whole, config = config, hf_model.text_part(where, config)
+  pictures = config is not whole
+  if pictures:
+    _say_text_alone(folder)
   family = hf_model.family_of(where, config)
   model = hf_model.to_model(where, config, family)
   kinds = config.get('architectures') or [family.causal_lm]
   if not isinstance(kinds, list):
     raise CheckpointError(f'{path}: architectures={kinds!r}: expected a list of names.')
-  checkpoint = Checkpoint(folder, config, family, model, scores=False, hub=hub)
+  checkpoint = Checkpoint(folder, config, family, model, scores=False, hub=hub, pictures=pictures)
   if family.classifier in kinds:
     labels = config.get('id2label', {'0': '', '1': ''})  # what transformers leaves out
     if not isinstance(labels, Mapping) or len(labels) != 1:
@@ -158,6 +171,11 @@ def open_checkpoint(source: str | pathlib.Path) -> Checkpoint:
       )
     return checkpoint.as_scorer()
   return checkpoint
+
+
+@functools.cache
+def _say_text_alone(folder: pathlib.Path) -> None:
+  logging.warning('%s: only its text part is read; it sees no pictures.', folder)
 
 
 def load_decoder(checkpoint: Checkpoint, abstract: Params) -> Params:
@@ -295,11 +313,12 @@ def _repeats_embedding(checkpoint: Checkpoint, name: str) -> bool:
 
 @contextlib.contextmanager
 def open_tensor(checkpoint: Checkpoint, name: str) -> Iterator[Any]:
-  """A tensor of the files, to be sliced; `name` is the files' own."""
+  """A tensor of the files, to be sliced; `name` is one of `checkpoint.headers`."""
   import safetensors
 
-  with safetensors.safe_open(checkpoint.headers[name].file, framework='numpy') as file:
-    yield file.get_slice(name)
+  header = checkpoint.headers[name]
+  with safetensors.safe_open(header.file, framework='numpy') as file:
+    yield file.get_slice(header.name)
 
 
 def _load(
@@ -313,7 +332,8 @@ def _load(
   for name, pieces in sources.items():
     own = checkpoint.find(name)
     assert own is not None, 'verified'
-    by_file.setdefault(checkpoint.headers[own].file, []).append((own, pieces))
+    header = checkpoint.headers[own]
+    by_file.setdefault(header.file, []).append((header.name, pieces))
   loaded: dict[str, Any] = {}
   for path in sorted(by_file):
     with safetensors.safe_open(path, framework='numpy') as file:

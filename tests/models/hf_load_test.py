@@ -15,7 +15,7 @@ from safetensors import numpy as safetensors
 
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError
-from rlhf_jax.models import decoder, hf_layout, hf_load
+from rlhf_jax.models import decoder, hf_export, hf_layout, hf_load
 from rlhf_jax.models.hf_files import INDEX, SINGLE
 from rlhf_jax.recipes.parts import abstract_decoder
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
@@ -108,6 +108,50 @@ def test_names_of_the_trunk_alone_and_constants(tmp_path: Path) -> None:
   safetensors.save_file(plain, tmp_path / 'gpt2' / SINGLE)
   with pytest.raises(CheckpointError, match='lm_head.weight is not equal to wte.weight'):
     load(tmp_path / 'gpt2')
+
+
+@pytest.mark.parametrize('trunk', ['language_model.model.', 'model.language_model.'])
+def test_of_a_model_that_reads_pictures_the_text_part_is_read(
+  tmp_path: Path, trunk: str, caplog: pytest.LogCaptureFixture
+) -> None:
+  """Under either name of its tensors; what is written of it is a model of text."""
+  golden = hf_golden.load('gemma3')
+  text, whole = hf_golden.FOLDER / 'gemma3', tmp_path / 'whole'
+  whole.mkdir()
+  parts = {name.replace('model.', trunk, 1): t for name, t in tensors(text).items()}
+  tower = {
+    f'{start}{part}': np.zeros(2, np.float32)
+    for start in ('', 'model.')
+    for part in ('vision_tower.head.probe', 'multi_modal_projector.mm_input_projection_weight')
+  }
+  safetensors.save_file(parts | tower, whole / SINGLE)
+  inner = json.loads((text / 'config.json').read_text())
+  outer = dict(
+    model_type='gemma3',
+    architectures=['Gemma3ForConditionalGeneration'],
+    eos_token_id=[1, 5],
+    vision_config={},
+  )
+  (whole / 'config.json').write_text(json.dumps(outer | {'text_config': inner}))
+  for _ in range(2):
+    assert hf_load.open_checkpoint(whole).model == golden.model
+  assert caplog.text.count('only its text part is read') == 1
+  hf_export.convert(hf_load.open_checkpoint(whole), tmp_path / 'again')
+  for folder in (whole, tmp_path / 'again'):
+    for name, leaf in trees.flatten(load(folder)).items():
+      np.testing.assert_array_equal(leaf, trees.flatten(golden.params)[name], err_msg=name)
+  written = json.loads((tmp_path / 'again' / 'config.json').read_text())
+  assert written['model_type'] == 'gemma3_text' and written['eos_token_id'] == [1, 5]
+  assert written['architectures'] == ['Gemma3ForCausalLM']
+  assert tensors(tmp_path / 'again').keys() == tensors(text).keys()
+  assets = hf_export.read_assets(whole)  # of a run that started from it
+  assert hf_export.family_of(tmp_path, golden.model, assets).model_type == 'gemma3_text'
+  change_config(whole, quantization_config={'bits': 4})
+  with pytest.raises(CheckpointError, match='quantization_config=.*not quantised'):
+    hf_load.open_checkpoint(whole)
+  change_config(whole, text_config='small')
+  with pytest.raises(CheckpointError, match="config.json: text_config='small': expected"):
+    hf_load.open_checkpoint(whole)
 
 
 def test_wrong_tensors_are_named(folder: Path) -> None:

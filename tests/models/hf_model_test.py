@@ -102,7 +102,6 @@ def test_older_files(name: str, old: dict[str, Any]) -> None:
   ('name', 'changes', 'message'),
   [
     ('llama2', dict(model_type='mixtral'), "model_type='mixtral': expected one of llama, mistral"),
-    ('llama2', dict(model_type='gemma3'), 'reads pictures too'),
     ('llama2', dict(auto_map={'AutoModel': 'x.Y'}), 'auto_map=.*only architectures of'),
     ('llama2', dict(quantization_config={'bits': 4}), 'quantization_config=.*not quantised'),
     ('llama2', dict(is_causal=False), 'is_causal=False: expected True'),
