@@ -160,7 +160,7 @@ def resolve(
   rewards = reward_fingerprints(config.rollout) if online else {}
   for role, (init, checkpoint) in config.inits().items():
     if is_source(init) and (run := open_source(init)).result is not None:
-      check_role(role, run)
+      check_role(role, str(run.source), run.config.objective)
       run.params_identity(checkpoint)  # which says so if there are no parameters that can be read
   parents = {
     role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()

@@ -253,11 +253,10 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
 def read_assets(folder: pathlib.Path, trained: pathlib.Path | None = None) -> Assets:
   """The assets of a checkpoint folder, `trained` added."""
   config, generation = (
-    read_json(path) if (path := folder / name).is_file() else None for name in (CONFIG, GENERATION)
+    read_json(folder / name) if (folder / name).is_file() else None for name in (CONFIG, GENERATION)
   )
-  if config is not None:
-    config = hf_model.text_part(str(folder / CONFIG), config)
-  return Assets(folder, config, generation, trained)
+  text = None if config is None else hf_model.text_part(str(folder / CONFIG), config)
+  return Assets(folder, text, generation, trained)
 
 
 def family_of(

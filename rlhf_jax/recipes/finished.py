@@ -9,7 +9,9 @@ from rlhf_jax.common.errors import RunError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.feedback.dataset import Feedback
+from rlhf_jax.hf_folder import HfFolder
 from rlhf_jax.models import q_heads
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.models.hf_model import differences
 from rlhf_jax.objectives import demands_of, objective_of
@@ -21,7 +23,10 @@ from rlhf_jax.recipes.parts import (
   abstract_decoder,
   abstract_q_heads,
   abstract_reward_model,
+  chat_template,
   check_length,
+  check_templates,
+  computed_as,
 )
 from rlhf_jax.recipes.probes import Question
 from rlhf_jax.recipes.rewards import load_reward_model
@@ -68,6 +73,9 @@ def open_run(
   if isinstance(run.model, GaussianPolicyConfig):
     raise RunError(f'{run.folder}: a policy for control, which neither reads nor writes text.')
   model, tokenizer = run.model, run.tokenizer()
+  if isinstance(run, HfFolder):  # no stage of its own says how it is computed
+    assert isinstance(config.model, ModelConfig), 'validate() demands it of texts'
+    model = computed_as(config.model, model)
   check_length(model, config)
   for role, parent in parents.items():
     parent.require_result()
@@ -81,6 +89,9 @@ def open_run(
       f'{parents["policy"].folder}: it has another decoder than {run.folder}. A reference must '
       'have the same.'
     )
+  if isinstance(run, HfFolder) and config.data.chat_template:
+    tokenizer = tokenizer.with_template(chat_template(config.data))
+    check_templates(parents, tokenizer)
   parts = Parts(config, mesh, feedback, tokenizer, model, parents)
   if objective_of(config.objective).trains == 'reward_model':
     roles = {'reward_model': abstract_reward_model(model, mesh)}
