@@ -62,6 +62,23 @@ def test_the_same_samples(parents: Path, folders: Path, tmp_path: Path) -> None:
   np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
 
 
+def test_a_folder_reads_its_prompts_whole(folders: Path, tmp_path: Path) -> None:
+  """Nothing says how much but its positions, which the prompt and the response share."""
+  out = tmp_path / 'out.json'
+  words = 'the soup was very good and we liked it'
+  asked = ('sample', f'--model={folders / "policy"}', f'--prompt={words}', f'--json={out}')
+  done = run_program(*asked)
+  assert done.returncode == 0, done.stderr
+  written = json.loads(out.read_text())
+  positions = HfFolder(folders / 'policy').model.max_length
+  assert written['settings']['max_new_tokens'] == min(128, positions // 2)
+  assert written['settings']['prompt_length'] == positions - min(128, positions // 2)
+  (row,) = written['samples']
+  assert row['prompt_tokens_cut'] == 0 and len(row['prompt_tokens']) > len(words.split())
+  said = message(run_program(*asked, f'--max_new_tokens={positions}'))
+  assert f'--max_new_tokens={positions}: expected at most {positions - 2}' in said
+
+
 def test_a_folder_is_asked_the_questions_of_a_config(folders: Path, tmp_path: Path) -> None:
   """Its data and evaluation; the folder's judge gives the proxy reward."""
   config = tmp_path / 'stage.py'

@@ -1,6 +1,7 @@
 """What a stage takes from the one it starts from, and what it may not ask of it."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import pytest
@@ -30,7 +31,7 @@ def test_another_architecture_than_the_parents_is_refused():
 def test_a_reward_model_is_computed_as_the_policy():
   """So is a value trunk that starts from it; what the stage leaves at its default stays its own."""
   policy = ModelConfig(dtype='bfloat16', remat='full', vocab_chunk=8, attention='cudnn', width=8)
-  asked = dict(dtype='bfloat16', remat='full', vocab_chunk=8, attention='cudnn')
+  asked: dict[str, Any] = dict(dtype='bfloat16', remat='full', vocab_chunk=8, attention='cudnn')
   assert judge_model(policy, PARENT) == dataclasses.replace(PARENT, **asked)
   half = dataclasses.replace(PARENT, dtype='bfloat16', scan_layers=True)
   assert judge_model(ModelConfig(), half) == dataclasses.replace(half, scan_layers=False)
