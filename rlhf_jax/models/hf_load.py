@@ -2,7 +2,7 @@
 
 A folder holds config.json and the tensors, in model.safetensors or in shards with an index. They
 are read a tensor at a time, each device's part of it, so that the host never holds more than one
-tensor beside what it has mapped of one file.
+tensor of a layer, or a block of a table, beside what it has mapped of one file.
 """
 
 import contextlib
@@ -16,12 +16,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError
-from rlhf_jax.models import decoder, hf_layout, hf_model
+from rlhf_jax.models import decoder, hf_layout, hf_model, hf_place
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_families import Family, Tensor
 from rlhf_jax.models.hf_files import CONFIG, DTYPES, Header, headers_of
@@ -340,68 +339,11 @@ def _load(
       for name, pieces in by_file[path]:
         tensor = file.get_slice(name)
         for piece in pieces:
-          _place(piece, tensor, leaves[piece.param], sizes, loaded)
+          hf_place.place(piece, tensor, leaves[piece.param], sizes, loaded)
   return loaded
 
 
-def _place(
-  piece: Piece, tensor: Any, leaf: Any, sizes: hf_layout.Sizes, loaded: dict[str, Any]
-) -> None:
-  """Reads a piece onto the devices; a layer goes into the stack of all of them."""
-  layout = hf_layout.parse(piece.tensor.layout)
-  shape, sharding = leaf.shape, _sharding(leaf)
-  if piece.layer is not None:
-    shape, sharding = shape[1:], _without_layers(sharding)
-
-  def get(index: hf_layout.Slices) -> np.ndarray:
-    return tensor[index]
-
-  @functools.cache  # devices that hold the same part share what is read
-  def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-    slices = tuple(slice(start, stop) for start, stop in bounds)
-    return hf_layout.read(layout, sizes, piece.tensor.part, slices, get)
-
-  def part(index: Any) -> np.ndarray:
-    return read(tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)))
-
-  array = jax.make_array_from_callback(shape, sharding, part)
-  if piece.layer is None:
-    loaded[piece.param] = array
-    return
-  if piece.param not in loaded:
-    loaded[piece.param] = _zeros(leaf.shape, _sharding(leaf))
-  stack = _insert(_sharding(leaf))(loaded.pop(piece.param), array, piece.layer)
-  # One at a time: what waits to be moved is held by the host.
-  loaded[piece.param] = stack.block_until_ready()
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding:
-  own = getattr(leaf, 'sharding', None)
-  return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if own is None else own
-
-
-def _without_layers(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-  """The sharding of one layer of a stack; layers are not divided over devices."""
-  if not isinstance(sharding, jax.sharding.NamedSharding):
-    return sharding
-  return jax.sharding.NamedSharding(
-    sharding.mesh, jax.sharding.PartitionSpec(*tuple(sharding.spec)[1:])
-  )
-
-
-def _zeros(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
-  return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)()
-
-
-@functools.lru_cache(maxsize=256)
-def _insert(sharding: jax.sharding.Sharding) -> Any:
-  """Writes a layer into its stack, in place."""
-
-  def insert(stack: jax.Array, layer: jax.Array, number: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, number, 0)
-
-  return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
-
-
 def _constant(value: np.ndarray, leaf: Any) -> jax.Array:
-  return jax.make_array_from_callback(value.shape, _sharding(leaf), lambda index: value[index])
+  return jax.make_array_from_callback(
+    value.shape, hf_place.sharding_of(leaf), lambda index: value[index]
+  )
