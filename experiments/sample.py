@@ -133,7 +133,7 @@ def main() -> int:
   config = configure(run)
   if objective_of(config.objective).trains == 'reward_model':
     raise RunError(
-      f'{run.folder}: a reward model scores responses and cannot write any. Name a run of SFT, '
+      f'{run.source}: a reward model scores responses and cannot write any. Name a run of SFT, '
       'PPO, DPO or CPL; experiments.evaluate says what this one is worth.'
     )
   mesh = mesh_of_flags()
@@ -181,7 +181,7 @@ def judges(run: Run) -> dict[str, Run]:
   found = {role: parent for role, parent in run.parents().items() if role != 'policy'}
   if not found:
     raise UserError(
-      f'--best_of={BEST_OF.value}: {run.folder} has no reward model; name one with --reward_model.'
+      f'--best_of={BEST_OF.value}: {run.source} has no reward model; name one with --reward_model.'
     )
   return found
 
@@ -315,7 +315,7 @@ def to_json(run: Run, config: ExperimentConfig, completions: list[Completion]) -
   """What --json writes; the schema is in the program's description."""
   return {
     'schema': 1,
-    'run': str(run.folder),
+    'run': str(run.source),
     'checkpoint': CHECKPOINT.value,
     'step': run.step(CHECKPOINT.value),
     'params_sha256': run.params_sha256,

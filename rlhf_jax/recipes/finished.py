@@ -71,7 +71,7 @@ def open_run(
     restored = {role: run.restore_role(role, tree, checkpoint) for role, tree in roles.items()}
     return Finished(control, restored)
   if isinstance(run.model, GaussianPolicyConfig):
-    raise RunError(f'{run.folder}: a policy for control, which neither reads nor writes text.')
+    raise RunError(f'{run.source}: a policy for control, which neither reads nor writes text.')
   model, tokenizer = run.model, run.tokenizer()
   if isinstance(run, HfFolder):  # no stage of its own says how it is computed
     assert isinstance(config.model, ModelConfig), 'validate() demands it of texts'
@@ -81,12 +81,12 @@ def open_run(
     parent.require_result()
     if parent.tokenizer().fingerprint != tokenizer.fingerprint:
       raise RunError(
-        f'{parent.folder}: it has another tokenizer than {run.folder}: the same token ids mean '
+        f'{parent.source}: it has another tokenizer than {run.source}: the same token ids mean '
         f'other texts. A {role.replace("_", " ")} must stem from the same start.'
       )
   if 'policy' in parents and differences(parents['policy'].model, model):
     raise RunError(
-      f'{parents["policy"].folder}: it has another decoder than {run.folder}. A reference must '
+      f'{parents["policy"].source}: it has another decoder than {run.source}. A reference must '
       'have the same.'
     )
   if isinstance(run, HfFolder) and config.data.chat_template:

@@ -157,7 +157,7 @@ def check_templates(parents: Mapping[str, Run], tokenizer: Tokenizer) -> None:
     if run.tokenizer().template not in (None, tokenizer.template):
       raise ConfigError(
         path_of(role),
-        str(run.folder),
+        str(run.source),
         "a run with this stage's chat template",
         'Its prompts were written otherwise than those it would judge here. Train it with the same '
         '--config.data.chat_template.',

@@ -86,7 +86,7 @@ def load_member(parts: Parts, run: Run, checkpoint: str) -> FrozenRewardModel:
   objective = run.config.objective
   if reason := demands_of(objective).unpayable:
     raise ConfigError(
-      'reward_model.init', str(run.folder), 'a reward model that can pay a policy', reason
+      'reward_model.init', str(run.source), 'a reward model that can pay a policy', reason
     )
   return FrozenRewardModel((model,), (params,), objective_of(objective).by_token)
 
