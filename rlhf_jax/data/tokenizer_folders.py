@@ -7,7 +7,7 @@ from typing import Any
 from rlhf_jax.common.errors import DataError
 
 TOKENIZER, CONFIG = 'tokenizer.json', 'tokenizer_config.json'
-TEMPLATE, GENERATION = 'chat_template.jinja', 'generation_config.json'
+TEMPLATE, GENERATION, MODEL = 'chat_template.jinja', 'generation_config.json', 'config.json'
 _MAP = 'special_tokens_map.json'
 _SPECIAL = ('pad', 'bos', 'eos')
 
@@ -56,7 +56,7 @@ def _content(token: Any) -> str | None:
 
 def _known_to_transformers(folder: pathlib.Path) -> Any:
   """What transformers makes of a folder that says which class is its own; None for others."""
-  model = read_json(folder / 'config.json').get('model_type')
+  model = read_json(folder / MODEL).get('model_type')
   named = read_json(folder / CONFIG).get('tokenizer_class')
   if model is None and named in (None, 'PreTrainedTokenizerFast'):
     return None
@@ -111,9 +111,14 @@ def chat_template(folder: pathlib.Path) -> str | None:
 
 
 def stop_tokens(folder: pathlib.Path) -> tuple[int, ...]:
-  """The ids that `generation_config.json` ends responses at; none without it."""
-  file = folder / GENERATION
-  given = read_json(file).get('eos_token_id')
+  """The ids that `generation_config.json` ends responses at, without it the model's `config.json`.
+
+  The latter may name ids that are not in the vocabulary, for classes of transformers have defaults.
+  """
+  file = folder / (GENERATION if (folder / GENERATION).is_file() else MODEL)
+  values = read_json(file)
+  text = values.get('text_config')  # of models that read pictures too
+  given = {**(text if isinstance(text, dict) else {}), **values}.get('eos_token_id')
   ids = given if isinstance(given, list) else [] if given is None else [given]
   if any(isinstance(number, bool) or not isinstance(number, int) or number < 0 for number in ids):
     raise DataError(f'{file}: eos_token_id: expected an id or a list of ids, got {given!r}.')

@@ -71,6 +71,11 @@ def test_stop_tokens_are_those_of_the_template_and_the_generation_config(tmp_pat
   assert tokenizers.load(tmp_path).stops == (7, end)
   folders.write(tmp_path, 'generation_config.json', {'eos_token_id': 7})
   assert tokenizers.load(tmp_path).stops == (7, end)
+  (tmp_path / 'generation_config.json').unlink()
+  folders.write(tmp_path, 'config.json', {'eos_token_id': [theirs.eos_token_id, 7, 9999]})
+  assert tokenizers.load(tmp_path).stops == (7, end)  # a class's default may be beyond the ids
+  folders.write(tmp_path, 'config.json', {'text_config': {'eos_token_id': 7}})
+  assert tokenizers.load(tmp_path).stops == (7, end)
   for bad, message in (
     ([9999], '9999 is not in the vocabulary'),
     ('x', 'expected an id or a list'),
