@@ -20,6 +20,7 @@ ACTIVATIONS = {
   'gelu': 'gelu',
   'gelu_pytorch_tanh': 'gelu_tanh',
   'gelu_new': 'gelu_tanh',
+  'gelu_fast': 'gelu_tanh',
 }
 # Settings that no family may have, whatever the value; and where a part of a decoder would not do.
 _NEVER = {

@@ -98,6 +98,12 @@ def test_older_files(name: str, old: dict[str, Any]) -> None:
   assert hf_model.to_model(name, older) == hf_model.to_model(name, config)
 
 
+def test_fast_gelu_is_that_by_tanh() -> None:
+  """As transformers has it for GPT-NeoX: another way to write the same function."""
+  model = hf_model.to_model('', config_of('gpt_neox') | {'hidden_act': 'gelu_fast'})
+  assert model.activation == 'gelu_tanh'
+
+
 @pytest.mark.parametrize(
   ('name', 'changes', 'message'),
   [
