@@ -171,6 +171,16 @@ def test_wrong_folders(folders: Path, tmp_path: Path) -> None:
     opened.tokenizer()
 
 
+def test_a_folder_that_does_not_say_what_it_is(folders: Path, tmp_path: Path) -> None:
+  """It is no run either."""
+  copy = Path(shutil.copytree(folders / 'policy', tmp_path / 'copy'))
+  config = json.loads((copy / 'config.json').read_text())
+  del config['model_type']
+  (copy / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(CheckpointError, match='config.json: model_type=None: expected one of llama'):
+    open_source(copy)
+
+
 def test_code_of_a_folder_is_refused_and_never_run(folders: Path, tmp_path: Path) -> None:
   """An architecture or a tokenizer of its own, whatever beside it looks known; other code lies."""
   copy = tmp_path / 'policy'

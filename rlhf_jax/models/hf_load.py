@@ -120,14 +120,14 @@ def ignored(name: str) -> bool:
 
 
 def is_checkpoint(source: str | pathlib.Path) -> bool:
-  """Whether a path is a checkpoint folder, or names one of the hub."""
+  """Whether a path is a checkpoint folder, or names one of the hub; runs have an 'identity'."""
   if str(source).startswith(HUB):
     return True
   try:
     config = json.loads((pathlib.Path(source) / CONFIG).read_text(encoding='utf-8'))
   except (OSError, ValueError):
     return False
-  return isinstance(config, dict) and 'model_type' in config
+  return isinstance(config, dict) and 'identity' not in config
 
 
 def open_checkpoint(source: str | pathlib.Path) -> Checkpoint:
