@@ -182,6 +182,12 @@ def export_adapter(run: Run, target: pathlib.Path) -> None:
         f'--adapter: {run.folder} started from {parent.source}, which PEFT cannot take for a base. '
         'Write that as a folder first (--source), and name it with --base.'
       )
+    if parent.opened.pictures:
+      raise UserError(
+        f'--adapter: {run.folder} started from the text part of {parent.folder}, which PEFT finds '
+        'there under other names. Write that part as a folder first (--source), and name it with '
+        '--base.'
+      )
     base = hf_hub.name_of(parent.folder) or str(parent.folder)
   scores = trained == 'reward_model'
   family = hf_export.family_of(target, model, assets_of(run), scores=scores)

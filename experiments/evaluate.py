@@ -17,7 +17,9 @@ between seeds (experiments.compare does). With the run's own settings the number
 last row of evaluations.jsonl. Data must be the records that the run learnt from and held out.
 
 A checkpoint folder (--model) is asked what the stage of --config would be asked: its data, held out
-in the same way, and its evaluation. What the model saw in training is not known here.
+in the same way, and its evaluation; it is computed and written to as that stage says
+(config.model's dtype, remat and the like, data.chat_template). What the model saw in training is
+not known here. Bad records that are set aside go to quarantine/ beside --json, or here.
 
 --json writes {"schema": 1, "run" (a folder given as --model too), "name", "objective",
 "checkpoint", "step", "params_sha256" (of the final parameters), "reference", "reward_model"
@@ -139,7 +141,7 @@ def main() -> int:
   with jax.set_mesh(mesh):
     questions = [*own_questions(opened.parts), *best_of_n_questions(opened)]
     if not questions:
-      raise UserError(f'{run.folder}: nothing to ask; give --prompts or --records.')
+      raise UserError(f'{run.source}: nothing to ask; give --prompts or --records.')
     answers = ask(questions, opened.params, run.step(CHECKPOINT.value))
   metrics = measured(answers.scalars, answers.arrays)
   if processes.is_main():
@@ -202,7 +204,7 @@ def configure(run: Run) -> tuple[ExperimentConfig, dict[str, Run]]:
       parents = {name: parents[name] for name in kept}
     parents[role] = other
   check_rewards(run, config)
-  folders = {role: str(run.folder) for role, run in parents.items()}
+  folders = {role: str(run.source) for role, run in parents.items()}
   return config.with_inits(folders), parents
 
 
@@ -221,7 +223,7 @@ def asked_config(run: Run) -> ExperimentConfig:
   trained = objective_of(run.config.objective).trains
   if objective.trains != trained:
     raise UserError(
-      f'--config: {objective.name} trains a {objective.trains.replace("_", " ")}, and {run.folder} '
+      f'--config: {objective.name} trains a {objective.trains.replace("_", " ")}, and {run.source} '
       f'is a {trained.replace("_", " ")}.'
     )
   if objective.reference(config.objective) and REFERENCE.value is None:
@@ -238,24 +240,27 @@ def check_rewards(run: Run, config: ExperimentConfig) -> None:
     file = pathlib.Path(reward.source.rpartition(':')[0])
     if file.suffix and file.resolve().is_relative_to(run.folder.resolve()):
       raise RunError(
-        f'{run.folder}: it names {reward.source}, a program in its own folder. A run directory is '
+        f'{run.source}: it names {reward.source}, a program in its own folder. A run directory is '
         'data, and nothing in it is run. Ask for no answers with --prompts=0.'
       )
   was = run.reward_fingerprints
   changed = [name for name, sha in reward_fingerprints(config.rollout).items() if was[name] != sha]
   if changed:
     raise RunError(
-      f'{run.folder}: {changed[0]} is not as it was when it paid the run: what it pays now is '
+      f'{run.source}: {changed[0]} is not as it was when it paid the run: what it pays now is '
       'another reward. Restore the file, or ask for no answers with --prompts=0.'
     )
 
 
 def load_data(run: Run, config: ExperimentConfig) -> Feedback | ControlFeedback:
   """The records of the run; raises RunError for others."""
-  feedback = stages.load_data(config.data, run.folder.parent)
-  if not isinstance(run, HfFolder) and feedback.fingerprint != run.data_fingerprint:
+  # Bad records that are set aside go beside runs; beside a folder, of the hub maybe, they do not.
+  of_hf = isinstance(run, HfFolder)
+  root = pathlib.Path(JSON.value or '.').parent if of_hf else run.folder.parent
+  feedback = stages.load_data(config.data, root)
+  if not of_hf and feedback.fingerprint != run.data_fingerprint:
     raise RunError(
-      f'{run.folder}: {feedback.source} holds other records than the run learnt from: what it saw '
+      f'{run.source}: {feedback.source} holds other records than the run learnt from: what it saw '
       'in training might now be held out. Name the same file with --data_path.'
     )
   return feedback
@@ -264,7 +269,7 @@ def load_data(run: Run, config: ExperimentConfig) -> Feedback | ControlFeedback:
 def print_table(run: Run, config: ExperimentConfig, metrics: Mapping[str, Measured]) -> None:
   """The numbers, for the terminal."""
   print(
-    f'{run.folder}: {objective_of(config.objective).name}, {CHECKPOINT.value} parameters, '
+    f'{run.source}: {objective_of(config.objective).name}, {CHECKPOINT.value} parameters, '
     f'step {run.step(CHECKPOINT.value)}'
   )
   width = max(map(len, metrics))
@@ -278,11 +283,11 @@ def to_json(
   run: Run, config: ExperimentConfig, parents: Mapping[str, Run], metrics: Mapping[str, Measured]
 ) -> dict[str, Any]:
   """What --json writes; the schema is in the program's description."""
-  folders = {role: str(parent.folder) for role, parent in parents.items()}
+  folders = {role: str(parent.source) for role, parent in parents.items()}
   asked = config.evaluation
   return {
     'schema': 1,
-    'run': str(run.folder),
+    'run': str(run.source),
     'name': config.name,
     'objective': objective_of(config.objective).name,
     'checkpoint': CHECKPOINT.value,

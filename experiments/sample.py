@@ -7,7 +7,8 @@ r"""Completes prompts, or chats, with the policy of a finished run or a checkpoi
   python -m experiments.sample --run=runs/hh_dpo --chat        # a dialogue, with its history
   python -m experiments.sample --model=hf:owner/name           # or a checkpoint folder
 
-Only the run directory is needed, not the data. Settings that are not given are the run's own. A
+Only the run directory is needed, not the data. Settings that are not given are the run's own; a
+--model reads prompts whole and writes up to 128 tokens, as far as its positions go. A
 response depends on its prompt's text, its number and --seed, not on the other prompts.
 
 With --chat prompts are what a person says, --system what the assistant is told before; the chat
@@ -43,7 +44,7 @@ from rlhf_jax.config_parts import CHECKPOINTS
 from rlhf_jax.feedback.dataset import Feedback, Split
 from rlhf_jax.feedback.dialogues import ASSISTANT, USER, Context, Message
 from rlhf_jax.feedback.dialogues import SYSTEM as SYSTEM_ROLE
-from rlhf_jax.hf_folder import open_source
+from rlhf_jax.hf_folder import HfFolder, open_source
 from rlhf_jax.objectives import objective_of
 from rlhf_jax.recipes.completions import Completer, Completion, best_of, make_completer
 from rlhf_jax.recipes.finished import open_run
@@ -71,12 +72,17 @@ TOP_P = flags.DEFINE_float(
   'top_p', None, 'Draw from the likeliest tokens that hold this probability; 1: all.', 0.0, 1.0
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-  'max_new_tokens', None, "The longest response. Default: the run's data.response_length.", 1
+  'max_new_tokens',
+  None,
+  "The longest response. Default: the run's data.response_length; of a --model 128, at most half "
+  'of its positions.',
+  1,
 )
 PROMPT_LENGTH = flags.DEFINE_integer(
   'prompt_length',
   None,
-  "Tokens of a prompt that are read; longer ones are cut. Default: the run's data.prompt_length.",
+  "Tokens of a prompt that are read; longer ones are cut. Default: the run's data.prompt_length; "
+  'of a --model all positions that --max_new_tokens leaves.',
   2,
 )
 SEED = flags.DEFINE_integer('seed', 0, 'Seeds the sampling.', 0, 2**32 - 1)
@@ -104,6 +110,7 @@ TENSOR = flags.DEFINE_integer(
   'tensor', 1, "Devices that share the model's matrices; it must divide its heads.", 1
 )
 
+_NEW_TOKENS = 128  # of a checkpoint folder
 _HUMAN, _ASSISTANT = '\n\nHuman: ', '\n\nAssistant:'
 
 
@@ -123,16 +130,16 @@ def main() -> int:
   if path is not None and not PROMPT.value:
     raise UserError(f'--json={path}: only the responses to --prompt are written; give one.')
   run = cli.run_or_model(RUN.value, MODEL.value)
-  config = configure(run.config)
+  config = configure(run)
   if objective_of(config.objective).trains == 'reward_model':
     raise RunError(
-      f'{run.folder}: a reward model scores responses and cannot write any. Name a run of SFT, '
+      f'{run.source}: a reward model scores responses and cannot write any. Name a run of SFT, '
       'PPO, DPO or CPL; experiments.evaluate says what this one is worth.'
     )
   mesh = mesh_of_flags()
   nothing = Feedback('--prompt', Split(), Split())
   opened = open_run(run, config, nothing, mesh, parents=judges(run), checkpoint=CHECKPOINT.value)
-  completer = make_completer(opened)
+  completer = make_completer(opened, fit=isinstance(run, HfFolder) and PROMPT_LENGTH.value is None)
   assert isinstance(opened.parts, Parts)
   talk = talk_of(opened.parts.tokenizer.template is not None)
   if not PROMPT.value:
@@ -174,7 +181,7 @@ def judges(run: Run) -> dict[str, Run]:
   found = {role: parent for role, parent in run.parents().items() if role != 'policy'}
   if not found:
     raise UserError(
-      f'--best_of={BEST_OF.value}: {run.folder} has no reward model; name one with --reward_model.'
+      f'--best_of={BEST_OF.value}: {run.source} has no reward model; name one with --reward_model.'
     )
   return found
 
@@ -186,10 +193,13 @@ def respond(completer: Completer, prompts: list[Context], key: jax.Array) -> lis
   return completer(prompts, key, NUM_SAMPLES.value)
 
 
-def configure(config: ExperimentConfig) -> ExperimentConfig:
+def configure(run: Run) -> ExperimentConfig:
   """The run's config with the settings given by flags."""
+  config = run.config
   given = {'temperature': TEMPERATURE.value, 'top_k': TOP_K.value, 'top_p': TOP_P.value}
   lengths = {'response_length': MAX_NEW_TOKENS.value, 'prompt_length': PROMPT_LENGTH.value}
+  if isinstance(run, HfFolder):
+    lengths = lengths_of(run)
   config = dataclasses.replace(
     config,
     generation=dataclasses.replace(config.generation, **cli.not_none(given)),
@@ -200,6 +210,21 @@ def configure(config: ExperimentConfig) -> ExperimentConfig:
   except ConfigError as error:
     raise UserError(str(error).replace('--config.generation.', '--')) from error
   return config
+
+
+def lengths_of(folder: HfFolder) -> dict[str, int | None]:
+  """How much a checkpoint folder reads and writes, which no stage has settled."""
+  positions, new, read = folder.model.max_length, MAX_NEW_TOKENS.value, PROMPT_LENGTH.value
+  if new is None:
+    new = max(1, min(_NEW_TOKENS, positions // 2 if read is None else positions - read))
+  if read is None:
+    read = positions - new
+    if read < 2:
+      raise UserError(
+        f'--max_new_tokens={new}: expected at most {positions - 2}: {folder.source} has '
+        f'{positions} positions, and prompts take some. Give less, or say --prompt_length.'
+      )
+  return {'response_length': new, 'prompt_length': read}
 
 
 def key(turns: int) -> jax.Array:
@@ -290,7 +315,7 @@ def to_json(run: Run, config: ExperimentConfig, completions: list[Completion]) -
   """What --json writes; the schema is in the program's description."""
   return {
     'schema': 1,
-    'run': str(run.folder),
+    'run': str(run.source),
     'checkpoint': CHECKPOINT.value,
     'step': run.step(CHECKPOINT.value),
     'params_sha256': run.params_sha256,

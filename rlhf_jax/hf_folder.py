@@ -55,7 +55,7 @@ class HfFolder(Run):
   def config(self) -> ExperimentConfig:
     """A config as of a stage that trained it on likelihood, or on comparisons."""
     objective = RewardModelConfig() if self.opened.scores else SFTConfig()
-    return ExperimentConfig(name=self.folder.name, objective=objective, model=self.model)
+    return ExperimentConfig(name=self.source.name, objective=objective, model=self.model)
 
   @property
   def params_sha256(self) -> str:
@@ -114,7 +114,7 @@ class HfFolder(Run):
   def step(self, checkpoint: str) -> int:
     """0, of the only parameters there are."""
     if checkpoint != 'final':
-      raise RunError(f"{self.folder}: a checkpoint folder has 'final' parameters only.")
+      raise RunError(f"{self.source}: a checkpoint folder has 'final' parameters only.")
     return 0
 
   def restore_role(self, role: str, abstract: Any, checkpoint: str = 'final') -> Any:
@@ -122,7 +122,7 @@ class HfFolder(Run):
     self.step(checkpoint)
     loads = {'policy': load_decoder, 'reward_model': load_scorer}
     if role not in loads:
-      raise RunError(f'{self.folder}: a checkpoint folder has no {role.replace("_", " ")}.')
+      raise RunError(f'{self.source}: a checkpoint folder has no {role.replace("_", " ")}.')
     return loads[role](self.opened, abstract)
 
   def save_assets(self, target: pathlib.Path) -> None:

@@ -35,7 +35,6 @@ from rlhf_jax.recipes.parts import (
   check_devices,
   check_records,
   check_role,
-  check_trains,
 )
 from rlhf_jax.recipes.rewards import check_judges, reward_fingerprints
 from rlhf_jax.runs import Run, fingerprint, write_json
@@ -191,7 +190,7 @@ def _check_chain(
   for role, (init, checkpoint) in config.inits().items():
     if is_source(init):
       if (run := open_source(init)).result is not None:
-        check_role(role, run)
+        check_role(role, str(run.source), run.config.objective)
         run.params_identity(checkpoint)  # which says so if no parameters can be read
       continue
     needed = _needed_stage(config, role, init, chain)
@@ -321,7 +320,7 @@ def _needed_stage(
   needed = load_config(init)
   if not isinstance(needed, ExperimentConfig):
     raise ConfigError(field, init, f'the config of one stage, not a {type(needed).__name__}')
-  check_trains(role, init, needed)
+  check_role(role, init, needed.objective)
   checkpoint = config.inits()[role].checkpoint
   if checkpoint == 'best' and not needed.checkpoint.best_metric:
     raise ConfigError(

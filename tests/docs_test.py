@@ -14,6 +14,7 @@ import pytest
 
 from docs import fill
 from rlhf_jax.config import ExperimentConfig, load_config
+from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.objectives import OBJECTIVES, Actors
 from rlhf_jax.recipes.rewards import load_function
 from tests.objectives import base_test, cases, properties_test, tabular
@@ -147,6 +148,16 @@ def test_options_that_are_named_are_valid(section: str, span: str) -> None:
     path = re.findall(r'\w+', setting[1])
     config = put(config, path, ast.literal_eval(setting[2]))
   config.validate()
+
+
+def test_targets_of_adapters_can_be_typed_as_shown() -> None:
+  """The default as it is, and an example of several."""
+  page = (fill.PAGE.parent / 'adapters.md').read_text()
+  row = re.search(r'^\| `targets` \| `(.*?)` .*targets="(.*?)"`', page, re.MULTILINE)
+  assert row is not None
+  default, several = map(ast.literal_eval, row.groups())
+  assert default == AdapterConfig().targets
+  AdapterConfig(method='lora', targets=several).validate('adapter')
 
 
 def test_the_example_of_rewards_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

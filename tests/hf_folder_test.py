@@ -14,12 +14,15 @@ from rlhf_jax import stages
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError, ConfigError, RunError, UserError
 from rlhf_jax.config import InitConfig, RewardModelInitConfig
+from rlhf_jax.data import templates
+from rlhf_jax.feedback.dataset import Feedback, Split
 from rlhf_jax.hf_folder import HfFolder, open_source
 from rlhf_jax.models import adapters, decoder, hf_export, hf_load, hf_peft
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import SINGLE
-from rlhf_jax.recipes.parts import abstract_decoder, abstract_reward_model
+from rlhf_jax.recipes.finished import open_run
+from rlhf_jax.recipes.parts import Parts, abstract_decoder, abstract_reward_model
 from rlhf_jax.runs import ASSETS, Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny
@@ -120,6 +123,22 @@ def test_the_assets_go_on_to_the_next_stage(folders: Path, tmp_path: Path) -> No
     assert kept == json.loads((folders / 'policy' / 'config.json').read_text())
 
 
+def test_a_folder_is_asked_as_the_stage_says(folders: Path) -> None:
+  """Computed and written to as that stage would; its architecture stays its own."""
+  run, config = HfFolder(folders / 'policy'), tiny.make_config('sft')
+  config.model = ModelConfig(width=4, dtype='bfloat16', vocab_chunk=8)
+  config.data.chat_template = 'plain'
+  mesh = make_mesh(MESH, jax.devices()[:1])
+  nothing = Feedback('none', Split(), Split())
+  parts = open_run(run, config, nothing, mesh, parents={}).parts
+  assert isinstance(parts, Parts)
+  assert parts.model == dataclasses.replace(run.model, dtype='bfloat16', vocab_chunk=8)
+  assert parts.tokenizer.template == templates.named('plain', 'data.chat_template') != TEMPLATE
+  config.data.chat_template = ''
+  parts = open_run(run, config, nothing, mesh, parents={}).parts
+  assert isinstance(parts, Parts) and parts.tokenizer.template == TEMPLATE
+
+
 def test_a_folder_that_changes_is_another(folders: Path, tmp_path: Path) -> None:
   """One bit of the weights, the config or the tokenizer makes another parent."""
   copy = tmp_path / 'policy'
@@ -150,6 +169,16 @@ def test_wrong_folders(folders: Path, tmp_path: Path) -> None:
   opened.opened = dataclasses.replace(opened.opened, model=small)
   with pytest.raises(CheckpointError, match='ids, and its model embeddings for 5'):
     opened.tokenizer()
+
+
+def test_a_folder_that_does_not_say_what_it_is(folders: Path, tmp_path: Path) -> None:
+  """It is no run either."""
+  copy = Path(shutil.copytree(folders / 'policy', tmp_path / 'copy'))
+  config = json.loads((copy / 'config.json').read_text())
+  del config['model_type']
+  (copy / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(CheckpointError, match='config.json: model_type=None: expected one of llama'):
+    open_source(copy)
 
 
 def test_code_of_a_folder_is_refused_and_never_run(folders: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from rlhf_jax.common.errors import DataError
 
 TOKENIZER, CONFIG = 'tokenizer.json', 'tokenizer_config.json'
-TEMPLATE, GENERATION = 'chat_template.jinja', 'generation_config.json'
+TEMPLATE, GENERATION, MODEL = 'chat_template.jinja', 'generation_config.json', 'config.json'
 _MAP = 'special_tokens_map.json'
 _SPECIAL = ('pad', 'bos', 'eos')
 
@@ -31,8 +31,10 @@ def special_tokens(folder: pathlib.Path) -> dict[str, str | None]:
   They stand in `tokenizer_config.json` or, in older folders, in `special_tokens_map.json`. Folders
   as old as GPT-2's name none at all: the class that transformers has for them knows.
   """
-  config = {**read_json(folder / _MAP), **read_json(folder / CONFIG)}
-  names = {name: _content(config.get(f'{name}_token')) for name in _SPECIAL}
+  files = {file: read_json(file) for file in (folder / _MAP, folder / CONFIG)}
+  config = {key: (file, value) for file, values in files.items() for key, value in values.items()}
+  keys = {name: f'{name}_token' for name in _SPECIAL}
+  names = {name: _content(key, *config.get(key, (folder, None))) for name, key in keys.items()}
   if names['eos'] is None:
     converted = _known_to_transformers(folder)
     for name in _SPECIAL:
@@ -49,14 +51,17 @@ def adds_bos(folder: pathlib.Path, backend: Any, bos_id: int | None) -> bool:
   return bos_id is not None and backend.encode('a', add_special_tokens=True).ids[:1] == [bos_id]
 
 
-def _content(token: Any) -> str | None:
+def _content(key: str, file: pathlib.Path, token: Any) -> str | None:
   """Hugging Face writes a token as a string, or as an object with its properties."""
-  return token['content'] if isinstance(token, dict) else token
+  content = token.get('content') if isinstance(token, dict) else token
+  if token is None or isinstance(content, str):
+    return content
+  raise DataError(f"{file}: {key}={token!r}: expected a text, null, or an object with 'content'.")
 
 
 def _known_to_transformers(folder: pathlib.Path) -> Any:
   """What transformers makes of a folder that says which class is its own; None for others."""
-  model = read_json(folder / 'config.json').get('model_type')
+  model = read_json(folder / MODEL).get('model_type')
   named = read_json(folder / CONFIG).get('tokenizer_class')
   if model is None and named in (None, 'PreTrainedTokenizerFast'):
     return None
@@ -90,14 +95,18 @@ def chat_template(folder: pathlib.Path) -> str | None:
   """The folder's chat template, the 'default' of several; None without one.
 
   Raises:
-    DataError: there are several and none is the default.
+    DataError: there are several and none is the default, or it is no text.
   """
   if (folder / TEMPLATE).is_file():
     return (folder / TEMPLATE).read_text(encoding='utf-8')
   for file in (folder / 'chat_template.json', folder / CONFIG):
     found = read_json(file).get('chat_template')
     if isinstance(found, list):
-      found = {entry['name']: entry['template'] for entry in found}
+      if not all(isinstance(each, dict) and {'name', 'template'} <= each.keys() for each in found):
+        raise DataError(
+          f"{file}: chat_template={found!r:.200}: expected objects with 'name' and 'template'."
+        )
+      found = {str(each['name']): each['template'] for each in found}
     if isinstance(found, dict):
       if 'default' not in found:
         raise DataError(
@@ -105,15 +114,22 @@ def chat_template(folder: pathlib.Path) -> str | None:
           'use to a file and name it: --config.data.chat_template=FILE.jinja.'
         )
       found = found['default']
-    if found is not None:
+    if isinstance(found, str):
       return found
+    if found is not None:
+      raise DataError(f'{file}: chat_template={found!r:.200}: expected a text.')
   return None
 
 
 def stop_tokens(folder: pathlib.Path) -> tuple[int, ...]:
-  """The ids that `generation_config.json` ends responses at; none without it."""
-  file = folder / GENERATION
-  given = read_json(file).get('eos_token_id')
+  """The ids that `generation_config.json` ends responses at, without it the model's `config.json`.
+
+  The latter may name ids that are not in the vocabulary, for classes of transformers have defaults.
+  """
+  file = folder / (GENERATION if (folder / GENERATION).is_file() else MODEL)
+  values = read_json(file)
+  text = values.get('text_config')  # of models that read pictures too
+  given = {**(text if isinstance(text, dict) else {}), **values}.get('eos_token_id')
   ids = given if isinstance(given, list) else [] if given is None else [given]
   if any(isinstance(number, bool) or not isinstance(number, int) or number < 0 for number in ids):
     raise DataError(f'{file}: eos_token_id: expected an id or a list of ids, got {given!r}.')

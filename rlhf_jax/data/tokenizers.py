@@ -282,11 +282,12 @@ def load(folder: pathlib.Path) -> Tokenizer:
   found = _with_ids(folder, backend, names, literal)
   stops = tuple(i for i in tokenizer_folders.stop_tokens(folder) if i != found.eos_id)
   missing = [number for number in stops if number >= found.vocab_size]
-  if missing:
+  if missing and (folder / GENERATION).is_file():
     raise DataError(
       f'{folder / GENERATION}: eos_token_id {missing[0]} is not in the vocabulary of '
       f'{found.vocab_size} ids. Mend one of them.'
     )
+  stops = tuple(number for number in stops if number not in missing)
   begins = literal or tokenizer_folders.adds_bos(folder, backend, found.bos_id)
   found = dataclasses.replace(found, stops=stops, begins=begins)
   template = tokenizer_folders.chat_template(folder)

@@ -63,11 +63,19 @@ class Aspect(NamedTuple):
   write: Callable[[ModelConfig], Fields]
 
 
+def _number(rope: Mapping[str, Any], name: str) -> float:
+  """A finite one; raises what `_rotation_of` catches."""
+  value = float(rope[name])
+  if not math.isfinite(value):
+    raise ValueError(f'{name}, not {value}')
+  return value
+
+
 def _rotation_fields(settings: Settings, key: str, rope: Mapping[str, Any]) -> Fields:
   """The fields of one set of rotation parameters, of transformers 5 or older."""
   kind = rope.get('rope_type', rope.get('type', 'default'))
   fields: Fields = {
-    'rotary_theta': float(rope['rope_theta']),
+    'rotary_theta': _number(rope, 'rope_theta'),
     'rotary_fraction': float(rope.get('partial_rotary_factor', 1.0)),
   }
   if kind == 'default':
@@ -76,11 +84,11 @@ def _rotation_fields(settings: Settings, key: str, rope: Mapping[str, Any]) -> F
     raise settings.error(
       f'{key}.rope_type', kind, "'default', 'linear' or 'llama3'", 'Other rotations are not built.'
     )
-  fields |= {'rotary_scaling': kind, 'rotary_scaling_factor': float(rope['factor'])}
+  fields |= {'rotary_scaling': kind, 'rotary_scaling_factor': _number(rope, 'factor')}
   if kind == 'llama3':
     fields |= {
-      'rotary_low_factor': float(rope['low_freq_factor']),
-      'rotary_high_factor': float(rope['high_freq_factor']),
+      'rotary_low_factor': _number(rope, 'low_freq_factor'),
+      'rotary_high_factor': _number(rope, 'high_freq_factor'),
       'rotary_original_length': int(
         rope.get('original_max_position_embeddings', settings['max_position_embeddings'])
       ),
@@ -167,7 +175,8 @@ def _layer_types(settings: Settings, otherwise: Callable[[int], bool]) -> tuple[
   layers, given = settings['num_hidden_layers'], settings.get('layer_types')
   if given is None:
     return tuple(otherwise(layer) for layer in range(layers))
-  if not isinstance(given, list) or len(given) != layers or set(given) - {SLIDING, FULL}:
+  known = (SLIDING, FULL)
+  if not isinstance(given, list) or len(given) != layers or any(i not in known for i in given):
     raise settings.error('layer_types', given, f'{layers} times {SLIDING!r} or {FULL!r}')
   return tuple(kind == SLIDING for kind in given)
 
@@ -218,8 +227,11 @@ def _read_gemma3(settings: Settings) -> Fields:
   fields = _windows(settings.window(), local)
   key, given = _given_rotation(settings)
   nested = key == 'rope_parameters'
-  full = dict((given.get(FULL) or {}) if nested else given)
-  sliding = dict((given.get(SLIDING) or {}) if nested else {})
+  parts = {kind: (given.get(kind) if nested else None) or {} for kind in (FULL, SLIDING)}
+  for kind, rope in parts.items():
+    if not isinstance(rope, Mapping):
+      raise settings.error(f'{key}.{kind}', rope, 'rotation parameters')
+  full, sliding = dict(parts[FULL] if nested else given), dict(parts[SLIDING])
   if nested and given.keys() - {FULL, SLIDING}:
     raise settings.error(key, given, f'parameters for {FULL!r} and {SLIDING!r}')
   full.setdefault('rope_theta', settings.get('rope_theta', 1_000_000.0))

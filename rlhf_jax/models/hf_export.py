@@ -252,11 +252,11 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def read_assets(folder: pathlib.Path, trained: pathlib.Path | None = None) -> Assets:
   """The assets of a checkpoint folder, `trained` added."""
-  values: dict[str, Any] = {}
-  for field, name in (('config', CONFIG), ('generation', GENERATION)):
-    path = folder / name
-    values[field] = read_json(path) if path.is_file() else None
-  return Assets(folder, trained=trained, **values)
+  config, generation = (
+    read_json(folder / name) if (folder / name).is_file() else None for name in (CONFIG, GENERATION)
+  )
+  text = None if config is None else hf_model.text_part(str(folder / CONFIG), config)
+  return Assets(folder, text, generation, trained)
 
 
 def family_of(

@@ -23,6 +23,7 @@ class Header(NamedTuple):
   """What a file says of a tensor in it."""
 
   file: pathlib.Path
+  name: str
   dtype: str
   shape: tuple[int, ...]
 
@@ -114,7 +115,7 @@ def headers_of(file: pathlib.Path) -> Iterator[tuple[str, Header]]:
   except (ValueError, KeyError, TypeError, struct.error) as error:
     raise CheckpointError(f'{file}: not a whole file of safetensors ({error}).') from error
   for name, entry in _tensors(header):
-    yield name, Header(file, entry['dtype'], tuple(entry['shape']))
+    yield name, Header(file, name, entry['dtype'], tuple(entry['shape']))
 
 
 def _tensors(header: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

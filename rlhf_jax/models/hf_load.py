@@ -2,25 +2,25 @@
 
 A folder holds config.json and the tensors, in model.safetensors or in shards with an index. They
 are read a tensor at a time, each device's part of it, so that the host never holds more than one
-tensor beside what it has mapped of one file.
+tensor of a layer, or a block of a table, beside what it has mapped of one file.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError
-from rlhf_jax.models import decoder, hf_layout, hf_model
+from rlhf_jax.models import decoder, hf_layout, hf_model, hf_place
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_families import Family, Tensor
 from rlhf_jax.models.hf_files import CONFIG, DTYPES, Header, headers_of
@@ -57,13 +57,14 @@ class Checkpoint:
 
   Attributes:
     folder: where it lies.
-    config: the content of config.json.
+    config: the content of config.json; of a model that reads pictures too, that of its text part.
     family: its row of the table.
     model: the decoder. That of a reward model has no read-out of its own to tokens: its embeddings
       count as tied.
     scores: whether it is a reward model or value function (a sequence classifier with one label),
       not a policy.
     hub: the name of the hub that the folder was downloaded for; None: a folder of the user's own.
+    pictures: whether it is the text part of a model that reads pictures too.
   """
 
   folder: pathlib.Path
@@ -72,15 +73,22 @@ class Checkpoint:
   model: ModelConfig
   scores: bool
   hub: str | None = None
+  pictures: bool = False
 
   @functools.cached_property
   def headers(self) -> dict[str, Header]:
-    """All tensors in its files, by name; those of the hub are downloaded if they are not here yet.
+    """All its tensors, by name; those of the hub are downloaded if they are not here yet.
+
+    Of a model that reads pictures too: those of the text part, by their names in it.
 
     Raises CheckpointError for files that cannot be read.
     """
     files = tensor_files(self.folder, self.hub)
-    return {name: header for file in files for name, header in headers_of(file)}
+    found = {name: header for file in files for name, header in headers_of(file)}
+    if not self.pictures:
+      return found
+    names = {name: hf_model.text_tensor(name) for name in found}
+    return {text: found[name] for name, text in names.items() if text is not None}
 
   @property
   def score_bias(self) -> float:
@@ -112,14 +120,14 @@ def ignored(name: str) -> bool:
 
 
 def is_checkpoint(source: str | pathlib.Path) -> bool:
-  """Whether a path is a checkpoint folder, or names one of the hub."""
+  """Whether a path is a checkpoint folder, or names one of the hub; runs have an 'identity'."""
   if str(source).startswith(HUB):
     return True
   try:
     config = json.loads((pathlib.Path(source) / CONFIG).read_text(encoding='utf-8'))
   except (OSError, ValueError):
     return False
-  return isinstance(config, dict) and 'model_type' in config
+  return isinstance(config, dict) and 'identity' not in config
 
 
 def open_checkpoint(source: str | pathlib.Path) -> Checkpoint:
@@ -143,12 +151,16 @@ def open_checkpoint(source: str | pathlib.Path) -> Checkpoint:
   if not isinstance(config, dict):
     raise CheckpointError(f'{path}: expected an object, found {type(config).__name__}.')
   where = str(path)
+  whole, config = config, hf_model.text_part(where, config)
+  pictures = config is not whole
+  if pictures:
+    _say_text_alone(folder)
   family = hf_model.family_of(where, config)
   model = hf_model.to_model(where, config, family)
   kinds = config.get('architectures') or [family.causal_lm]
   if not isinstance(kinds, list):
     raise CheckpointError(f'{path}: architectures={kinds!r}: expected a list of names.')
-  checkpoint = Checkpoint(folder, config, family, model, scores=False, hub=hub)
+  checkpoint = Checkpoint(folder, config, family, model, scores=False, hub=hub, pictures=pictures)
   if family.classifier in kinds:
     labels = config.get('id2label', {'0': '', '1': ''})  # what transformers leaves out
     if not isinstance(labels, Mapping) or len(labels) != 1:
@@ -158,6 +170,11 @@ def open_checkpoint(source: str | pathlib.Path) -> Checkpoint:
       )
     return checkpoint.as_scorer()
   return checkpoint
+
+
+@functools.cache
+def _say_text_alone(folder: pathlib.Path) -> None:
+  logging.warning('%s: only its text part is read; it sees no pictures.', folder)
 
 
 def load_decoder(checkpoint: Checkpoint, abstract: Params) -> Params:
@@ -295,11 +312,12 @@ def _repeats_embedding(checkpoint: Checkpoint, name: str) -> bool:
 
 @contextlib.contextmanager
 def open_tensor(checkpoint: Checkpoint, name: str) -> Iterator[Any]:
-  """A tensor of the files, to be sliced; `name` is the files' own."""
+  """A tensor of the files, to be sliced; `name` is one of `checkpoint.headers`."""
   import safetensors
 
-  with safetensors.safe_open(checkpoint.headers[name].file, framework='numpy') as file:
-    yield file.get_slice(name)
+  header = checkpoint.headers[name]
+  with safetensors.safe_open(header.file, framework='numpy') as file:
+    yield file.get_slice(header.name)
 
 
 def _load(
@@ -313,75 +331,19 @@ def _load(
   for name, pieces in sources.items():
     own = checkpoint.find(name)
     assert own is not None, 'verified'
-    by_file.setdefault(checkpoint.headers[own].file, []).append((own, pieces))
+    header = checkpoint.headers[own]
+    by_file.setdefault(header.file, []).append((header.name, pieces))
   loaded: dict[str, Any] = {}
   for path in sorted(by_file):
     with safetensors.safe_open(path, framework='numpy') as file:
       for name, pieces in by_file[path]:
         tensor = file.get_slice(name)
         for piece in pieces:
-          _place(piece, tensor, leaves[piece.param], sizes, loaded)
+          hf_place.place(piece, tensor, leaves[piece.param], sizes, loaded)
   return loaded
 
 
-def _place(
-  piece: Piece, tensor: Any, leaf: Any, sizes: hf_layout.Sizes, loaded: dict[str, Any]
-) -> None:
-  """Reads a piece onto the devices; a layer goes into the stack of all of them."""
-  layout = hf_layout.parse(piece.tensor.layout)
-  shape, sharding = leaf.shape, _sharding(leaf)
-  if piece.layer is not None:
-    shape, sharding = shape[1:], _without_layers(sharding)
-
-  def get(index: hf_layout.Slices) -> np.ndarray:
-    return tensor[index]
-
-  @functools.cache  # devices that hold the same part share what is read
-  def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-    slices = tuple(slice(start, stop) for start, stop in bounds)
-    return hf_layout.read(layout, sizes, piece.tensor.part, slices, get)
-
-  def part(index: Any) -> np.ndarray:
-    return read(tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)))
-
-  array = jax.make_array_from_callback(shape, sharding, part)
-  if piece.layer is None:
-    loaded[piece.param] = array
-    return
-  if piece.param not in loaded:
-    loaded[piece.param] = _zeros(leaf.shape, _sharding(leaf))
-  stack = _insert(_sharding(leaf))(loaded.pop(piece.param), array, piece.layer)
-  # One at a time: what waits to be moved is held by the host.
-  loaded[piece.param] = stack.block_until_ready()
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding:
-  own = getattr(leaf, 'sharding', None)
-  return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if own is None else own
-
-
-def _without_layers(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-  """The sharding of one layer of a stack; layers are not divided over devices."""
-  if not isinstance(sharding, jax.sharding.NamedSharding):
-    return sharding
-  return jax.sharding.NamedSharding(
-    sharding.mesh, jax.sharding.PartitionSpec(*tuple(sharding.spec)[1:])
-  )
-
-
-def _zeros(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
-  return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)()
-
-
-@functools.lru_cache(maxsize=256)
-def _insert(sharding: jax.sharding.Sharding) -> Any:
-  """Writes a layer into its stack, in place."""
-
-  def insert(stack: jax.Array, layer: jax.Array, number: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, number, 0)
-
-  return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
-
-
 def _constant(value: np.ndarray, leaf: Any) -> jax.Array:
-  return jax.make_array_from_callback(value.shape, _sharding(leaf), lambda index: value[index])
+  return jax.make_array_from_callback(
+    value.shape, hf_place.sharding_of(leaf), lambda index: value[index]
+  )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -19,12 +20,31 @@ ACTIVATIONS = {
   'gelu': 'gelu',
   'gelu_pytorch_tanh': 'gelu_tanh',
   'gelu_new': 'gelu_tanh',
+  'gelu_fast': 'gelu_tanh',
 }
 # Settings that no family may have, whatever the value; and where a part of a decoder would not do.
 _NEVER = {
   'auto_map': 'Its code is its own: only architectures of transformers itself are known.',
   'quantization_config': 'Load a checkpoint that is not quantised.',
 }
+# A model that reads pictures too is a tower for them around a model of text: the model_type of the
+# whole, what its classes are of the text part, and what its config says outside `text_config`.
+_PICTURES, _TEXT = 'gemma3', 'text_config'
+_TEXT_CLASSES = {
+  'Gemma3ForConditionalGeneration': 'Gemma3ForCausalLM',
+  'Gemma3ForSequenceClassification': 'Gemma3TextForSequenceClassification',
+}
+_OF_WHOLE = (
+  'architectures',
+  'dtype',
+  'torch_dtype',
+  'tie_word_embeddings',
+  *(f'{name}_token_id' for name in ('bos', 'eos', 'pad')),
+  *('id2label', 'label2id', 'problem_type'),
+  *_NEVER,
+)
+_TEXT_TENSOR = re.compile(r'(?:model\.)?language_model\.(?:model\.)?(?P<inner>.+)')
+_TOWER_TENSOR = re.compile(r'(model\.)?(vision_tower|multi_modal_projector)\.')
 # How a model is computed, not which one it is; initial weights count no more either.
 _COMPUTED = (
   'dtype',
@@ -45,6 +65,37 @@ class Piece(NamedTuple):
   tensor: Tensor
 
 
+def text_part(where: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The config of the text part of a model that reads pictures too; any other config as it is.
+
+  Raises CheckpointError, which begins with `where`, if there is no such part.
+  """
+  if config.get('model_type') != _PICTURES:
+    return config
+  text = config.get(_TEXT)
+  if not isinstance(text, Mapping):
+    raise CheckpointError(
+      f'{where}: {_TEXT}={text!r}: expected the settings of the text part of a model that reads '
+      'pictures too.'
+    )
+  part = {'model_type': 'gemma3_text', **text}
+  part |= {key: config[key] for key in _OF_WHOLE if key in config}
+  if isinstance(kinds := part.get('architectures'), list):
+    part['architectures'] = [_TEXT_CLASSES.get(str(kind), kind) for kind in kinds]
+  return part
+
+
+def text_tensor(name: str) -> str | None:
+  """What a tensor of such a model is called in its text part alone; None: it is of pictures."""
+  if _TOWER_TENSOR.match(name):
+    return None
+  found = _TEXT_TENSOR.fullmatch(name)
+  if found is None:
+    return name
+  inner = found['inner']
+  return inner if inner.startswith('lm_head.') else f'model.{inner}'
+
+
 def family_of(where: str, config: Mapping[str, Any]) -> Family:
   """The row of a config.json; raises CheckpointError for architectures that no row covers."""
   for key, remedy in _NEVER.items():
@@ -55,13 +106,7 @@ def family_of(where: str, config: Mapping[str, Any]) -> Family:
     if family.model_type == kind:
       return family
   known = ', '.join(family.model_type for family in FAMILIES)
-  hint = ''
-  if kind == 'gemma3':
-    hint = (
-      ' This one reads pictures too: save its text part with '
-      'Gemma3ForCausalLM.from_pretrained(...).save_pretrained(...) of transformers.'
-    )
-  raise CheckpointError(f'{where}: model_type={kind!r}: expected one of {known}.{hint}')
+  raise CheckpointError(f'{where}: model_type={kind!r}: expected one of {known}, {_PICTURES}.')
 
 
 def plan(family: Family, layers: int, params: Iterable[str], where: str) -> dict[str, list[Piece]]:

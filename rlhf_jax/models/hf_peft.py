@@ -217,6 +217,8 @@ def add_adapter(adapter: PeftAdapter, checkpoint: Checkpoint, params: Any) -> An
   with safe_open(adapter.folder / ADAPTER, framework='numpy') as file:
     for module, pair in adapter.tensors.items():
       name = f'{module}.weight'
+      if checkpoint.pictures:
+        name = hf_model.text_tensor(name) or name
       pieces = sources.get(name, sources.get(checkpoint.family.prefix + name))
       if pieces is None or pieces[0].layer is None:
         raise CheckpointError(

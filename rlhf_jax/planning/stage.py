@@ -23,16 +23,20 @@ from rlhf_jax.data.config import EMBEDDED, DataConfig
 from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.models import adapters, decoder
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import objective_of
-from rlhf_jax.origins import field_of, is_term, path_of
+from rlhf_jax.objectives import ObjectiveConfig, objective_of
+from rlhf_jax.origins import field_of, path_of
 from rlhf_jax.recipes.parts import (
   Parts,
   abstract_reward_model,
   check_length,
+  check_objective,
   check_rows,
+  check_tokenizer,
   inherit,
+  judge_model,
   make_tokenizer,
 )
+from rlhf_jax.runs import Run
 from rlhf_jax.sharding.rules import placed
 from rlhf_jax.stages import load_data
 
@@ -137,7 +141,7 @@ def plan_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, vocab_size: in
   if not isinstance(config.model, ModelConfig):
     raise ConfigError('model', type(config.model).__name__, 'a ModelConfig: plans are of texts')
   notes: list[str] = []
-  model = _policy_model(config, vocab_size, ())
+  model, origin = _policy_model(config, vocab_size, ())
   plain = model.attention == 'xla'
   if not plain:
     notes.append(
@@ -154,10 +158,9 @@ def plan_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, vocab_size: in
   check_length(model, config)
   config.adapter.check(model, 'adapter')
   reward_models = {}
-  for role, init in config.inits().items():
-    if field_of(role) != 'reward_model' and not is_term(role):
-      continue
-    reward_models[role] = _reward_run(config, role, init.init, vocab_size, model)
+  for role in config.inits():
+    if field_of(role) == 'reward_model':
+      reward_models[role] = _reward_run(config, role, vocab_size, model, origin)
   return PlannedStage(config, mesh, model, reward_models, plain, notes)
 
 
@@ -205,38 +208,71 @@ def abstract_prompts(data: DataConfig, rows: int) -> Prompts:
   return Prompts(*(jax.ShapeDtypeStruct(*each) for each in (*shapes, ((rows,), jnp.int32))))
 
 
-def _policy_model(config: ExperimentConfig, vocab_size: int, chain: tuple[str, ...]) -> ModelConfig:
-  """The decoder of the policy (or trunk), its own or its parent's."""
+class _Parent(NamedTuple):
+  """What a stage starts from.
+
+  Attributes:
+    model: its decoder.
+    objective: what it trained.
+    origin: whose tokenizer it has; None: one that is made from data.
+  """
+
+  model: ModelConfig
+  objective: ObjectiveConfig
+  origin: Run | None
+
+
+def _policy_model(
+  config: ExperimentConfig, vocab_size: int, chain: tuple[str, ...]
+) -> tuple[ModelConfig, Run | None]:
+  """The decoder of the policy (or trunk), its own or its parent's; and whose tokenizer it has."""
   assert isinstance(config.model, ModelConfig)
-  init = config.policy.init
-  if init is None:
-    if config.model.vocab_size:
-      return config.model
-    return config.model.with_vocabulary(vocab_size or _vocabulary(config.data))
+  if config.policy.init is not None:
+    parent = _parent(config, 'policy', vocab_size, chain)
+    return inherit(config.model, parent.model), parent.origin
+  if config.model.vocab_size:
+    return config.model, None
+  return config.model.with_vocabulary(vocab_size or _vocabulary(config.data)), None
+
+
+def _parent(
+  config: ExperimentConfig, role: str, vocab_size: int, chain: tuple[str, ...] = ()
+) -> _Parent:
+  """What a stage starts from in a role; raises what training would raise."""
+  init, checkpoint = config.inits()[role]
   if is_source(init):
-    parent = open_source(init).model
-  else:
-    parent = _policy_model(_config_of('policy', init, chain), vocab_size, (*chain, init))
-  return inherit(config.model, parent)
+    run = open_source(init)
+    run.step(checkpoint)
+    objective = run.config.objective
+    check_objective(role, init, objective)
+    return _Parent(run.model, objective, run)
+  found = _config_of(role, init, chain)
+  check_objective(role, init, found.objective)
+  if checkpoint == 'best' and not found.checkpoint.best_metric:
+    raise ConfigError(
+      f'{field_of(role)}.checkpoint',
+      checkpoint,
+      f"'final': {init} keeps no best checkpoint",
+      'It needs checkpoint.best_metric there.',
+    )
+  model, origin = _policy_model(found, vocab_size, (*chain, init))
+  return _Parent(model, found.objective, origin)
 
 
 def _reward_run(
-  config: ExperimentConfig, role: str, init: str, vocab_size: int, policy: ModelConfig
+  config: ExperimentConfig, role: str, vocab_size: int, policy: ModelConfig, origin: Run | None
 ) -> PlannedRun:
-  if is_source(init):
-    run = open_source(init)
-    model = dataclasses.replace(run.model, attention='xla', scan_layers=policy.scan_layers)
-    return PlannedRun(model, objective_of(run.config.objective).by_token)
-  needed = _config_of(role, init, ())
-  model = _policy_model(needed, vocab_size, (init,))
-  if model.vocab_size != policy.vocab_size:
+  judge, init = _parent(config, role, vocab_size), config.inits()[role].init
+  if origin is not None and judge.origin is not None:  # of one tokenizer the tables may differ
+    check_tokenizer(role, init, judge.origin.tokenizer(), origin.tokenizer())
+  elif judge.model.vocab_size != policy.vocab_size:
     raise ConfigError(
       path_of(role),
       init,
-      f'a reward model with the {policy.vocab_size} ids of the policy, not {model.vocab_size}',
+      f'a reward model with the {policy.vocab_size} ids of the policy, not '
+      f'{judge.model.vocab_size}',
     )
-  model = dataclasses.replace(model, attention='xla', scan_layers=policy.scan_layers)
-  return PlannedRun(model, objective_of(needed.objective).by_token)
+  return PlannedRun(judge_model(policy, judge.model), objective_of(judge.objective).by_token)
 
 
 def _config_of(role: str, init: str, chain: tuple[str, ...]) -> ExperimentConfig:

@@ -55,7 +55,7 @@ class Completion(NamedTuple):
 Completer = Callable[[Sequence[Context], Array, int], list[Completion]]
 
 
-def make_completer(opened: Finished) -> Completer:
+def make_completer(opened: Finished, *, fit: bool = False) -> Completer:
   """What completes a batch of texts by an opened policy, at its config's lengths and settings.
 
   A prompt is a text or a dialogue, which the tokenizer's chat template writes. A response is a
@@ -63,6 +63,9 @@ def make_completer(opened: Finished) -> Completer:
   of the other prompts of the batch, nor of its place among them.
   (Hardware may round products of other batch sizes otherwise, some 1e-7: enough to part two tokens
   that are as good as equally likely.)
+
+  With `fit` a batch is as wide as its longest prompt, rounded up to a power of two for the sake of
+  compiled programs, and no wider than `data.prompt_length`; else just as wide.
   """
   parts = opened.parts
   assert isinstance(parts, Parts), 'only policies over text are opened without feedback'
@@ -72,16 +75,20 @@ def make_completer(opened: Finished) -> Completer:
 
   def complete(contexts: Sequence[Context], key: Array, samples: int) -> list[Completion]:
     rows = [(context, number) for context in contexts for number in range(samples)]
-    asked = [context for context, _ in rows]
+    asked, data = [context for context, _ in rows], parts.config.data
+    encoded = encode_contexts(asked, parts.tokenizer, data)
+    if fit:
+      longest = max(2, *(len(prompt.ids) for prompt in encoded))
+      width = min(1 << (longest - 1).bit_length(), data.prompt_length)
+      data = dataclasses.replace(data, prompt_length=width)
     prompts: Any = pipeline.encode_prompts(
-      [Prompt(context) for context in asked], parts.tokenizer, parts.config.data
+      [Prompt(context) for context in asked], parts.tokenizer, data
     ).take(np.arange(len(rows)))
     seeds = [_number(text_of(context), number) for context, number in rows]
     prompts = dataclasses.replace(prompts, index=np.array(seeds))
     with jax.set_mesh(parts.mesh):
       sequences, drawn = sampler(opened.params, put_batch(prompts, parts.mesh), key)
       scores = None if score is None else to_host(score(sequences).scores)
-    encoded = encode_contexts(asked, parts.tokenizer, parts.config.data)
     shown = [
       (text if isinstance(text, str) else parts.tokenizer.written(text), number, prompt.cut)
       for (text, number), prompt in zip(rows, encoded, strict=True)

@@ -68,7 +68,7 @@ def load_control(
       'Set the same there and here.',
     )
   for role, run in parents.items():
-    check_role(role, run)
+    check_role(role, str(run.folder), run.config.objective)
   return ControlParts(config, check_devices(config), feedback, model, parents)
 
 

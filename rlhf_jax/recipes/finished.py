@@ -9,7 +9,9 @@ from rlhf_jax.common.errors import RunError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.feedback.dataset import Feedback
+from rlhf_jax.hf_folder import HfFolder
 from rlhf_jax.models import q_heads
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.models.hf_model import differences
 from rlhf_jax.objectives import demands_of, objective_of
@@ -21,7 +23,10 @@ from rlhf_jax.recipes.parts import (
   abstract_decoder,
   abstract_q_heads,
   abstract_reward_model,
+  chat_template,
   check_length,
+  check_templates,
+  computed_as,
 )
 from rlhf_jax.recipes.probes import Question
 from rlhf_jax.recipes.rewards import load_reward_model
@@ -66,21 +71,27 @@ def open_run(
     restored = {role: run.restore_role(role, tree, checkpoint) for role, tree in roles.items()}
     return Finished(control, restored)
   if isinstance(run.model, GaussianPolicyConfig):
-    raise RunError(f'{run.folder}: a policy for control, which neither reads nor writes text.')
+    raise RunError(f'{run.source}: a policy for control, which neither reads nor writes text.')
   model, tokenizer = run.model, run.tokenizer()
+  if isinstance(run, HfFolder):  # no stage of its own says how it is computed
+    assert isinstance(config.model, ModelConfig), 'validate() demands it of texts'
+    model = computed_as(config.model, model)
   check_length(model, config)
   for role, parent in parents.items():
     parent.require_result()
     if parent.tokenizer().fingerprint != tokenizer.fingerprint:
       raise RunError(
-        f'{parent.folder}: it has another tokenizer than {run.folder}: the same token ids mean '
+        f'{parent.source}: it has another tokenizer than {run.source}: the same token ids mean '
         f'other texts. A {role.replace("_", " ")} must stem from the same start.'
       )
   if 'policy' in parents and differences(parents['policy'].model, model):
     raise RunError(
-      f'{parents["policy"].folder}: it has another decoder than {run.folder}. A reference must '
+      f'{parents["policy"].source}: it has another decoder than {run.source}. A reference must '
       'have the same.'
     )
+  if isinstance(run, HfFolder) and config.data.chat_template:
+    tokenizer = tokenizer.with_template(chat_template(config.data))
+    check_templates(parents, tokenizer)
   parts = Parts(config, mesh, feedback, tokenizer, model, parents)
   if objective_of(config.objective).trains == 'reward_model':
     roles = {'reward_model': abstract_reward_model(model, mesh)}

@@ -21,7 +21,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.models import adapters, attending, decoder, heads, q_heads, roles
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import demands_of, objective_of
+from rlhf_jax.objectives import ObjectiveConfig, demands_of, objective_of
 from rlhf_jax.origins import field_of, path_of
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import make_mesh, replicated, row_devices
@@ -29,6 +29,9 @@ from rlhf_jax.sharding.rules import placed
 
 Array = jax.Array
 Mesh = jax.sharding.Mesh
+
+# How a decoder is computed, which a stage may ask for whatever its parents had.
+_COMPUTED = ('dtype', 'vocab_chunk', 'remat', 'scan_layers')
 
 
 class StageParts(Protocol):
@@ -101,51 +104,51 @@ def load_parts(
     tokenizer = make_tokenizer(config.data, feedback)
     model = config.model.with_vocabulary(tokenizer.vocab_size)
   for role, run in parents.items():
-    check_parent(role, run, tokenizer)
+    check_objective(role, str(run.source), run.config.objective)
+    check_tokenizer(role, str(run.source), run.tokenizer(), tokenizer)
   if config.data.chat_template:
     tokenizer = tokenizer.with_template(chat_template(config.data))
   check_templates(parents, tokenizer)
   check_length(model, config)
   check_tokens(config, model)
   config.adapter.check(model, 'adapter')
-  for each in (model, config.generation.sampling(model)):
+  judges = (judge_model(model, run.model) for role, run in parents.items() if role != 'policy')
+  for each in (model, config.generation.sampling(model), *judges):
     attending.resolve(each)
   return Parts(config, mesh, feedback, tokenizer, model, parents, root)
 
 
-def check_role(role: str, run: Run) -> None:
-  """Raises ConfigError for a run that trained something else than its role says."""
-  check_trains(role, str(run.folder), run.config)
-
-
-def check_trains(role: str, init: str, config: ExperimentConfig) -> None:
-  """Raises ConfigError where the config behind an `init` trains something else than its role."""
-  trained, wanted = objective_of(config.objective).trains, field_of(role)
+def check_role(role: str, where: str, objective: ObjectiveConfig) -> None:
+  """Raises ConfigError for a stage that trains something else than its role says."""
+  trained, wanted = objective_of(objective).trains, field_of(role)
   if trained != wanted:
     raise ConfigError(
       path_of(role),
-      init,
+      where,
       f'what trains a {wanted.replace("_", " ")}',
       f'That trains a {trained.replace("_", " ")}.',
     )
 
 
-def check_parent(role: str, run: Run, tokenizer: Tokenizer) -> None:
-  """Raises ConfigError for a run that cannot be what its role says."""
-  check_role(role, run)
-  field, wanted = path_of(role), field_of(role)
-  if demands_of(run.config.objective).q is not None:
+def check_objective(role: str, where: str, objective: ObjectiveConfig) -> None:
+  """Raises ConfigError for a stage on text that cannot be what its role says."""
+  check_role(role, where, objective)
+  if demands_of(objective).q is not None:
     raise ConfigError(
-      field,
-      str(run.folder),
+      path_of(role),
+      where,
       'the run of a policy that is all in its decoder',
       'What that run learnt is the tilt of its Q heads, which would be lost.',
     )
-  if run.tokenizer().fingerprint != tokenizer.fingerprint:
+
+
+def check_tokenizer(role: str, where: str, own: Tokenizer, tokenizer: Tokenizer) -> None:
+  """Raises ConfigError for a parent whose tokenizer is not that of the stage."""
+  if own.fingerprint != tokenizer.fingerprint:
     raise ConfigError(
-      field,
-      str(run.folder),
-      f"a {wanted.replace('_', ' ')} with the policy's tokenizer",
+      path_of(role),
+      where,
+      f"a {field_of(role).replace('_', ' ')} with the policy's tokenizer",
       'Train it from the same start (its policy.init), or on the same data.',
     )
 
@@ -157,7 +160,7 @@ def check_templates(parents: Mapping[str, Run], tokenizer: Tokenizer) -> None:
     if run.tokenizer().template not in (None, tokenizer.template):
       raise ConfigError(
         path_of(role),
-        str(run.folder),
+        str(run.source),
         "a run with this stage's chat template",
         'Its prompts were written otherwise than those it would judge here. Train it with the same '
         '--config.data.chat_template.',
@@ -171,20 +174,32 @@ def inherit(asked: ModelConfig, parent: ModelConfig) -> ModelConfig:
   parent's: it would be ignored.
   """
   default = ModelConfig()
-  changes: dict[str, Any] = {'attention': asked.attention}  # the machine's affair, not the model's
   for field in dataclasses.fields(ModelConfig):
     value = getattr(asked, field.name)
-    if value in (getattr(default, field.name), getattr(parent, field.name)):
+    if field.name in ('attention', *_COMPUTED):
       continue
-    if field.name not in ('dtype', 'vocab_chunk', 'remat', 'scan_layers'):
+    if value not in (getattr(default, field.name), getattr(parent, field.name)):
       raise ConfigError(
         f'model.{field.name}',
         value,
         f'{getattr(parent, field.name)!r}, that of the stage it starts from',
         'Change it there: this stage has that decoder.',
       )
-    changes[field.name] = value
-  return dataclasses.replace(parent, **changes)
+  return computed_as(asked, parent)
+
+
+def computed_as(asked: ModelConfig, model: ModelConfig) -> ModelConfig:
+  """A decoder computed as another is; what is left at its default there stays the decoder's own."""
+  default = ModelConfig()
+  values = {name: getattr(asked, name) for name in _COMPUTED}
+  changes = {name: value for name, value in values.items() if value != getattr(default, name)}
+  # The machine's affair, not the model's.
+  return dataclasses.replace(model, attention=asked.attention, **changes)
+
+
+def judge_model(policy: ModelConfig, own: ModelConfig) -> ModelConfig:
+  """A reward model's decoder, computed like the policy beside it, as is a value trunk of it."""
+  return dataclasses.replace(computed_as(policy, own), scan_layers=policy.scan_layers)
 
 
 def check_tokens(config: ExperimentConfig, model: ModelConfig) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from rlhf_jax.common.masked import masked_sum
+from rlhf_jax.common.rows import map_rows
 from rlhf_jax.common.types import Prompts, Sequences
 from rlhf_jax.generation.sample import generate
 from rlhf_jax.generation.samples import Samples, repeat_prompts, samples_to_sequences
@@ -20,7 +21,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of
 from rlhf_jax.ops.kl import exact_kl
 from rlhf_jax.recipes.parts import Parts
-from rlhf_jax.sharding.mesh import constrain_batch
+from rlhf_jax.sharding.mesh import constrain_batch, row_devices
 
 Array = jax.Array
 Roles = Mapping[str, Any]
@@ -94,13 +95,19 @@ def make_kl(parts: Parts) -> Callable[[Roles, Roles, Sequences], Array]:
       policy, frozen = params['policy'], reference['policy']
       each = roles.response_kl(parts.model, policy, frozen, sequences, temperature)
       return masked_sum(each, sequences.response_mask, axis=-1)
-    logits, reference_logits = (
-      readout(parts, parts.model, tree)(
-        roles.response_states(parts.model, tree['policy'], sequences)
-      )
-      / temperature
-      for tree in (params, reference)
+    states = tuple(
+      roles.response_states(parts.model, tree['policy'], sequences) for tree in (params, reference)
     )
-    return masked_sum(exact_kl(logits, reference_logits), sequences.response_mask, axis=-1)
+
+    def between(states: tuple[Array, Array]) -> Array:
+      trees = zip((params, reference), states, strict=True)
+      return exact_kl(
+        *(readout(parts, parts.model, tree)(hidden) / temperature for tree, hidden in trees)
+      )
+
+    # Chunks are of a table alone; a tilt adds up several. Each device then reads row after row.
+    rows = len(sequences.response) // row_devices(parts.mesh)
+    each = map_rows(between, states, 1 if parts.model.vocab_chunk is None else rows)
+    return masked_sum(each, sequences.response_mask, axis=-1)
 
   return kl

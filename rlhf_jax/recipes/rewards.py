@@ -1,6 +1,5 @@
 """Who scores responses: reward models, alone or as an ensemble, tasks, and Python functions."""
 
-import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -25,7 +24,7 @@ from rlhf_jax.models import roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.origins import field_of, is_term, path_of
-from rlhf_jax.recipes.parts import Parts, abstract_reward_model
+from rlhf_jax.recipes.parts import Parts, abstract_reward_model, judge_model
 from rlhf_jax.recipes.sharing import once_a_prompt
 from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.rollout.rewards import aggregate, combine, counted
@@ -82,15 +81,13 @@ def load_reward_model(parts: Parts) -> FrozenRewardModel | None:
 
 def load_member(parts: Parts, run: Run, checkpoint: str) -> FrozenRewardModel:
   """One reward model by itself."""
-  # Judges are computed like the policy beside them, whatever they were trained with.
-  own = parts.model
-  model = dataclasses.replace(run.model, attention=own.attention, scan_layers=own.scan_layers)
+  model = judge_model(parts.model, run.model)
   abstract = abstract_reward_model(model, parts.mesh)
   params = run.restore_role('reward_model', abstract, checkpoint)
   objective = run.config.objective
   if reason := demands_of(objective).unpayable:
     raise ConfigError(
-      'reward_model.init', str(run.folder), 'a reward model that can pay a policy', reason
+      'reward_model.init', str(run.source), 'a reward model that can pay a policy', reason
     )
   return FrozenRewardModel((model,), (params,), objective_of(objective).by_token)
 

@@ -10,6 +10,26 @@ from rlhf_jax.models.config import ModelConfig
 from tests.data import folders
 
 
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'eos_token': {'id': 3}}, "eos_token={'id': 3}: expected a text"),
+    ({'pad_token': ['x']}, r"pad_token=\['x'\]: expected a text"),
+    ({'chat_template': [{'x': 1}]}, "chat_template=.*expected objects with 'name' and 'template'"),
+    ({'chat_template': 5}, 'chat_template=5: expected a text'),
+    ({'chat_template': {'default': None, 'tools': 'x'}, 'eos_token': 1}, 'eos_token=1: expected'),
+  ],
+)
+def test_what_makes_no_sense_is_named(tmp_path, changes, message):
+  """The file and the field, whatever stands there."""
+  folders.gpt2(tmp_path)
+  config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  (tmp_path / 'chat_template.jinja').unlink(missing_ok=True)
+  folders.write(tmp_path, 'tokenizer_config.json', {**config, **changes})
+  with pytest.raises(DataError, match=f'tokenizer_config.json: {message}'):
+    tokenizers.load(tmp_path)
+
+
 def test_padding_may_be_the_end_of_sequence(tmp_path):
   theirs = folders.gpt2(tmp_path)
   loaded = tokenizers.load(tmp_path)
@@ -70,6 +90,11 @@ def test_stop_tokens_are_those_of_the_template_and_the_generation_config(tmp_pat
   folders.write(tmp_path, 'generation_config.json', {'eos_token_id': [theirs.eos_token_id, 7, end]})
   assert tokenizers.load(tmp_path).stops == (7, end)
   folders.write(tmp_path, 'generation_config.json', {'eos_token_id': 7})
+  assert tokenizers.load(tmp_path).stops == (7, end)
+  (tmp_path / 'generation_config.json').unlink()
+  folders.write(tmp_path, 'config.json', {'eos_token_id': [theirs.eos_token_id, 7, 9999]})
+  assert tokenizers.load(tmp_path).stops == (7, end)  # a class's default may be beyond the ids
+  folders.write(tmp_path, 'config.json', {'text_config': {'eos_token_id': 7}})
   assert tokenizers.load(tmp_path).stops == (7, end)
   for bad, message in (
     ([9999], '9999 is not in the vocabulary'),

@@ -23,6 +23,7 @@ from rlhf_jax.recipes.parts import abstract_decoder, abstract_reward_model
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny
 from tests.experiments.programs import message, run_program
+from tests.hf_folder_test import make_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +63,23 @@ def test_the_same_samples(parents: Path, folders: Path, tmp_path: Path) -> None:
   np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
 
 
+def test_a_folder_reads_its_prompts_whole(folders: Path, tmp_path: Path) -> None:
+  """Nothing says how much but its positions, which the prompt and the response share."""
+  out = tmp_path / 'out.json'
+  words = 'the soup was very good and we liked it'
+  asked = ('sample', f'--model={folders / "policy"}', f'--prompt={words}', f'--json={out}')
+  done = run_program(*asked)
+  assert done.returncode == 0, done.stderr
+  written = json.loads(out.read_text())
+  positions = HfFolder(folders / 'policy').model.max_length
+  assert written['settings']['max_new_tokens'] == min(128, positions // 2)
+  assert written['settings']['prompt_length'] == positions - min(128, positions // 2)
+  (row,) = written['samples']
+  assert row['prompt_tokens_cut'] == 0 and len(row['prompt_tokens']) > len(words.split())
+  said = message(run_program(*asked, f'--max_new_tokens={positions}'))
+  assert f'--max_new_tokens={positions}: expected at most {positions - 2}' in said
+
+
 def test_a_folder_is_asked_the_questions_of_a_config(folders: Path, tmp_path: Path) -> None:
   """Its data and evaluation; the folder's judge gives the proxy reward."""
   config = tmp_path / 'stage.py'
@@ -84,6 +102,32 @@ def test_a_folder_is_asked_the_questions_of_a_config(folders: Path, tmp_path: Pa
   kl = next(value for name, value in written['metrics'].items() if 'kl' in name)
   assert abs(kl['mean']) < 1e-5  # to itself
   assert any('reward' in name for name in written['metrics'])
+
+
+def test_an_adapter_is_known_by_its_own_folder(folders: Path, tmp_path: Path) -> None:
+  """Not by its base's; and nothing is written beside it, where a hub's cache may be."""
+  adapter, out = tmp_path / 'there' / 'adapter', tmp_path / 'out.json'
+  adapter.parent.mkdir()
+  make_adapter(adapter, HfFolder(folders / 'policy'))
+  done = run_program('sample', f'--model={adapter}', '--prompt=we', f'--json={out}')
+  assert done.returncode == 0, done.stderr
+  assert json.loads(out.read_text())['run'] == str(adapter)
+  data, config = tmp_path / 'data.jsonl', tmp_path / 'stage.py'
+  rows = [{'prompt': f'we {number}', 'response': 'the soup was good'} for number in range(40)]
+  data.write_text(''.join(f'{json.dumps(row)}\n' for row in rows) + '{"prompt": 3}\n')
+  config.write_text(
+    'from tests import tiny\n\n\ndef get_config(arg=None):\n  return tiny.make_config("sft")\n'
+  )
+  given = ('evaluate', f'--model={adapter}', f'--config={config}', f'--reference={adapter}')
+  source = ('--config.data.source=jsonl', f'--config.data.path={data}')
+  asked = ('--prompts=0', '--records=2', f'--json={out}', '--config.data.on_error=quarantine')
+  done = run_program(*given, *source, *asked)
+  assert done.returncode == 0, done.stderr
+  written = json.loads(out.read_text())
+  assert written['run'] == written['reference'] == str(adapter)
+  assert done.stdout.startswith(f'{adapter}: ')
+  assert [path.name for path in adapter.parent.iterdir()] == ['adapter']
+  assert list((tmp_path / 'quarantine').iterdir()) and not (folders / 'quarantine').exists()
 
 
 def test_types_and_shards(folders: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Which attention is chosen where, what is refused, and that a decoder is the same by any."""
 
 import functools
+import types
 from typing import Any
 
 import jax
@@ -58,6 +59,21 @@ def test_what_cannot_run_is_refused_with_the_reason(
   with pytest.raises(ConfigError, match=message) as error:
     attending.resolve(make_config(attention=attention, **changes), backend)
   assert 'model.attention' in str(error.value)
+
+
+@pytest.mark.parametrize(('capability', 'widest'), [('8.9', 128), ('9.0', 256), ('10.0', 256)])
+def test_wide_heads_need_a_new_gpu(
+  capability: str, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """cuDNN has heads wider than 128 from Hopper on; elsewhere 'auto' is plain attention."""
+  gpu = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, 'devices', lambda: [gpu])
+  for size in (128, 136, 256):
+    asked = make_config(attention='auto', **HALF | dict(head_dim=size))
+    assert attending.resolve(asked, 'gpu') == ('cudnn' if size <= widest else 'xla')
+  asked = make_config(attention='cudnn', **HALF | dict(head_dim=widest + 8))
+  with pytest.raises(ConfigError, match=f'at most {widest} here, not {widest + 8}'):
+    attending.resolve(asked, 'gpu')
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from rlhf_jax import stages
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError
 from rlhf_jax.config import InitConfig, RewardModelInitConfig
+from rlhf_jax.data import tokenizers
 from rlhf_jax.hf_folder import HfFolder, PeftFolder, open_source
 from rlhf_jax.models import hf_hub, hf_load
 from rlhf_jax.models.config import ModelConfig
@@ -117,15 +118,17 @@ def test_other_files_are_refused_before_they_are_downloaded(
 
 
 def test_plans_download_no_tensors(hub: Hub) -> None:
-  """Decoders of the policy and of the reward model are in their config.json."""
+  """Decoders are in config.json; that the two have one tokenizer is seen from small files."""
   hub.add('owner/scorer', hf_golden.FOLDER / 'llama_scorer')
+  for name in ('owner/policy', 'owner/scorer'):
+    tokenizers.train('word', ['a b'], 10).save(hub.remote / name)
   config = tiny.make_config('ppo', mesh=MeshConfig(data=2, fsdp=2, tensor=2), model=ModelConfig())
   config.policy = InitConfig(init='hf:owner/policy')
   config.reward_model = RewardModelInitConfig(init='hf:owner/scorer')
   stage = plan_stage(config, make_mesh(config.mesh), 0)
   assert set(stage.frozen()) == {'reference', 'reward_model'}
   for name, golden in (('owner/policy', 'llama2'), ('owner/scorer', 'llama_scorer')):
-    assert hub.downloaded(name) == {'config.json'}
+    assert hub.downloaded(name) == {'config.json', 'tokenizer.json', 'tokenizer_config.json'}
     assert stage.model.width == hf_golden.load(golden).model.width
 
 

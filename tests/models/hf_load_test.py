@@ -15,7 +15,7 @@ from safetensors import numpy as safetensors
 
 from rlhf_jax.common import trees
 from rlhf_jax.common.errors import CheckpointError
-from rlhf_jax.models import decoder, hf_layout, hf_load
+from rlhf_jax.models import decoder, hf_export, hf_layout, hf_load, hf_model, hf_place
 from rlhf_jax.models.hf_files import INDEX, SINGLE
 from rlhf_jax.recipes.parts import abstract_decoder
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
@@ -49,8 +49,13 @@ def change_config(folder: Path, **changes: Any) -> None:
   path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_parameters_lie_where_they_should() -> None:
-  """On a mesh of eight devices, each holds its part, and the parts are those of one device."""
+@pytest.mark.parametrize('block', [hf_place._BLOCK, 50])
+def test_parameters_lie_where_they_should(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+  """On a mesh of eight devices, each holds its part, and the parts are those of one device.
+
+  So they are if a table comes in blocks, of which the last overlaps the one before it.
+  """
+  monkeypatch.setattr(hf_place, '_BLOCK', block)
   golden = hf_golden.load('llama3')
   model = dataclasses.replace(golden.model, vocab_multiple=4)
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -108,6 +113,50 @@ def test_names_of_the_trunk_alone_and_constants(tmp_path: Path) -> None:
   safetensors.save_file(plain, tmp_path / 'gpt2' / SINGLE)
   with pytest.raises(CheckpointError, match='lm_head.weight is not equal to wte.weight'):
     load(tmp_path / 'gpt2')
+
+
+@pytest.mark.parametrize('trunk', ['language_model.model.', 'model.language_model.'])
+def test_of_a_model_that_reads_pictures_the_text_part_is_read(
+  tmp_path: Path, trunk: str, caplog: pytest.LogCaptureFixture
+) -> None:
+  """Under either name of its tensors; what is written of it is a model of text."""
+  golden = hf_golden.load('gemma3')
+  text, whole = hf_golden.FOLDER / 'gemma3', tmp_path / 'whole'
+  whole.mkdir()
+  parts = {name.replace('model.', trunk, 1): t for name, t in tensors(text).items()}
+  tower = {
+    f'{start}{part}': np.zeros(2, np.float32)
+    for start in ('', 'model.')
+    for part in ('vision_tower.head.probe', 'multi_modal_projector.mm_input_projection_weight')
+  }
+  safetensors.save_file(parts | tower, whole / SINGLE)
+  inner = json.loads((text / 'config.json').read_text())
+  outer = dict(
+    model_type='gemma3',
+    architectures=['Gemma3ForConditionalGeneration'],
+    eos_token_id=[1, 5],
+    vision_config={},
+  )
+  (whole / 'config.json').write_text(json.dumps(outer | {'text_config': inner}))
+  for _ in range(2):
+    assert hf_load.open_checkpoint(whole).model == golden.model
+  assert caplog.text.count('only its text part is read') == 1
+  hf_export.convert(hf_load.open_checkpoint(whole), tmp_path / 'again')
+  for folder in (whole, tmp_path / 'again'):
+    for name, leaf in trees.flatten(load(folder)).items():
+      np.testing.assert_array_equal(leaf, trees.flatten(golden.params)[name], err_msg=name)
+  written = json.loads((tmp_path / 'again' / 'config.json').read_text())
+  assert written['model_type'] == 'gemma3_text' and written['eos_token_id'] == [1, 5]
+  assert written['architectures'] == ['Gemma3ForCausalLM']
+  assert tensors(tmp_path / 'again').keys() == tensors(text).keys()
+  assets = hf_export.read_assets(whole)  # of a run that started from it
+  assert hf_export.family_of(tmp_path, golden.model, assets).model_type == 'gemma3_text'
+  change_config(whole, quantization_config={'bits': 4})
+  with pytest.raises(CheckpointError, match='quantization_config=.*not quantised'):
+    hf_load.open_checkpoint(whole)
+  change_config(whole, text_config='small')
+  with pytest.raises(CheckpointError, match="config.json: text_config='small': expected"):
+    hf_load.open_checkpoint(whole)
 
 
 def test_wrong_tensors_are_named(folder: Path) -> None:
@@ -230,6 +279,41 @@ print(status('VmHWM') - before - size)
 """
 
 
+def memory_beside_parameters(folder: Path) -> tuple[int, int]:
+  """What a process that loads a folder holds beside the parameters; and its largest file."""
+  file = max(path.stat().st_size for path in folder.glob('*.safetensors'))
+  done = subprocess.run(
+    [sys.executable, '-c', MEASURE, str(folder)], capture_output=True, text=True, check=True
+  )
+  print(f'{int(done.stdout) / 1e6:.0f} MB beside the parameters; a file is {file / 1e6:.0f} MB')
+  return int(done.stdout), file
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_the_host_holds_no_whole_table(tmp_path: Path) -> None:
+  """Of a vocabulary in bfloat16, of which float32 is twice a file, no more than of layers."""
+  import ml_dtypes
+
+  size, width = 120_000, 256
+  shutil.copyfile(LLAMA / 'config.json', tmp_path / 'config.json')
+  change_config(tmp_path, vocab_size=size, hidden_size=width, head_dim=4, num_hidden_layers=1)
+  rng, held = np.random.default_rng(0), {}
+  checkpoint = hf_load.open_checkpoint(tmp_path)
+  leaves = trees.flatten(hf_golden.abstract_decoder(checkpoint.model))
+  sizes = hf_layout.axis_sizes(checkpoint.model)
+  for name, pieces in hf_model.plan(checkpoint.family, 1, leaves, '').items():
+    shape = hf_layout.parse(pieces[0].tensor.layout).their_shape(sizes)
+    held[name] = rng.random(shape, np.float32).astype(ml_dtypes.bfloat16)
+  files = {f'{i}.safetensors': [name] for i, name in enumerate(held)}
+  for file, names in files.items():
+    safetensors.save_file({name: held[name] for name in names}, tmp_path / file)
+  weight_map = {name: file for file, names in files.items() for name in names}
+  (tmp_path / INDEX).write_text(json.dumps({'weight_map': weight_map}))
+  extra, largest = memory_beside_parameters(tmp_path)
+  assert extra < 1.3 * largest + 2 * 4 * hf_place._BLOCK  # one is read, one on its way
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_the_host_holds_one_file_and_one_layer(tmp_path: Path) -> None:
@@ -262,10 +346,5 @@ def test_the_host_holds_one_file_and_one_layer(tmp_path: Path) -> None:
     safetensors.save_file(one, tmp_path / f'{layer}.safetensors')
     weight_map |= dict.fromkeys(one, f'{layer}.safetensors')
   (tmp_path / INDEX).write_text(json.dumps({'weight_map': weight_map}))
-  file = max(path.stat().st_size for path in tmp_path.glob('*.safetensors'))
-  done = subprocess.run(
-    [sys.executable, '-c', MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
-  )
-  extra = int(done.stdout)
-  print(f'{extra / 1e6:.0f} MB beside the parameters; a file, and a layer, is {file / 1e6:.0f} MB')
+  extra, file = memory_beside_parameters(tmp_path)  # which is a layer
   assert extra < 2.3 * file

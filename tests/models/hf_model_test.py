@@ -98,11 +98,16 @@ def test_older_files(name: str, old: dict[str, Any]) -> None:
   assert hf_model.to_model(name, older) == hf_model.to_model(name, config)
 
 
+def test_fast_gelu_is_that_by_tanh() -> None:
+  """As transformers has it for GPT-NeoX: another way to write the same function."""
+  model = hf_model.to_model('', config_of('gpt_neox') | {'hidden_act': 'gelu_fast'})
+  assert model.activation == 'gelu_tanh'
+
+
 @pytest.mark.parametrize(
   ('name', 'changes', 'message'),
   [
     ('llama2', dict(model_type='mixtral'), "model_type='mixtral': expected one of llama, mistral"),
-    ('llama2', dict(model_type='gemma3'), 'reads pictures too'),
     ('llama2', dict(auto_map={'AutoModel': 'x.Y'}), 'auto_map=.*only architectures of'),
     ('llama2', dict(quantization_config={'bits': 4}), 'quantization_config=.*not quantised'),
     ('llama2', dict(is_causal=False), 'is_causal=False: expected True'),
@@ -127,6 +132,18 @@ def test_older_files(name: str, old: dict[str, Any]) -> None:
     ('gpt2', dict(scale_attn_weights=False), 'scale_attn_weights=False: expected True'),
     ('gemma2', dict(use_bidirectional_attention=True), 'bidirectional_attention=True'),
     ('gemma3', dict(attn_logit_softcapping=50.0), 'attn_logit_softcapping=50.0: expected None'),
+    (
+      'gemma3',
+      dict(rope_parameters=dict(full_attention=3)),
+      'rope_parameters.full_attention=3: expected rotation parameters',
+    ),
+    (
+      'llama2',
+      dict(rope_parameters=dict(rope_type='linear', rope_theta=1e4, factor=float('nan'))),
+      'a number for factor, not nan',
+    ),
+    ('llama2', dict(rope_theta=float('inf'), rope_parameters=None), 'for rope_theta, not inf'),
+    ('qwen2', dict(layer_types=[['full_attention'], {}]), r'layer_types=\[\[.*expected 2 times'),
     ('qwen2', dict(layer_types=['chunked_attention'] * 2), "expected 2 times 'sliding_attention'"),
     (
       'mistral_short_window',
@@ -167,6 +184,9 @@ def test_odd_values_are_refused_if_they_are_read(name: str) -> None:
       [1, 2],
       {},
       {'a': None},
+      [['a'], {}],
+      {'full_attention': 3},
+      {'full_attention': 'x', 'sliding_attention': [1]},
     ):
       try:
         hf_model.to_model('folder/config.json', config | {key: value})

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from rlhf_jax.common.errors import ConfigError, UserError
 from rlhf_jax.config import EvaluationConfig, InitConfig, RewardModelInitConfig
+from rlhf_jax.data import tokenizers
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
@@ -166,6 +168,47 @@ def test_what_a_plan_cannot_know_is_asked_for() -> None:
   assert plan_stage(config, make_mesh(MESH), 96).model.vocab_size == 96
   with pytest.raises(UserError, match='H100'):
     accelerator('abacus')
+
+
+GOLDEN = Path(__file__).resolve().parent.parent / 'golden' / 'hf'
+
+
+@pytest.mark.parametrize(
+  ('case', 'policy', 'judge', 'message'),
+  [
+    ('dpo', GOLDEN / 'llama_scorer', None, 'policy.init.*what trains a policy'),
+    ('dpo', 'configs/reward_model.py', None, 'policy.init.*what trains a policy'),
+    ('dpo', (GOLDEN / 'trial_llama', 'best'), None, "has 'final' parameters only"),
+    ('dpo', ('configs/sft.py', 'best'), None, 'policy.checkpoint.*checkpoint.best_metric'),
+    ('ppo', GOLDEN / 'trial_llama', GOLDEN / 'llama2', 'reward_model.init.*of a reward model'),
+    ('ppo', 'configs/sft.py', 'configs/sft.py', 'reward_model.init.*of a reward model'),
+    ('ppo', 'configs/sft.py', GOLDEN / 'llama_scorer', 'ids of the policy, not 37'),
+    ('ppo', GOLDEN / 'trial_llama', 'judge', "a reward model with the policy's tokenizer"),
+  ],
+)
+def test_stages_that_training_refuses_are_not_planned(
+  case: str, policy: Any, judge: Any, message: str, tmp_path: Path
+) -> None:
+  """Parents of the other kind, without the checkpoint, or with another vocabulary."""
+  if judge == 'judge':  # as many embeddings as the policy, and other tokens
+    judge = shutil.copytree(GOLDEN / 'llama_scorer', tmp_path / 'judge')
+    tokenizers.train('word', ['some other words'], 0).save(judge)
+  init, checkpoint = policy if isinstance(policy, tuple) else (policy, 'final')
+  config = tiny.make_config(case, mesh=MESH, model=ModelConfig())
+  config.policy = InitConfig(init=str(init), checkpoint=checkpoint)
+  if judge is not None:
+    config.reward_model = RewardModelInitConfig(init=str(judge))
+  with pytest.raises(UserError, match=message):
+    plan_stage(config, make_mesh(MESH), 0)
+
+
+def test_value_trunks_are_planned_as_the_stage_computes() -> None:
+  """A reward model's decoder, with the recomputing and the type of the policy."""
+  config = tiny.make_config('ppo', mesh=MESH, policy=InitConfig(init='configs/sft.py'))
+  config.model = ModelConfig(remat='full', dtype='bfloat16', vocab_chunk=8)
+  config.reward_model = RewardModelInitConfig(init='configs/reward_model.py')
+  judge = plan_stage(config, make_mesh(MESH), 0).reward_models['reward_model'].model
+  assert (judge.remat, judge.dtype, judge.vocab_chunk) == ('full', 'bfloat16', 8)
 
 
 @pytest.mark.slow

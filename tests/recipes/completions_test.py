@@ -77,6 +77,23 @@ def test_greedy_tokens_are_the_likeliest(parents: Path) -> None:
     assert row.finished or len(row.tokens) == limit
 
 
+def test_prompts_of_any_length_are_read_whole(parents: Path) -> None:
+  """Where batches are as wide as their prompts: up to the length that there is room for."""
+  narrow = opened(parents, temperature=0.0)
+  parts = dataclasses.replace(
+    narrow.parts,
+    config=dataclasses.replace(
+      narrow.parts.config, data=dataclasses.replace(narrow.parts.config.data, prompt_length=6)
+    ),
+  )
+  wide, key = make_completer(narrow._replace(parts=parts), fit=True), prng.base_key(0)
+  (short,) = wide(['the soup was'], key, 1)
+  (long,) = wide(['we the soup was the soup was'], key, 1)
+  assert [len(row.prompt_tokens) for row in (short, long)] == [4, 6]
+  assert [row.prompt_tokens_cut for row in (short, long)] == [0, 2]
+  assert short.tokens == make_completer(narrow)(['the soup was'], key, 1)[0].tokens
+
+
 def test_two_devices_complete_like_one(parents: Path) -> None:
   """Matrices shared over a tensor axis give the same greedy tokens."""
   key = prng.base_key(0)

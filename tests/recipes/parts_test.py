@@ -1,12 +1,15 @@
 """What a stage takes from the one it starts from, and what it may not ask of it."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import pytest
 
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.recipes.parts import check_tokens, inherit
+from rlhf_jax.recipes.parts import check_tokens, inherit, judge_model, load_parts
+from rlhf_jax.runs import Run
 from tests import tiny
 
 PARENT = ModelConfig(vocab_size=40, width=32, layers=3)
@@ -23,6 +26,34 @@ def test_a_stage_has_its_parents_decoder_computed_as_it_asks():
 def test_another_architecture_than_the_parents_is_refused():
   with pytest.raises(ConfigError, match=r'model.width=128.*expected 32'):
     inherit(ModelConfig(width=128), PARENT)
+
+
+def test_a_reward_model_is_computed_as_the_policy():
+  """So is a value trunk that starts from it; what the stage leaves at its default stays its own."""
+  policy = ModelConfig(dtype='bfloat16', remat='full', vocab_chunk=8, attention='cudnn', width=8)
+  asked: dict[str, Any] = dict(dtype='bfloat16', remat='full', vocab_chunk=8, attention='cudnn')
+  assert judge_model(policy, PARENT) == dataclasses.replace(PARENT, **asked)
+  half = dataclasses.replace(PARENT, dtype='bfloat16', scan_layers=True)
+  assert judge_model(ModelConfig(), half) == dataclasses.replace(half, scan_layers=False)
+
+
+def test_attention_that_a_reward_model_cannot_have_is_found_at_once(parents, monkeypatch):
+  """Before anything is compiled; the policy itself could have it."""
+
+  class Capped(Run):
+    @property
+    def model(self):
+      return dataclasses.replace(super().model, attention_softcap=5.0)
+
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  config = tiny.make_config('rloo', parents)
+  config.model = dataclasses.replace(tiny.MODEL, attention='cudnn', dtype='bfloat16')
+  runs = {'policy': Run(parents / 'sft'), 'reward_model': Capped(parents / 'reward_model')}
+  feedback = tiny.feedback_of(config.data.response_length)
+  with tiny.devices(1):
+    load_parts(config, {**runs, 'reward_model': Run(parents / 'reward_model')}, feedback)
+    with pytest.raises(ConfigError, match='model.attention.*no soft-cap'):
+      load_parts(config, runs, feedback)
 
 
 @pytest.mark.parametrize('field', ['generation.stop_tokens', 'rollout.score_truncation_token'])

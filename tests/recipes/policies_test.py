@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax.common import prng
+from rlhf_jax.common.types import Sequences
 from rlhf_jax.config import EvaluationConfig
 from rlhf_jax.generation.config import GenerationConfig
-from rlhf_jax.models import decoder, roles
+from rlhf_jax.models import decoder, q_heads, roles
 from rlhf_jax.objectives.ilql import ILQLConfig
 from rlhf_jax.recipes.completions import make_completer
 from rlhf_jax.recipes.finished import Finished, open_run
@@ -21,7 +22,7 @@ from rlhf_jax.recipes.parts import Parts
 from rlhf_jax.recipes.policies import make_kl, make_sampler
 from rlhf_jax.recipes.probes import prompt_columns
 from rlhf_jax.runs import Run
-from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
+from rlhf_jax.sharding.mesh import MeshConfig, make_mesh, put_batch
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
 from tests.experiments.programs import run_program
@@ -124,6 +125,32 @@ def sampled(parts: Any, params: Any) -> tuple[Any, Any]:
   columns = prompt_columns(parts, 'train', 8)
   prompts = jax.tree.map(jnp.asarray, columns.take(np.arange(8)))
   return jax.jit(make_sampler(parts))(params, prompts, prng.base_key(3))
+
+
+def test_the_divergence_in_chunks_holds_no_table_of_all_rows() -> None:
+  """The same numbers, without a [B, R, V] array in float32; on eight devices as on one."""
+  size, config = 1003, tiny.make_config('ilql')
+  rng, length = np.random.default_rng(0), config.data.response_length
+  tokens, mask = rng.integers(0, size, (8, length)), np.ones((8, length), bool)
+  rows = Sequences(tokens, mask, tokens[::-1], rng.random((8, length)) < 0.7)
+  found, lowered = {}, {}
+  for chunk, devices in ((None, 1), (64, 1), (64, 8)):
+    model = dataclasses.replace(tiny.MODEL, vocab_size=size, vocab_multiple=1, vocab_chunk=chunk)
+    heads = q_heads.q_heads_init(model, jax.random.key(1))
+    params = {'q_heads': heads, 'q_target': q_heads.target_of(heads)}
+    params['policy'] = decoder.init(model, jax.random.key(0))
+    reference = {'policy': decoder.init(model, jax.random.key(2))}
+    mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    parts: Any = Parts(config, mesh, None, None, model, {})  # type: ignore[arg-type]
+    kl: Any = make_kl(parts)
+    with jax.set_mesh(mesh):
+      lowered[chunk, devices] = kl.lower(params, reference, rows).as_text()
+      found[chunk, devices] = np.asarray(kl(params, reference, put_batch(rows, mesh)))
+  whole = f'tensor<8x{length}x{size}xf32>'
+  assert whole in lowered[None, 1] and whole not in lowered[64, 1]
+  assert found[None, 1].min() > 0.1
+  for values in found.values():
+    np.testing.assert_allclose(values, found[None, 1], rtol=1e-5)
 
 
 def test_samples_are_drawn_from_the_tilted_policy(trained: Trained) -> None:

@@ -27,7 +27,8 @@ SPLITS = {
   'mesh (1, 4, 2)': ((1, 4, 2), 1),
 }
 # Every split of the commonest, and of one case of each kind: plain means, pairs, a statistic of the
-# batch, whitening, groups. The others, made of the same parts, are cut along all axes and into microbatches at once.
+# batch, whitening, groups. The others, made of the same parts, are cut along all axes and into
+# microbatches at once.
 THOROUGH = ('sft', 'reward_model', 'dpo', 'cpl', 'kto', 'ppo', 'grpo')
 AT_ONCE = 'mesh (2, 2, 2), accumulation 2'
 CASES = [(case, split) for split in SPLITS for case in THOROUGH] + [
