@@ -23,6 +23,7 @@ Anthropic's HH, of a Human and an Assistant.
   "text"               the response                "finished"       ended by itself, not by length
   "tokens"             its ids, the stop included  "logprobs"       theirs, in nats, unfiltered
   "prompt_tokens"      the ids that were read      "prompt_tokens_cut"  ids that did not fit
+  "prompt_tokens_unknown"  how many of them stand for unknown words
   "score"              the reward model's with --best_of, else null
 
 Exit codes: 0 done, 1 something given is wrong (one message says what), 130 ended by Ctrl-C: there
@@ -301,6 +302,12 @@ def show(completion: Completion, config: ExperimentConfig) -> None:
     print(
       f'note: {completion.prompt_tokens_cut} tokens of the prompt were left out; its {begun} is '
       f'read, {len(completion.prompt_tokens)} tokens (--prompt_length).',
+      file=sys.stderr,
+    )
+  if completion.prompt_tokens_unknown:
+    print(
+      f'note: {completion.prompt_tokens_unknown} words of the prompt are not in the vocabulary; '
+      'they are read as <unk>.',
       file=sys.stderr,
     )
   if PROMPT.value:

@@ -113,6 +113,11 @@ class Tokenizer:
     special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
     return next((i for i in encoded.ids if i in special), None)
 
+  @property
+  def unk_id(self) -> int | None:
+    """What stands for all unknown words, where the tokenizer has such a thing."""
+    return self.backend.token_to_id(UNK)
+
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, with nothing added at either end."""
     return [row.ids for row in self.backend.encode_batch(list(texts), add_special_tokens=False)]

@@ -13,6 +13,7 @@ from rlhf_jax.common.processes import to_host
 from rlhf_jax.common.types import Prompts
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.texts import encode_contexts
+from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.dialogues import Context, text_of
 from rlhf_jax.feedback.records import Prompt
 from rlhf_jax.generation.samples import Samples
@@ -37,6 +38,7 @@ class Completion(NamedTuple):
     finished: whether a stop token ended it; else it was cut at the longest length.
     prompt_tokens: the ids the policy read, `<bos>` included.
     prompt_tokens_cut: how many ids of the prompt did not fit and were left out.
+    prompt_tokens_unknown: how many of those that were read stand for words that are unknown.
     score: the reward model's, where the run is opened with one.
   """
 
@@ -48,6 +50,7 @@ class Completion(NamedTuple):
   finished: bool
   prompt_tokens: list[int]
   prompt_tokens_cut: int
+  prompt_tokens_unknown: int
   score: float | None
 
 
@@ -93,7 +96,7 @@ def make_completer(opened: Finished, *, fit: bool = False) -> Completer:
       (text if isinstance(text, str) else parts.tokenizer.written(text), number, prompt.cut)
       for (text, number), prompt in zip(rows, encoded, strict=True)
     ]
-    found = _completions(parts.tokenizer.decode, shown, prompts, to_host(drawn))
+    found = _completions(parts.tokenizer, shown, prompts, to_host(drawn))
     if scores is None:
       return found
     return [one._replace(score=float(value)) for one, value in zip(found, scores, strict=True)]
@@ -115,7 +118,7 @@ def _number(text: str, sample: int) -> np.int32:
 
 
 def _completions(
-  decode: Callable[[list[int]], str],
+  tokenizer: Tokenizer,
   rows: list[tuple[str, int, int]],
   prompts: Prompts,
   drawn: Samples,
@@ -123,17 +126,19 @@ def _completions(
   found = []
   for row, (text, number, cut) in enumerate(rows):
     mask = drawn.mask[row]
+    read = prompts.tokens[row][prompts.mask[row]]
     tokens = drawn.tokens[row][mask].tolist()
     found.append(
       Completion(
         prompt=text,
         sample=number,
-        text=decode(tokens),
+        text=tokenizer.decode(tokens),
         tokens=tokens,
         logprobs=drawn.logprobs[row][mask].tolist(),
         finished=bool(drawn.finished[row]),
-        prompt_tokens=prompts.tokens[row][prompts.mask[row]].tolist(),
+        prompt_tokens=read.tolist(),
         prompt_tokens_cut=cut,
+        prompt_tokens_unknown=int((read == tokenizer.unk_id).sum()),
         score=None,
       )
     )

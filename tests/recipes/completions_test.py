@@ -91,6 +91,8 @@ def test_prompts_of_any_length_are_read_whole(parents: Path) -> None:
   (long,) = wide(['we the soup was the soup was'], key, 1)
   assert [len(row.prompt_tokens) for row in (short, long)] == [4, 6]
   assert [row.prompt_tokens_cut for row in (short, long)] == [0, 2]
+  (odd,) = wide(['the xylophone was xyz'], key, 1)
+  assert [row.prompt_tokens_unknown for row in (short, odd)] == [0, 2]
   assert short.tokens == make_completer(narrow)(['the soup was'], key, 1)[0].tokens
 
 
