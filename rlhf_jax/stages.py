@@ -27,11 +27,12 @@ from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.objectives import objective_of
-from rlhf_jax.origins import field_of, path_of
+from rlhf_jax.origins import path_of
 from rlhf_jax.provenance import environment_record, git_revision
 from rlhf_jax.recipes import Built, build
 from rlhf_jax.recipes.parts import (
   chat_template,
+  check_best,
   check_devices,
   check_records,
   check_role,
@@ -321,14 +322,7 @@ def _needed_stage(
   if not isinstance(needed, ExperimentConfig):
     raise ConfigError(field, init, f'the config of one stage, not a {type(needed).__name__}')
   check_role(role, init, needed.objective)
-  checkpoint = config.inits()[role].checkpoint
-  if checkpoint == 'best' and not needed.checkpoint.best_metric:
-    raise ConfigError(
-      f'{field_of(role)}.checkpoint',
-      checkpoint,
-      f"'final' with {init}, which keeps no best checkpoint",
-      'Set its checkpoint.best_metric, or name a run that kept one.',
-    )
+  check_best(role, init, config.inits()[role].checkpoint, needed)
   # It works on behalf of this stage: on the same devices, on the same data (or what is held out
   # here might be trained on there); what it makes of them is its own affair.
   needed.mesh = config.mesh

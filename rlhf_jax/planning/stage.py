@@ -28,6 +28,7 @@ from rlhf_jax.origins import field_of, path_of
 from rlhf_jax.recipes.parts import (
   Parts,
   abstract_reward_model,
+  check_best,
   check_length,
   check_objective,
   check_rows,
@@ -248,13 +249,7 @@ def _parent(
     return _Parent(run.model, objective, run)
   found = _config_of(role, init, chain)
   check_objective(role, init, found.objective)
-  if checkpoint == 'best' and not found.checkpoint.best_metric:
-    raise ConfigError(
-      f'{field_of(role)}.checkpoint',
-      checkpoint,
-      f"'final': {init} keeps no best checkpoint",
-      'It needs checkpoint.best_metric there.',
-    )
+  check_best(role, init, checkpoint, found)
   model, origin = _policy_model(found, vocab_size, (*chain, init))
   return _Parent(model, found.objective, origin)
 

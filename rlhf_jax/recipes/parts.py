@@ -142,6 +142,17 @@ def check_objective(role: str, where: str, objective: ObjectiveConfig) -> None:
     )
 
 
+def check_best(role: str, init: str, checkpoint: str, config: ExperimentConfig) -> None:
+  """Raises ConfigError for a best checkpoint of a stage to come that will keep none."""
+  if checkpoint == 'best' and not config.checkpoint.best_metric:
+    raise ConfigError(
+      f'{field_of(role)}.checkpoint',
+      checkpoint,
+      f"'final' with {init}, which keeps no best checkpoint",
+      'Set its checkpoint.best_metric, or name a run that kept one.',
+    )
+
+
 def check_tokenizer(role: str, where: str, own: Tokenizer, tokenizer: Tokenizer) -> None:
   """Raises ConfigError for a parent whose tokenizer is not that of the stage."""
   if own.fingerprint != tokenizer.fingerprint:
