@@ -26,6 +26,8 @@ def lines(numbers: dict[str, Any]) -> list[str]:
       f'{numbers["ceiling_flops_per_second"] / 1e9:,.0f} GFLOP/s; first step '
       f'{numbers["first_seconds"]["step"]:.1f} s, {numbers["compile_seconds"]:.1f} s of compiling'
     )
+  if 'idle_share' in numbers:
+    found.append(f'the device waits for the host {numbers["idle_share"]:.0%} of the time')
   for part, speed in numbers.get('bytes_per_second', {}).items():
     found.append(f'{part}: {speed / 1e9:.2f} GB/s of {numbers["bytes"] / 1e6:,.0f} MB')
   if numbers['peer'] is not None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks import checkpoints, measuring, peer, startup, workloads
+from benchmarks.idling import idle_share
 from rlhf_jax import provenance
 from rlhf_jax.common import prng
 from rlhf_jax.common.types import Prompts
@@ -224,11 +225,14 @@ def steps(timing: Timing, folder: pathlib.Path, start: peer.Start | None) -> dic
   if found.peer is not None:
     theirs = found.peer['loaded']['parameters']
     assert abs(theirs - ready.parameters) <= 1e-3 * theirs, (theirs, ready.parameters)
+  given = timing.job != 'generate' and timing.job not in ROLLOUTS
+  idle = {'idle_share': idle_share(ready.built, timing.repeats)} if given else {}
   tokens, flops = work(timing.job, ready.config, ready.built.model)
   median = numbers['seconds']['step']['ours']['median']
   top = measuring.ceiling(timing.dtype)
   return {
     **numbers,
+    **idle,
     'parameters': ready.parameters,
     'tokens_per_second': tokens / median,
     'flops': flops,

@@ -54,6 +54,8 @@ def test_lines_hold_both_medians_and_the_paired_ratio() -> None:
   assert '1,234 tokens/s, 50% of 8 GFLOP/s' in text and '4.0 s of compiling' in text
   assert 'step 3.000 s (1.500 to 6.000): 1.50 times our time (0.75 to 3.00)' in text
   assert 'trl 1.2, torch 3.4' in text and 'other processes' not in text
+  waits = report.lines(numbers('dpo', **STEPS, idle_share=0.034))
+  assert 'the device waits for the host 3% of the time' in waits
 
 
 def test_a_machine_that_others_use_is_said() -> None:

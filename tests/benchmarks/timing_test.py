@@ -41,6 +41,10 @@ def test_a_job_is_timed(job: str, tmp_path: pathlib.Path, monkeypatch: pytest.Mo
   ours = numbers['seconds']['step']['ours']
   assert 0 < ours['least'] <= ours['median'] <= ours['most'] < numbers['first_seconds']['step']
   assert numbers['compile_seconds'] > 0 and numbers['peer'] is None
+  # Rollouts wait for the host within a step.
+  assert 0 <= numbers.get('idle_share', 0) < 1 and ('idle_share' in numbers) == (
+    job == 'dpo_cached'
+  )
   tokens = numbers['tokens_per_second'] * ours['median']
   rows = {'dpo_cached': 16 * (128 + 8), 'generate': 32 * 8, 'grpo_iteration': 32 * 8}[job]
   assert tokens == pytest.approx(rows)
