@@ -228,3 +228,13 @@ def test_the_example_of_an_objective_has_all_properties(
   assert asked - {'test_the_order_in_which_a_ranking_is_listed_does_not_matter'} == set(PROPERTIES)
   for name, arguments in PROPERTIES.items():
     getattr(properties_test, name)(example.name, *arguments)
+
+
+def test_the_results_on_human_comparisons_are_of_the_configs() -> None:
+  """As many steps as they have, with and without what a row says it changes."""
+  page = (fill.PAGE.parent / 'hh_harmless.md').read_text()
+  rows = re.findall(r'^\| (SFT|reward model|DPO|CPL-KL|PPO)\b.*?\| (\d+) \|', page, re.MULTILINE)
+  assert len(rows) == 7
+  for stage, steps in rows:
+    name = {'CPL-KL': 'cpl'}.get(stage, stage.lower().replace(' ', '_'))
+    assert load_config(f'configs/hh_harmless_{name}.py').steps == int(steps), stage

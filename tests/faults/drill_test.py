@@ -20,7 +20,7 @@ from tests.faults import stages
 
 pytestmark = pytest.mark.slow
 
-# How often, in one run of the tests.
+# How often, in one run of the tests. The study has all kinds of stages in it.
 TRIALS = {
   ('sft', 'kill'): 1,
   ('sft', 'kill_saving'): 1,
@@ -31,7 +31,6 @@ TRIALS = {
   ('sft', 'read_only'): 1,
   ('sft', 'clock'): 1,
   ('sft', 'process'): 1,
-  ('ppo', 'kill'): 1,
   ('compare', 'kill'): 1,
 }
 

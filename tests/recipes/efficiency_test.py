@@ -82,7 +82,7 @@ def live_bytes() -> int:
 @pytest.fixture(scope='module')
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
   """What stages start from whose parameters are most of what they hold."""
-  model = dataclasses.replace(tiny.MODEL, width=256, mlp_width=512)
+  model = dataclasses.replace(tiny.MODEL, width=128, mlp_width=512)
   with mock.patch.object(tiny, 'MODEL', model):
     yield tiny.make_parents(tmp_path_factory.mktemp('wide'))
 

@@ -175,7 +175,7 @@ def test_a_policy_is_no_reward_model(
   """Refused before anything is compiled or written, by the field that names it."""
   members = [judges / 'a', parents / 'sft']
   config = make_config(parents, *(members if role == 'ensemble' else members[::-1]))
-  with tiny.devices(1), pytest.raises(ConfigError, match='trained a policy') as caught:
+  with tiny.devices(1), pytest.raises(ConfigError, match='trains a policy') as caught:
     stages.run_stage(config, tmp_path / 'run', root=tmp_path)
   assert caught.value.field == f'reward_model.{role}'
   assert not (tmp_path / 'run').exists()
