@@ -4,8 +4,10 @@
 `JAX_COMPILATION_CACHE_DIR` keeps compiled programs elsewhere than in `.cache/xla`.
 """
 
+import gc
 import importlib.metadata
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +63,15 @@ def shared_data() -> Path:
   if not folder.is_dir():
     pytest.skip(f'no real data: {folder} does not exist')
   return folder
+
+
+@pytest.fixture
+def young_heap() -> Iterator[None]:
+  """What other tests have left is not searched by each `gc.collect`, which would take seconds."""
+  gc.collect()
+  gc.freeze()
+  yield
+  gc.unfreeze()
 
 
 @pytest.fixture(scope='session')

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
@@ -126,7 +127,7 @@ class Checkpoints:
     scored = [
       (info.metrics[name], info.step)
       for info in self._checkpointer.checkpoints
-      if name and info.metrics and name in info.metrics
+      if name and info.metrics and math.isfinite(info.metrics.get(name, math.nan))
     ]
     if not scored:
       return None
@@ -153,7 +154,9 @@ class Checkpoints:
     if self.latest_step == step:
       return
     name = self._config.best_metric
-    kept = {name: metrics[name]} if metrics and name and name in metrics else None
+    value = metrics.get(name, math.nan) if metrics and name else math.nan
+    # What is not finite compares with nothing: it is not the best.
+    kept = {name: value} if math.isfinite(value) else None
     if jax.default_backend() == 'cpu':
       # Here host arrays are views of buffers: the next update could not reuse those of the state,
       # or would while they are written. A copy is summed up and written.

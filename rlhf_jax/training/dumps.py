@@ -7,6 +7,8 @@ nonfinite/step_00000012.json   its metrics; those that are not finite by their n
 
 import json
 import pathlib
+import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -96,7 +98,7 @@ def load(folder: pathlib.Path, step: int) -> Dump:
       arrays = {name: saved[name] for name in saved.files}
     values = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
     values = {name: float(value) for name, value in values.items() if name != 'step'}
-  except (OSError, ValueError, TypeError, EOFError) as error:
+  except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise RunError(f'{path}: damaged ({error}).') from error
   return dump_of(step, arrays, values)
 

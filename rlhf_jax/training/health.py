@@ -107,6 +107,14 @@ class HealthConfig:
         value.validate(f'{path}.{field.name}')
     if 0 < self.length.limit <= 1:
       raise ConfigError(f'{path}.length.limit', self.length.limit, 'a factor > 1, or 0: never')
+    if 0 < self.disagreement.limit <= 1:
+      raise ConfigError(
+        f'{path}.disagreement.limit', self.disagreement.limit, 'a factor > 1, or 0: never'
+      )
+    if self.repetition.limit >= 1:
+      raise ConfigError(
+        f'{path}.repetition.limit', self.repetition.limit, 'a share < 1, or 0: never'
+      )
     if self.entropy.limit >= 1:
       raise ConfigError(f'{path}.entropy.limit', self.entropy.limit, 'a share < 1, or 0: never')
 
@@ -164,8 +172,10 @@ def judge(
   metrics: Metrics = {}
   if NORMS in memory:
     history = memory[NORMS]
-    full = history.min() >= 0
-    ratio = jnp.where(full & sound, norm / jnp.maximum(jnp.median(history), 1e-30), 0.0)
+    usual = jnp.median(history)
+    # Where most updates have no gradient at all, as with rewards that are all alike, none is usual.
+    known = (history.min() >= 0) & (usual > 0)
+    ratio = jnp.where(known & sound, norm / jnp.where(known, usual, 1.0), 0.0)
     spike = ratio > config.gradient_spike.factor
     if config.skips_spikes:
       apply &= ~spike

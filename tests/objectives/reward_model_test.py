@@ -1,5 +1,6 @@
 """Bradley-Terry losses, values and gradients, against float64 NumPy."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,9 +11,17 @@ import pytest
 
 from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.common.errors import ConfigError
-from rlhf_jax.objectives.reward_model import RewardModelConfig, bradley_terry, preference_metrics
+from rlhf_jax.objectives.base import Actors
+from rlhf_jax.objectives.reward_model import (
+  RewardModelConfig,
+  bradley_terry,
+  loss,
+  preference_metrics,
+)
 from tests import numerical, quick
+from tests.golden import golden
 from tests.objectives import tabular
+from tests.objectives.batches import make_batch
 
 RNG = np.random.default_rng(0)
 SCORES: Any = RNG.normal(0, 2, (6, 2))
@@ -49,6 +58,33 @@ def test_values_and_gradients_equal_the_likelihood(coefficient: float) -> None:
   )
   expected = numerical.gradient(lambda s: slow_bradley_terry(s, coefficient).sum(), SCORES)
   np.testing.assert_allclose(slopes, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('case', ['plain', 'margin', 'centred', 'both'])
+def test_the_loss_is_that_of_trl(case: str) -> None:
+  """Loss, gradients and accuracy of its reward trainer (tests/golden/make_reward.py)."""
+  found = golden.load('reward')
+  inputs, expected = found['inputs'], found['cases'][case]
+  settings = expected['hyperparameters']
+  config = RewardModelConfig(
+    margin_coefficient=float(settings['margin']), center_coefficient=settings['center'] or 0.0
+  )
+  batch = make_batch('comparisons')
+  rows = np.arange(len(inputs['scores'])) % len(batch.preference)
+  batch = jax.tree.map(lambda x: x[rows], batch)
+  ones = np.ones(len(rows), np.float32)
+  batch = dataclasses.replace(batch, preference=ones, margin=inputs['margins'])
+  # The scores themselves in the place of a model's parameters.
+  actors = Actors(reward=lambda scores, _: jnp.ravel(scores))  # type: ignore[arg-type]
+
+  def total(scores: Any) -> Any:
+    mean, metrics = loss(config, actors, scores, batch)
+    return mean.value(), metrics['accuracy'].value()
+
+  (value, accuracy), slopes = jax.jit(jax.value_and_grad(total, has_aux=True))(inputs['scores'])
+  np.testing.assert_allclose(value, expected['outputs']['loss'], rtol=1e-5)
+  np.testing.assert_allclose(accuracy, expected['outputs']['accuracy'], rtol=1e-6)
+  np.testing.assert_allclose(slopes, expected['gradients']['scores'], rtol=1e-5, atol=1e-6)
 
 
 def test_a_worked_example() -> None:

@@ -45,6 +45,7 @@ def make_config(case: str, parents: Path) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('young_heap')
 @pytest.mark.parametrize(
   ('case', 'adapter'),
   [

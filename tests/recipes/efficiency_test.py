@@ -87,6 +87,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
     yield tiny.make_parents(tmp_path_factory.mktemp('wide'))
 
 
+@pytest.mark.usefixtures('young_heap')
 @pytest.mark.parametrize('method', list(HELD))
 def test_a_ppo_iteration_holds_no_tree_twice(method: str, wide: pathlib.Path) -> None:
   """Live bytes before, between and after its parts, as a multiple of the decoder's parameters.

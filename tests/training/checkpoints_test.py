@@ -1,6 +1,7 @@
 """Checkpoints hold the state of their step, exactly, and refuse what does not fit."""
 
 import dataclasses
+import math
 import pathlib
 import shutil
 from typing import Any
@@ -133,6 +134,18 @@ def test_the_best_is_kept_beside_the_latest(mode: str, best: int, tmp_path: path
   assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [str(best), '5']
   params = again.restore_role('policy', abstract_of(make_state().params['policy']), best)
   np.testing.assert_array_equal(params['kernel'], make_state(best).params['policy']['kernel'])
+  again.close()
+
+
+def test_what_is_not_finite_is_never_the_best(tmp_path: pathlib.Path) -> None:
+  """Nor does it hide the one that is."""
+  checkpoints = opened(tmp_path, keep=1, best_metric='gold_reward')
+  for step, value in ((1, 3.0), (2, math.nan), (3, 2.0), (4, -math.inf), (5, 1.0)):
+    checkpoints.save(step, make_state(step), {}, {'gold_reward': value})
+  checkpoints.close()
+  again = opened(tmp_path, keep=1, best_metric='gold_reward')
+  assert again.best_step == 1 and again.latest_step == 5
+  assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ['1', '5']
   again.close()
 
 

@@ -144,6 +144,19 @@ def test_a_spike_is_told_from_the_median_of_the_last_updates(action: str) -> Non
   np.testing.assert_allclose(state.carry['gradient_norms'], norms[-4:], rtol=1e-6)
 
 
+def test_where_most_gradients_are_none_no_other_is_a_spike() -> None:
+  """As with rewards that are mostly all alike."""
+  health = HealthConfig(gradient_spike=SpikeConfig(factor=10.0, window=4, action='skip'))
+  update, state, spikes = make(health), start(health), []
+  for number in range(8):
+    scale = 1.0 if number in (2, 5, 6) else 0.0
+    state, metrics = update(
+      state, {'x': jnp.full(ROWS, 100.0), 'scale': jnp.full(ROWS, scale * 1e-3)}
+    )
+    spikes.append(metrics_lib.values(metrics)['gradient_spikes'])
+  assert spikes == [0] * 8
+
+
 @pytest.mark.parametrize(
   ('config', 'words'),
   [
@@ -156,6 +169,8 @@ def test_a_spike_is_told_from_the_median_of_the_last_updates(action: str) -> Non
     (HealthConfig(kl=MonitorConfig(action='skip')), 'health.kl.action'),
     (HealthConfig(length=MonitorConfig(limit=0.5)), 'health.length.limit'),
     (HealthConfig(entropy=MonitorConfig(limit=1.0)), 'health.entropy.limit'),
+    (HealthConfig(repetition=MonitorConfig(limit=1.0)), 'health.repetition.limit'),
+    (HealthConfig(disagreement=MonitorConfig(limit=0.5)), 'health.disagreement.limit'),
   ],
 )
 def test_what_cannot_work_is_refused(config: HealthConfig, words: str) -> None:
