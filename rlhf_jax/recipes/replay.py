@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.common import determinism, processes
 from rlhf_jax.common import metrics as metrics_lib
-from rlhf_jax.common import processes
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.data.segments import ControlFeedback
 from rlhf_jax.evaluation.policy import decode_sequences
@@ -75,6 +75,8 @@ def replay(run: Run, dump: dumps.Dump, feedback: Feedback | ControlFeedback) -> 
   Raises UserError where the run's parents are gone, or its mesh does not fit the devices.
   """
   config = run.config
+  if config.deterministic:
+    determinism.require()
   built = build(config, run.parents(), feedback)
   checkpoints = Checkpoints(run.folder / 'checkpoints', config.checkpoint)
   try:
