@@ -12,6 +12,7 @@ from rlhf_jax.common.checks import ShapeError
 from rlhf_jax.objectives import iql
 from rlhf_jax.objectives.iql import IQLConfig
 from tests import numerical, quick
+from tests.golden import golden
 from tests.objectives import tabular
 from tests.objectives.settings import assert_refused
 
@@ -40,6 +41,40 @@ def slow_policy(logprobs: np.ndarray, temperature: float) -> np.ndarray:
     weight = float(np.exp(temperature * (TARGET_Q[index] - VALUES[index])))
     out[index] = -min(weight, 100.0) * logprob
   return out
+
+
+@pytest.mark.parametrize('case', ['defaults', 'cut_weights'])
+def test_the_losses_are_those_of_the_released_code(case: str) -> None:
+  """Values and gradients of its training step (tests/golden/make_piql.py); its Q loss is a mean."""
+  found = golden.load('piql')
+  inputs, expected = found['inputs'], found['cases'][case]
+  settings = expected['hyperparameters']
+  weighing = {name: settings[name] for name in ('temperature', 'max_weight')}
+  target_q = inputs['target_q'].min(0)
+
+  def losses(trained: dict[str, Any]) -> tuple[Any, Any]:
+    terms = {
+      'v': iql.value_loss(trained['values'], target_q, expectile=settings['expectile']).mean(),
+      'q': iql.q_loss(
+        trained['q'],
+        inputs['rewards'],
+        inputs['next_values'],
+        inputs['not_done'],
+        gamma=settings['gamma'],
+      ).mean()
+      / len(trained['q']),
+      'actor': iql.policy_loss(trained['logprobs'], target_q, inputs['values'], **weighing).mean(),
+    }
+    return sum(terms.values()), terms
+
+  trained = {name: inputs[name] for name in ('values', 'q', 'logprobs')}
+  (_, terms), slopes = jax.jit(jax.value_and_grad(losses, has_aux=True))(trained)
+  for name, term in terms.items():
+    np.testing.assert_allclose(term, expected['outputs'][name], rtol=1e-5, err_msg=name)
+  for name, slope in slopes.items():
+    np.testing.assert_allclose(
+      slope, expected['gradients'][name], rtol=1e-5, atol=1e-6, err_msg=name
+    )
 
 
 def f32(*arrays: Any) -> tuple[jax.Array, ...]:
