@@ -30,13 +30,8 @@ from rlhf_jax.objectives import objective_of
 from rlhf_jax.origins import path_of
 from rlhf_jax.provenance import environment_record, git_revision
 from rlhf_jax.recipes import Built, build
-from rlhf_jax.recipes.parts import (
-  chat_template,
-  check_best,
-  check_devices,
-  check_records,
-  check_role,
-)
+from rlhf_jax.recipes.parents import check_best, check_role
+from rlhf_jax.recipes.parts import chat_template, check_devices, check_records
 from rlhf_jax.recipes.rewards import check_judges, reward_fingerprints
 from rlhf_jax.runs import Run, fingerprint, write_json
 from rlhf_jax.training.checkpoints import Checkpoints

@@ -25,16 +25,18 @@ from rlhf_jax.models import adapters, decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import ObjectiveConfig, objective_of
 from rlhf_jax.origins import field_of, path_of
-from rlhf_jax.recipes.parts import (
-  Parts,
-  abstract_reward_model,
+from rlhf_jax.recipes.parents import (
   check_best,
-  check_length,
   check_objective,
-  check_rows,
   check_tokenizer,
   inherit,
   judge_model,
+)
+from rlhf_jax.recipes.parts import (
+  Parts,
+  abstract_reward_model,
+  check_length,
+  check_rows,
   make_tokenizer,
 )
 from rlhf_jax.runs import Run

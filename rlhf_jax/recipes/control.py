@@ -20,7 +20,8 @@ from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.models.mlp import replicated_axes
 from rlhf_jax.objectives import Actors, demands_of, objective_of
 from rlhf_jax.recipes.offline import Dataset, Learner, Preparation, make_preparation, offline_recipe
-from rlhf_jax.recipes.parts import check_devices, check_role, shardings_of
+from rlhf_jax.recipes.parents import check_role
+from rlhf_jax.recipes.parts import check_devices, shardings_of
 from rlhf_jax.recipes.probes import Question, loss_question, preference_question
 from rlhf_jax.recipes.trainer import Trees
 from rlhf_jax.runs import Run

@@ -18,6 +18,7 @@ from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.recipes.control import ControlParts, control_questions, make_trees
 from rlhf_jax.recipes.offline import offline_questions
 from rlhf_jax.recipes.online import online_questions
+from rlhf_jax.recipes.parents import check_templates, computed_as
 from rlhf_jax.recipes.parts import (
   Parts,
   abstract_decoder,
@@ -25,8 +26,6 @@ from rlhf_jax.recipes.parts import (
   abstract_reward_model,
   chat_template,
   check_length,
-  check_templates,
-  computed_as,
 )
 from rlhf_jax.recipes.probes import Question
 from rlhf_jax.recipes.rewards import load_reward_model

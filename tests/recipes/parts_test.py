@@ -8,7 +8,8 @@ import pytest
 
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.recipes.parts import check_tokens, inherit, judge_model, load_parts
+from rlhf_jax.recipes.parents import inherit, judge_model
+from rlhf_jax.recipes.parts import check_tokens, load_parts
 from rlhf_jax.runs import Run
 from tests import tiny
 
