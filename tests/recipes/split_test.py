@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 # Mesh (data, fsdp, tensor), whose product is the number of devices, and microbatches.
 SPLITS = {
+  'accumulation 2': ((1, 1, 1), 2),
   'accumulation 4': ((1, 1, 1), 4),
   'mesh (8, 1, 1)': ((8, 1, 1), 1),
   'mesh (2, 2, 2), accumulation 2': ((2, 2, 2), 2),

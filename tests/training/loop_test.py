@@ -86,8 +86,8 @@ def same_run(folder: pathlib.Path, expected: pathlib.Path) -> None:
 
 
 # The loop is the same for all (tests/recipes/resume_test.py has what differs): from given responses
-# and from samples, with a finish, a controller, slow copies.
-LOOPS = ('sft', 'reward_model', 'ilql', 'ppo')
+# and from samples, with a reference, a finish, a controller, slow copies.
+LOOPS = ('sft', 'reward_model', 'dpo', 'cpl', 'ilql', 'ppo')
 
 
 @pytest.mark.slow
