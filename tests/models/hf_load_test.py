@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -282,8 +283,14 @@ print(status('VmHWM') - before - size)
 def memory_beside_parameters(folder: Path) -> tuple[int, int]:
   """What a process that loads a folder holds beside the parameters; and its largest file."""
   file = max(path.stat().st_size for path in folder.glob('*.safetensors'))
+  # What is freed goes back to the system at once, or the peak would have what was given back late.
+  freeing = {'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '0'}
   done = subprocess.run(
-    [sys.executable, '-c', MEASURE, str(folder)], capture_output=True, text=True, check=True
+    [sys.executable, '-c', MEASURE, str(folder)],
+    env={**os.environ, **freeing},
+    capture_output=True,
+    text=True,
+    check=True,
   )
   print(f'{int(done.stdout) / 1e6:.0f} MB beside the parameters; a file is {file / 1e6:.0f} MB')
   return int(done.stdout), file
@@ -311,8 +318,7 @@ def test_the_host_holds_no_whole_table(tmp_path: Path) -> None:
   weight_map = {name: file for file, names in files.items() for name in names}
   (tmp_path / INDEX).write_text(json.dumps({'weight_map': weight_map}))
   extra, largest = memory_beside_parameters(tmp_path)
-  # The whole table would be eight blocks more. Of blocks some are on their way, or given back late.
-  assert extra < 1.3 * largest + 5 * 4 * hf_place._BLOCK
+  assert extra < 1.3 * largest + 2 * 4 * hf_place._BLOCK  # one is read, one on its way
 
 
 @pytest.mark.slow
