@@ -151,8 +151,7 @@ def resolve(
   """
   if config.deterministic:
     determinism.require()
-  _check_chain(config, root, chain)
-  feedback, rewards = check_alone(config, root)
+  feedback, rewards = _check_chain(config, root, chain)
   parents = {
     role: _parent(config, role, init, root, chain) for role, (init, _) in config.inits().items()
   }
@@ -180,9 +179,9 @@ def check_alone(
 
 def _check_chain(
   config: ExperimentConfig, root: str | pathlib.Path, chain: tuple[str, ...]
-) -> None:
-  """Raises UserError for what can be known to be wrong before any stage takes its time."""
-  check_alone(config, root)
+) -> tuple[Feedback | ControlFeedback, dict[str, str]]:
+  """`check_alone` of a stage, and of all that it starts from before any of them takes its time."""
+  found = check_alone(config, root)
   for role, (init, checkpoint) in config.inits().items():
     if is_source(init):
       if (run := open_source(init)).result is not None:
@@ -196,6 +195,7 @@ def _check_chain(
       raise ConfigError(
         path_of(role), init, 'a stage that can run on behalf of this one', f'Of that one: {error}'
       ) from error
+  return found
 
 
 def load_data(data: DataConfig, root: str | pathlib.Path) -> Feedback | ControlFeedback:
