@@ -76,18 +76,7 @@ def open_run(
     assert isinstance(config.model, ModelConfig), 'validate() demands it of texts'
     model = computed_as(config.model, model)
   check_length(model, config)
-  for role, parent in parents.items():
-    parent.require_result()
-    if parent.tokenizer().fingerprint != tokenizer.fingerprint:
-      raise RunError(
-        f'{parent.source}: it has another tokenizer than {run.source}: the same token ids mean '
-        f'other texts. A {role.replace("_", " ")} must stem from the same start.'
-      )
-  if 'policy' in parents and differences(parents['policy'].model, model):
-    raise RunError(
-      f'{parents["policy"].source}: it has another decoder than {run.source}. A reference must '
-      'have the same.'
-    )
+  _check_parents(run, model, parents)
   if isinstance(run, HfFolder) and config.data.chat_template:
     tokenizer = tokenizer.with_template(chat_template(config.data))
     check_templates(parents, tokenizer)
@@ -101,6 +90,22 @@ def open_run(
     roles['q_target'] = q_heads.target_of(roles['q_heads'])
   params = {role: run.restore_role(role, tree, checkpoint) for role, tree in roles.items()}
   return Finished(parts, params)
+
+
+def _check_parents(run: Run, model: ModelConfig, parents: Mapping[str, Run]) -> None:
+  """Raises RunError for what a run cannot be measured against."""
+  for role, parent in parents.items():
+    parent.require_result()
+    if parent.tokenizer().fingerprint != run.tokenizer().fingerprint:
+      raise RunError(
+        f'{parent.source}: it has another tokenizer than {run.source}: the same token ids mean '
+        f'other texts. A {role.replace("_", " ")} must stem from the same start.'
+      )
+  if 'policy' in parents and differences(parents['policy'].model, model):
+    raise RunError(
+      f'{parents["policy"].source}: it has another decoder than {run.source}. A reference must '
+      'have the same.'
+    )
 
 
 def own_questions(parts: Parts | ControlParts) -> list[Question]:
