@@ -30,10 +30,11 @@ from experiments.reporting import evaluations as evaluations_lib
 from experiments.reporting import tables
 from experiments.reporting.files import write_report
 from experiments.reporting.summary import Completion, Study, summarise
-from rlhf_jax.common import processes
-from rlhf_jax.common.errors import ConfigError, UserError
+from rlhf_jax.common import files, processes
+from rlhf_jax.common.errors import ConfigError, RunError, UserError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import to_dict
+from rlhf_jax.evaluation import stored
 from rlhf_jax.evaluation.frontier import FrontierPoint, optimal_frontier
 from rlhf_jax.evaluation.statistics import proportion_interval
 from rlhf_jax.feedback.dataset import Feedback
@@ -55,6 +56,8 @@ OVERWRITE = flags.DEFINE_bool(
   'overwrite', False, 'Start stages over whose folder holds a run of another config.'
 )
 
+# The array of a frontier's file.
+_REWARDS = 'rewards'
 # Samples shown in the report.
 _SHOWN_PROMPTS = 4
 
@@ -151,7 +154,7 @@ def frontier(study: StudyConfig, stages: Stages, folder: pathlib.Path) -> list[F
     'samples': study.frontier_samples,
     **{part: to_dict(getattr(config, part)) for part in ('data', 'generation', 'evaluation')},
   }
-  path = folder / 'frontier' / f'{fingerprint(made_from)[:16]}.npy'
+  path = folder / 'frontier' / f'{fingerprint(made_from)[:16]}.npz'
   if not processes.on_main(lambda: kept(path)):
     processes.say(f'optimal frontier: {study.frontier_samples} responses of SFT to each prompt')
     feedback = load_data(config.data, folder)
@@ -160,27 +163,26 @@ def frontier(study: StudyConfig, stages: Stages, folder: pathlib.Path) -> list[F
     with jax.set_mesh(parts.mesh):
       rewards = reference_rewards(parts, study.frontier_samples)
     processes.on_main(lambda: keep(rewards, path))
-  return optimal_frontier(np.load(path, allow_pickle=False)) if processes.is_main() else []
+  return optimal_frontier(stored.read(path)[_REWARDS]) if processes.is_main() else []
 
 
 def kept(path: pathlib.Path) -> bool:
   """Whether there is an array that `keep` wrote; one that is damaged is made again."""
+  if not path.exists():
+    return False
   try:
-    np.load(path, allow_pickle=False)
-  except FileNotFoundError:
-    return False
-  except (ValueError, EOFError) as error:
-    print(f'{path}: damaged ({error}); made again', flush=True)
-    return False
-  return True
+    if _REWARDS in stored.read(path):
+      return True
+    print(f'{path}: damaged (it has no {_REWARDS}); made again', flush=True)
+  except RunError as error:
+    print(f'{error} It is made again.', flush=True)
+  return False
 
 
 def keep(rewards: np.ndarray, path: pathlib.Path) -> None:
   """Writes an array that is either whole or absent."""
   path.parent.mkdir(exist_ok=True)
-  temporary = path.with_suffix('.tmp.npy')
-  np.save(temporary, rewards)
-  temporary.replace(path)
+  files.write_arrays(path, {_REWARDS: rewards})
 
 
 def reward_model_facts(run: Run, folder: pathlib.Path) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""Makes a step of a run again in which a number was not finite, and says where it goes wrong.
+"""Makes a step of a run again that went wrong, and says where: what is not finite, or is a spike.
 
   python -m experiments.replay --run=runs/dpo
   python -m experiments.replay --run=runs/dpo --step=412 --json=step_412.json
 
-A run that stops at a loss, gradient or reward that is not finite (or skips it, the first time)
-keeps the step in nonfinite/: what the update learnt from, the samples and rewards that this was
-made from, and its metrics. Runs are the same bit for bit every time, so the state before the step
-is made again from the last checkpoint before it, or from the beginning: it takes as long as that
-took then. Then the step itself is made, first as the run made it, which is compared with what was
-kept, and then update by update, gradient by gradient, row by row.
+A run that stops at a loss, gradient or reward that is not finite, or at a spike of its gradient
+norm (or skips one of them, the first time) keeps the step in nonfinite/: what the update learnt
+from, the samples and rewards that this was made from, and its metrics. Runs are the same bit for
+bit every time, so the state before the step is made again from the last checkpoint before it, or
+from the beginning: it takes as long as that took then. Then the step itself is made, first as the
+run made it, which is compared with what was kept, and then update by update, gradient by gradient,
+row by row.
 
 It says: whether the step came out as it did then; which parameters were not finite before it, and
 how large they were; which rewards of which samples; which leaf of the batch, in which rows; which
@@ -24,7 +25,8 @@ changed, except that a damaged checkpoint is set aside, as whenever one is read.
 "reproduced": "bits", "rounding" or "no", "differing": [names], "metrics": {...},
 "not_finite": {"parameters", "optimizer", "carry", "gradients": {name: how many numbers},
 "batch", "rewards": {name: [rows]}}, "largest_parameter": {role: ...},
-"update", "updates" (which of how many, from 0), "found" (whether it goes wrong again),
+"update", "updates" (which of how many, from 0), "found" (whether a loss or gradient is not finite
+again), "spike" (its gradient norm over the median of those before it; 0 if it is none),
 "rows": [{"row", "loss", "gradient_norm", "texts"}] (of that update; loss and gradient norm of each
 row alone, null where it has none), "samples": [{"row", "texts"}] (those with bad rewards),
 "log_ratios": {name: {"largest", "row"}}, "explanation": [sentences]}.
@@ -91,7 +93,7 @@ def read(run: Run) -> dumps.Dump:
   if not kept:
     raise RunError(
       f'{run.folder}: no step was kept (there is no {dumps.FOLDER}/): of its {steps} steps, none '
-      'that was made had a loss, gradient or reward that is not finite.'
+      'that was made was stopped at or skipped for what health.* watches.'
     )
   step = kept[-1] if STEP.value is None else STEP.value
   if step not in kept:
@@ -168,10 +170,21 @@ def _update(found: Replay) -> Iterator[str]:
   """What is said of the update that goes wrong."""
   examined = found.examined
   loss, norm = (examined.values[name] for name in ('loss', 'gradient_norm'))
-  if not examined.found:
-    yield f'all {examined.updates} updates: loss and gradients are finite, loss {loss:.4g} at last.'
-    return
   place = f'update {examined.update + 1} of {examined.updates}'
+  if not examined.found:
+    yield f'all {examined.updates} updates: loss and gradients are finite.'
+    if not examined.spike:
+      yield f'{place}: loss {loss:.6g}, gradient norm {norm:.6g}.'
+      return
+    yield (
+      f'{place}: its gradient norm {norm:.6g} is {examined.spike:.4g} times the median of those '
+      f'before it; loss {loss:.6g}, of {_rows(examined.rows.tolist())}.'
+    )
+    if examined.norms is not None:
+      largest = np.argsort(-examined.norms, kind='stable')[:_SHOWN]
+      norms = ', '.join(f'{examined.norms[x]:.4g} (row {examined.rows[x]})' for x in largest)
+      yield f'{place}: the largest gradient norms of rows alone: {norms}.'
+    return
   yield f'{place}: loss {loss:.6g}, gradient norm {norm:.6g}, of {_rows(examined.rows.tolist())}.'
   others = [
     name
@@ -199,8 +212,13 @@ def _update(found: Replay) -> Iterator[str]:
 
 
 def wrong_rows(found: Replay) -> list[int]:
-  """The rows of the batch at fault: those that go wrong alone, else those with bad numbers."""
+  """The rows of the batch at fault: those that go wrong alone, else those with bad numbers.
+
+  Of a spike the row with the largest gradient.
+  """
   examined = found.examined
+  if examined.spike and examined.norms is not None:
+    return [int(examined.rows[np.argmax(examined.norms)])]
   if examined.losses is not None and examined.norms is not None:
     bad = ~(np.isfinite(examined.losses) & np.isfinite(examined.norms))
     if bad.any():
@@ -258,6 +276,7 @@ def to_json(run: Run, found: Replay, sentences: list[str]) -> dict[str, Any]:
     'update': examined.update,
     'updates': examined.updates,
     'found': examined.found,
+    'spike': examined.spike,
     'rows': [
       {'row': row, 'loss': loss, 'gradient_norm': norm, 'texts': found.texts(row)}
       for row, (loss, norm) in sorted(of_row.items())

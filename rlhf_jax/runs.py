@@ -12,7 +12,6 @@ hf/             what the checkpoint folder it started from says of itself, for i
 
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.common import processes
+from rlhf_jax.common import files, processes
 from rlhf_jax.common.errors import RunError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.config_values import KINDS, canonical_json, differences, from_dict
@@ -40,12 +39,7 @@ ASSETS = 'hf'
 
 def write_json(path: pathlib.Path, values: Any) -> None:
   """Writes a JSON file that is either whole or absent."""
-  temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('w', encoding='utf-8') as file:
-    file.write(canonical_json(values) + '\n')
-    file.flush()
-    os.fsync(file.fileno())  # or a machine that fails may have the name and not the content
-  temporary.replace(path)
+  files.write_text(path, canonical_json(values) + '\n')
 
 
 _MADE_AGAIN = 'Delete it, and run the command of its directory again: that writes it anew.'

@@ -111,7 +111,7 @@ def test_a_stage_that_another_needs_can_be_stopped(
   config.policy.init = write_config(tmp_path, 'sft')
 
   def stopped_at_once(stop: StopRequest) -> StopRequest:
-    stop.requested = True
+    stop._signals = 1
     return stop
 
   with monkeypatch.context() as patch:

@@ -37,7 +37,7 @@ def damage(ground: Ground, trials: int, outcome: Outcome) -> None:
       outcome.survived += 1
       fell_back += 'falling back to step' in again.said
       compare(ground, workdir, outcome)
-    elif code == 1 and 'damaged' in again.said:
+    elif code == 1 and 'damaged' in again.said and clear(again):
       outcome.survived += 1
       refused += 1
     else:

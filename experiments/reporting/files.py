@@ -1,13 +1,13 @@
 """The files of a report: written whole, made from summary.json alone."""
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from experiments.reporting import markdown, page, schema
 from rlhf_jax.common.errors import DataError
+from rlhf_jax.common.files import write_text
 
 
 def write_report(summary: Mapping[str, Any], folder: pathlib.Path) -> None:
@@ -18,14 +18,14 @@ def write_report(summary: Mapping[str, Any], folder: pathlib.Path) -> None:
   """
   schema.validate_summary(summary)
   folder.mkdir(parents=True, exist_ok=True)
-  _replace(folder / 'summary.json', json.dumps(summary, indent=1, allow_nan=False) + '\n')
+  write_text(folder / 'summary.json', json.dumps(summary, indent=1, allow_nan=False) + '\n')
   write_pages(summary, folder)
 
 
 def write_pages(summary: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Writes report.md and report.html alone."""
-  _replace(folder / 'report.md', markdown.render(summary))
-  _replace(folder / 'report.html', page.render(summary))
+  write_text(folder / 'report.md', markdown.render(summary))
+  write_text(folder / 'report.html', page.render(summary))
 
 
 def read_summary(path: pathlib.Path) -> dict[str, Any]:
@@ -41,9 +41,3 @@ def read_summary(path: pathlib.Path) -> dict[str, Any]:
   except DataError as error:
     raise DataError(f'{path}: {error}') from error
   return summary
-
-
-def _replace(path: pathlib.Path, content: str) -> None:
-  partial = path.with_name(f'{path.name}.partial')
-  partial.write_text(content, encoding='utf-8')
-  os.replace(partial, path)

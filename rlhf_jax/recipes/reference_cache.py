@@ -5,7 +5,6 @@ that starts from one policy and reads the same records, and a run that goes on a
 it. Losing one costs only the time to make it again.
 """
 
-import contextlib
 import hashlib
 import os
 import pathlib
@@ -14,7 +13,7 @@ import zipfile
 import jax
 import numpy as np
 
-from rlhf_jax.common import processes, trees
+from rlhf_jax.common import files, processes, trees
 from rlhf_jax.config_values import canonical_json, to_dict
 from rlhf_jax.data.columns import Columns
 from rlhf_jax.recipes.parts import Parts
@@ -76,14 +75,9 @@ class ReferenceCache:
     temporary = self.path.with_name(f'{self.path.name}.{os.getpid()}')
     try:
       self.path.parent.mkdir(parents=True, exist_ok=True)
-      with temporary.open('wb') as file:
-        np.savez(file, logprobs=logprobs, sha256=np.array(_sha256(logprobs)))
-        file.flush()
-        os.fsync(file.fileno())
-      temporary.replace(self.path)
+      arrays = {'logprobs': logprobs, 'sha256': np.array(_sha256(logprobs))}
+      files.write_arrays(self.path, arrays, temporary)
     except OSError as error:
-      with contextlib.suppress(OSError):
-        temporary.unlink()
       processes.say(f'warning: {self.path}: not kept for the next time ({error})')
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_jax.common import processes, trees
+from rlhf_jax.common import files, processes, trees
 from rlhf_jax.common.errors import RunError
 from rlhf_jax.training.recipe import Prepared
 
@@ -76,18 +76,17 @@ def save(
   arrays = arrays_of(prepared)
   if processes.is_main():
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name('unfinished.npz')
-    np.savez(temporary, **arrays)  # type: ignore[arg-type]
     # JSON has no nan and no infinity: their names stand for them.
     written = {name: x if np.isfinite(x) else str(x) for name, x in values.items()}
-    path.with_suffix('.json').write_text(json.dumps({'step': step, **written}, indent=1))
-    temporary.replace(path)
+    files.write_text(path.with_suffix('.json'), json.dumps({'step': step, **written}, indent=1))
+    files.write_arrays(path, arrays)
   return path
 
 
 def steps(folder: pathlib.Path) -> list[int]:
   """The steps that a run directory has kept, in order."""
-  return sorted(int(path.stem.partition('_')[2]) for path in (folder / FOLDER).glob('step_*.npz'))
+  names = (path.stem.removeprefix('step_') for path in (folder / FOLDER).glob('step_*.npz'))
+  return sorted(int(name) for name in names if name.isdecimal())
 
 
 def load(folder: pathlib.Path, step: int) -> Dump:

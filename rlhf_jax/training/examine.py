@@ -10,20 +10,23 @@ import optax
 from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common import trees
 from rlhf_jax.common.prng import Stream
-from rlhf_jax.training.health import USABLE
+from rlhf_jax.training.health import NORMS, USABLE
 from rlhf_jax.training.state import TrainState
-from rlhf_jax.training.step import Updating, carry_of, order_of
+from rlhf_jax.training.step import Moving, Updating, carry_of, order_of
 
 Array = jax.Array
 
 
 class Examined(NamedTuple):
-  """The first update of a step whose loss or gradients are not finite, or the last, if none is.
+  """The first update of a step whose loss or gradients are not finite.
+
+  If there is none, the first whose gradient norm is a spike; if there is none either, the last.
 
   Attributes:
     update: its number in the step, from 0.
     updates: how many the step has.
     found: whether it is not finite.
+    spike: how many times the median of those before it its gradient norm is; 0 if it is no spike.
     rows: `[b]` row numbers of the batch that it learns from.
     values: its loss, gradient norm and metrics.
     gradients: how many numbers of each gradient are not finite, by name, of those that have any.
@@ -34,11 +37,25 @@ class Examined(NamedTuple):
   update: int
   updates: int
   found: bool
+  spike: float
   rows: np.ndarray
   values: dict[str, float]
   gradients: dict[str, int]
   losses: np.ndarray | None
   norms: np.ndarray | None
+
+
+class _Seen(NamedTuple):
+  """An update that was looked at: what it was made from, and what came of it."""
+
+  update: int
+  found: bool
+  spike: float
+  moving: Moving
+  part: Any
+  draws: Array
+  values: dict[str, float]
+  gradients: Any
 
 
 def nonfinite_counts(tree: Any) -> dict[str, int]:
@@ -71,21 +88,38 @@ def examine(updating: Updating, state: TrainState, batch: Any, *, by_row: bool) 
     order = np.asarray(order_of(state, batch, schedule))
   once, gradients_of = jax.jit(updating.once), jax.jit(updating.gradients)
   carry, key = carry_of(state), state.stream(Stream.DROPOUT)
+  chosen: _Seen | None = None
   for update in range(updates):
     part = jax.tree.map(lambda x, update=update: x[order[update]], batch)
     draws = key if updates == 1 else jax.random.fold_in(key, update)
     gradients, mean, metrics = gradients_of(carry.moving, part, draws)
-    norm = optax.tree.norm(gradients)
     values = metrics_lib.values({**metrics, 'loss': mean})
-    values['gradient_norm'] = float(norm)
+    values['gradient_norm'] = float(optax.tree.norm(gradients))
     found = not np.isfinite([values['loss'], values['gradient_norm']]).all()
-    if found or update == updates - 1:
+    before, spike = carry.moving, 0.0
+    if not found and (NORMS in carry.memory or update < updates - 1):
+      count = state.step * updates + update
+      carry, made = once(carry, part, count, draws, state.carry.get(USABLE))
+      judged = metrics_lib.values(made)
+      spike = judged['gradient_spike_ratio'] if judged.get('gradient_spikes') else 0.0
+    if found or chosen is None or not chosen.spike:
+      chosen = _Seen(update, found, spike, before, part, draws, values, gradients)
+    if found:
       break
-    count = state.step * updates + update
-    carry, _ = once(carry, part, count, draws, state.carry.get(USABLE))
-  losses, norms = _row_by_row(updating, carry.moving, part, draws) if by_row else (None, None)
+  assert chosen is not None
+  losses, norms = None, None
+  if by_row:
+    losses, norms = _row_by_row(updating, chosen.moving, chosen.part, chosen.draws)
   return Examined(
-    update, updates, found, order[update], values, nonfinite_counts(gradients), losses, norms
+    chosen.update,
+    updates,
+    chosen.found,
+    chosen.spike,
+    order[chosen.update],
+    chosen.values,
+    nonfinite_counts(chosen.gradients),
+    losses,
+    norms,
   )
 
 

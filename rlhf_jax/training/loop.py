@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -10,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rlhf_jax.common import files, processes
 from rlhf_jax.common import metrics as metrics_lib
-from rlhf_jax.common import processes
 from rlhf_jax.common.errors import HealthError, NonFiniteError
 from rlhf_jax.common.metrics import Metrics
 from rlhf_jax.training import dumps
@@ -21,7 +20,7 @@ from rlhf_jax.training.monitors import Event, Monitors
 from rlhf_jax.training.progress import Progress
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
-from rlhf_jax.training.stopping import StopRequest
+from rlhf_jax.training.stopping import Interrupted, StopRequest
 from rlhf_jax.training.writers import JsonlWriter, PrefixedWriter, TensorBoardWriter, Writer
 
 
@@ -81,6 +80,7 @@ class _Run:
     self.recipe, self.config, self.folder, self.checkpoints = recipe, config, folder, checkpoints
     self.tokens, self.seconds = 0, 0.0
     self.start = 0
+    self.owes_evaluation = False  # of the step that it starts from
     self.final: TrainState | None = None  # as the last checkpoint has it
     self.window: Metrics = {}
     self.monitors = Monitors(config.health)
@@ -92,6 +92,7 @@ class _Run:
       self.state, facts = checkpoints.restore(recipe.abstract)
       self.start = int(self.state.step)
       self.tokens, self.seconds = int(facts['tokens']), float(facts['seconds'])
+      self.owes_evaluation = bool(facts.get('owes_evaluation'))
       self.window = metrics_lib.from_json(facts['window'])
       self.monitors = Monitors(config.health, facts.get('health'))
       processes.say(f'{name}: going on from step {self.start}')
@@ -108,17 +109,18 @@ class _Run:
     """Opens the files of metrics, without rows of steps that are still to come."""
     keep = self.start if self.start else -1
     self.metrics.append(JsonlWriter(self.folder / 'metrics.jsonl', keep_through=keep))
-    self.evaluations.append(JsonlWriter(self.folder / 'evaluations.jsonl', keep_through=keep))
+    evaluated = keep - self.owes_evaluation
+    self.evaluations.append(JsonlWriter(self.folder / 'evaluations.jsonl', keep_through=evaluated))
     self.health.append(JsonlWriter(self.folder / 'health.jsonl', keep_through=keep))
     if self.config.tensorboard:
       board = TensorBoardWriter(self.folder / 'tensorboard', keep_through=keep)
       self.metrics.append(board)
       self.evaluations.append(PrefixedWriter(board, 'evaluation/'))
 
-  def step(self, step: int) -> None:
+  def step(self, step: int, stop: StopRequest) -> None:
     """Dispatches one iteration, and settles the one before."""
-    batch = self.recipe.batch(step)
-    prepared = self.recipe.prepare(self.state, batch)
+    with stop.interruptible():
+      prepared = self.recipe.prepare(self.state, self.recipe.batch(step))
     self.state, metrics = self.recipe.update(
       dataclasses.replace(self.state, carry=prepared.carry), prepared.batch
     )
@@ -127,27 +129,74 @@ class _Run:
     if len(self.pending) > 1:  # one step behind, so that the host never waits for the device
       self.settle(self.pending.popleft())
 
+  def go(self, stop: StopRequest) -> bool:
+    """Goes on from `start` to the end; whether it was stopped before that, with its state saved."""
+    config, checkpoints = self.config, self.checkpoints
+    if self.start == 0:
+      checkpoints.require_metric(self.evaluate(0, stop))
+    elif self.owes_evaluation:
+      self.evaluate(self.start, stop)
+    for step in range(self.start, config.steps):
+      self.step(step, stop)
+      done = step + 1
+      last = done == config.steps
+      if step == self.start:  # it compiles: there is nothing to be gained by running ahead
+        self.settle_all()
+      stopping = stop.due() and not last
+      scalars = None
+      self.owes_evaluation = last or _due(done, config.evaluate_every)
+      # There may be little time to stop in: what need not be in the checkpoint is left for later.
+      if self.owes_evaluation and (not stopping or config.checkpoint_evaluations):
+        self.settle_all()
+        scalars = self.evaluate(done, stop)
+      if (
+        last
+        or stopping
+        or self.halt is not None
+        or _due(done, config.checkpoint_every)
+        or (scalars is not None and config.checkpoint_evaluations)
+      ):
+        self.settle_all()
+        self.save(done, scalars)
+      if self.halt is not None and not last:
+        raise self.halted(self.halt)
+      if stopping:
+        return True
+    return False
+
+  def rescue(self) -> None:
+    """Saves what is complete, of a step or an evaluation that was given up in the middle."""
+    self.settle_all()
+    done = int(self.state.step)
+    at_the_end = done == self.config.steps
+    # Such a checkpoint has the evaluation's answer in it: it is left for a later one, made anew.
+    if self.owes_evaluation and (at_the_end or self.config.checkpoint_evaluations):
+      return
+    if done:
+      self.save(done, None)
+
   def settle_all(self) -> None:
     """Waits for the metrics of every step that was dispatched."""
     while self.pending:
       self.settle(self.pending.popleft())
+
+  def settle(self, done: _Pending) -> None:
+    """Reads the metrics of a step: skips or stops at what is not finite, counts, logs."""
+    values = metrics_lib.values(done.metrics)
     now = time.monotonic()
     self.seconds += now - self.clock
     self.clock = now
-
-  def settle(self, done: _Pending) -> None:
-    """Reads the metrics of a step: skips or stops at what is not finite, counts tokens."""
-    values = metrics_lib.values(done.metrics)
     finite = all(np.isfinite(values[name]) for name in ('loss', 'gradient_norm'))
     finite = finite and not values.get('nonfinite_rewards', 0)
     reason = '' if finite else dumps.reason(values, done.prepared)
     if not finite and self.config.health.nonfinite == 'stop':
-      self.give_up(done, values, reason)
+      self.give_up(done, values, reason, 'nonfinite=skip')
     events = self.monitors.see_step(done.step, values, reason or 'a gradient norm is a spike')
     self.tell(events)
     for event in events:
       if event.action == 'stop':
-        self.give_up(done, values, event.text)
+        spike = event.monitor == 'gradient_spike'
+        self.give_up(done, values, event.text, 'gradient_spike.action=skip' if spike else '')
     if values.get('skipped_updates', 0) and self.monitors.skipped_steps == 1:
       dumps.save(self.folder, done.step, done.prepared, values)
     self.tokens += int(values['tokens'])
@@ -155,21 +204,24 @@ class _Run:
     if not finite:  # the others of its row still have something to say
       metrics = {name: metrics[name] for name in metrics if np.isfinite(values[name])}
     self.window = metrics_lib.merge([self.window, metrics])
+    if done.step == self.start + 1:
+      self.progress.compiled(done.step, self.tokens)
+    if done.step == self.config.steps or _due(done.step, self.config.log_every):
+      self.log(done.step)
 
-  def give_up(self, done: _Pending, values: dict[str, float], reason: str) -> None:
-    """Saves what is needed to study the step, and raises."""
+  def give_up(self, done: _Pending, values: dict[str, float], reason: str, remedy: str) -> None:
+    """Saves what is needed to study the step, and raises; `remedy` is of `config.health`."""
     path = dumps.save(self.folder, done.step, done.prepared, values)
     latest = self.checkpoints.latest_step
     good = (
       'there is no checkpoint' if latest is None else f'the last good checkpoint is step {latest}'
     )
-    skip = ', among them --config.health.nonfinite=skip in another --workdir'
-    skip = '' if self.config.health.nonfinite == 'skip' else skip
+    among = f', among them --config.health.{remedy} in another --workdir' if remedy else ''
     raise NonFiniteError(
       f'{self.folder}: step {done.step}: {reason}. The batch and the metrics of that step are in '
       f'{path} and {path.with_suffix(".json")}; {good}. '
       f'python -m experiments.replay --run={self.folder} makes the step again and says where it '
-      f'goes wrong; docs/health.md has remedies{skip}.'
+      f'goes wrong; docs/health.md has remedies{among}.'
     )
 
   def tell(self, events: Sequence[Event]) -> None:
@@ -183,7 +235,7 @@ class _Run:
         self.halt = event
 
   def log(self, step: int) -> None:
-    """Writes and shows the metrics merged since the last row."""
+    """Writes and shows the metrics merged since the last row; the next step is under way."""
     values = metrics_lib.values(self.window)
     row = {**values, 'tokens': self.tokens, 'seconds': round(self.seconds, 3)}
     for writer in self.metrics:
@@ -195,22 +247,19 @@ class _Run:
     if self.config.samples:
       self.tell(self.monitors.see_row(step, values))
 
-  def evaluate(self, step: int) -> dict[str, float]:
+  def evaluate(self, step: int, stop: StopRequest) -> dict[str, float]:
     """Asks the recipe's questions and writes the answers."""
-    scalars, arrays = self.recipe.evaluate(self.state.by_role, step)
+    with stop.interruptible():
+      scalars, arrays = self.recipe.evaluate(self.state.by_role, step)
     if arrays and processes.is_main():
       folder = self.folder / 'evaluations'
       folder.mkdir(exist_ok=True)
-      temporary = folder / 'unfinished.npz'
-      with temporary.open('wb') as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-      temporary.replace(folder / f'{step:08}.npz')
+      files.write_arrays(folder / f'{step:08}.npz', arrays)
     row = {**scalars, 'tokens': self.tokens, 'seconds': round(self.seconds, 3)}
     for writer in self.evaluations:
       writer.write(step, row)
     self.tell(self.monitors.see_evaluation(step, scalars, arrays))
+    self.owes_evaluation = False
     self.skip_time()
     return scalars
 
@@ -228,6 +277,7 @@ class _Run:
       'seconds': self.seconds,
       'window': window,
       'health': self.monitors.facts(),
+      'owes_evaluation': self.owes_evaluation,
     }
     # Another stage may start from a checkpoint that was evaluated: it gets the last touch too.
     state = self.state if scalars is None else self.recipe.finish(self.state)
@@ -241,9 +291,9 @@ class _Run:
     """The error of a monitor that asked for the end; the state has just been saved."""
     return HealthError(
       f'{self.folder}: step {halt.step}: {halt.text} (health.{halt.monitor}.limit {halt.limit:g}, '
-      "action 'stop'). The state of that step is saved. The same command goes on from it in spite "
-      'of this, and stops again only if the value comes back and crosses the limit anew; '
-      'docs/health.md says what may help instead.'
+      f"action 'stop'). The state of step {int(self.state.step)} is saved. The same command goes "
+      'on from it in spite of this, and stops again only if the value comes back and crosses the '
+      'limit anew; docs/health.md says what may help instead.'
     )
 
   def outcome(self, state: TrainState, *, stopped: bool) -> Outcome:
@@ -283,37 +333,14 @@ def train(
   run = _Run(name, recipe, config, folder, checkpoints)
   try:
     with StopRequest() as stop:
-      if run.start == 0:
-        checkpoints.require_metric(run.evaluate(0))
-      for step in range(run.start, config.steps):
-        run.step(step)
-        done = step + 1
-        last = done == config.steps
-        if step == run.start:
-          run.settle_all()
-          run.progress.compiled(done, run.tokens)
-        stopping = stop.due() and not last
-        if last or _due(done, config.log_every):
-          run.settle_all()
-          run.log(done)
-        scalars = None
-        if last or _due(done, config.evaluate_every):
-          run.settle_all()
-          scalars = run.evaluate(done)
-        if (
-          last
-          or stopping
-          or run.halt is not None
-          or _due(done, config.checkpoint_every)
-          or (scalars is not None and config.checkpoint_evaluations)
-        ):
-          run.settle_all()
-          run.save(done, scalars)
-        if run.halt is not None and not last:
-          raise run.halted(run.halt)
-        if stopping:
-          stop.honoured = True
-          return run.outcome(run.state, stopped=True)
+      try:
+        stopped = run.go(stop)
+      except Interrupted:
+        stopped = True
+        run.rescue()
+      if stopped:
+        stop.honoured = True
+        return run.outcome(run.state, stopped=True)
     if run.halt is not None:  # at the end there is nothing left to stop
       processes.say(f'warning: {run.folder}: step {run.halt.step}: {run.halt.text}')
     final = run.state if run.final is None else run.final

@@ -45,6 +45,8 @@ _METRICS = {
   'repetition': 'repetition',
   'disagreement': 'reward_disagreement',
 }
+# Those that compare as a ratio: with the first row that is not 0.
+_RATIOS = ('entropy', 'length', 'disagreement')
 # What is wrong, with the metric, its first and the value.
 _TEXTS = {
   'kl': 'the policy is {now:.4g} nats a response from the reference',
@@ -68,15 +70,24 @@ def _limits(config: HealthConfig) -> dict[str, MonitorConfig]:
 
 
 def _measure(monitor: str, now: float, first: float) -> float:
-  """The number that a monitor compares with its limit."""
+  """The number that a monitor compares with its limit; `first` is > 0 for those of `_RATIOS`."""
   if monitor == 'kl':
     return now
   if monitor == 'repetition':
     return now - first
-  ratio = now / first if first > 0 else 1.0
-  if monitor == 'length' and 0 < ratio < 1:
-    return 1 / ratio
+  ratio = now / first
+  if monitor == 'length' and ratio < 1:
+    return 1 / ratio if ratio else math.inf
   return ratio
+
+
+def _standard_errors(fallen: np.ndarray) -> float:
+  """How far a mean is from 0, in its standard errors; 0 where there is no telling."""
+  mean = float(fallen.mean())
+  if len(fallen) < 2 or mean == 0:
+    return 0.0
+  error = float(fallen.std(ddof=1) / math.sqrt(len(fallen)))
+  return mean / error if error else math.copysign(math.inf, mean)
 
 
 class Monitors:
@@ -143,6 +154,8 @@ class Monitors:
       now = values.get(metric)
       if now is None or not math.isfinite(now):
         continue
+      if monitor in _RATIOS and monitor not in self._first and now <= 0:
+        continue
       first = self._first.setdefault(monitor, now)
       value = _measure(monitor, now, first)
       text = _TEXTS[monitor].format(now=now, first=first)
@@ -166,9 +179,7 @@ class Monitors:
       self._best = {'step': step, 'gold': gold.tolist(), 'proxy': proxy}
       best = self._best
     fallen = np.asarray(best['gold']) - gold
-    error = float(fallen.std(ddof=1) / math.sqrt(len(fallen))) if len(fallen) > 1 else 0.0
-    rose = proxy > best['proxy']
-    value = float(fallen.mean()) / error if rose and error > 0 else 0.0
+    value = _standard_errors(fallen) if proxy > best['proxy'] else 0.0
     text = (
       f'gold reward has fallen by {fallen.mean():.4g} since step {best["step"]} while the proxy '
       f'reward has risen by {proxy - best["proxy"]:.4g}: {value:.3g} standard errors'

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from rlhf_jax.common import processes
+from rlhf_jax.common import files, processes
 from rlhf_jax.common.errors import RunError
 
 # How long rows may be unseen by a TensorBoard that watches.
@@ -42,9 +42,7 @@ class JsonlWriter:
       for number, line in enumerate(lines[:-1], 1):
         if keep_through >= 0 and _step_of(line) == math.inf:
           processes.say(f'warning: {path}:{number}: damaged: this row is lost ({line!r:.60})')
-      temporary = path.with_suffix('.tmp')
-      temporary.write_text(''.join(line + '\n' for line in kept), encoding='utf-8')
-      temporary.replace(path)
+      files.write_text(path, ''.join(line + '\n' for line in kept))
     self._file = path.open('a', encoding='utf-8')
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:

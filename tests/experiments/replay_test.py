@@ -7,6 +7,8 @@ import re
 import pytest
 
 from rlhf_jax.common.errors import NonFiniteError
+from rlhf_jax.training import dumps
+from rlhf_jax.training.health import HealthConfig, SpikeConfig
 from tests import tiny
 from tests.experiments.programs import message, run_program
 from tests.training.skipping_test import reward_config
@@ -41,6 +43,27 @@ def test_it_explains_and_writes_what_is_documented(
   assert f'update {written["update"] + 1} of {written["updates"]}: loss' in done.stdout
   assert written['explanation'][0] in done.stdout
   assert written['metrics']['score'] in ('-inf', 'nan') and written['rows']
+
+
+def test_a_spike_is_explained(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """All is finite: it is said how large the gradient is, and which rows have the largest."""
+  monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '1')
+  spike = SpikeConfig(factor=1.001, window=2, action='stop')
+  config = tiny.make_config('sft', health=HealthConfig(gradient_spike=spike))
+  with pytest.raises(NonFiniteError, match=r'health\.gradient_spike\.action=skip'):
+    tiny.run_stage(config, tmp_path / 'run')
+  (step,) = dumps.steps(tmp_path / 'run')
+  values = dumps.load(tmp_path / 'run', step).values
+  done = run_program('replay', f'--run={tmp_path / "run"}', f'--json={tmp_path / "out.json"}')
+  assert done.returncode == 0, done.stderr
+  written = json.loads((tmp_path / 'out.json').read_text())
+  assert written['reproduced'] == 'bits' and not written['found']
+  assert written['spike'] == pytest.approx(values['gradient_spike_ratio']) and step > 2
+  assert 'times the median of those before it' in done.stdout
+  norms = {row['row']: row['gradient_norm'] for row in written['rows']}
+  assert (
+    f'alone: {max(norms.values()):.4g} (row {max(norms, key=lambda x: norms[x])})' in done.stdout
+  )
 
 
 @pytest.mark.parametrize(

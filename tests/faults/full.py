@@ -4,6 +4,8 @@
 
 Fifty kills for each of SFT, DPO, PPO and a study, fifteen of them while a checkpoint is written,
 and some of every other fault. The same command again goes on with what is not there yet.
+--only=ppo/process,dpo/damage goes through these alone, and leaves the table's other rows as they
+are.
 """
 
 import json
@@ -16,6 +18,7 @@ from absl import app, flags
 from rlhf_jax.runs import write_json
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/drills', 'Where its runs are.')
+ONLY = flags.DEFINE_list('only', None, 'CASE/DRILL, several with commas; default: all.')
 
 HERE = pathlib.Path(__file__).parent
 DOCUMENT = HERE.parents[1] / 'docs' / 'reliability.md'
@@ -25,9 +28,11 @@ TRIALS = {
   **{(case, 'kill'): 35 for case in ('sft', 'dpo', 'ppo', 'compare')},
   **{(case, 'kill_saving'): 15 for case in ('sft', 'dpo', 'ppo', 'compare')},
   **{('ppo', drill): 10 for drill in ('terminate', 'interrupt_twice')},
+  ('compare', 'terminate'): 5,
   ('ppo', 'damage'): 20,
+  ('dpo', 'damage'): 10,
   **{('ppo', drill): 5 for drill in ('full', 'read_only', 'clock')},
-  ('sft', 'process'): 5,
+  **{(case, 'process'): 5 for case in ('sft', 'ppo')},
 }
 # Of a single stage: long enough for faults to find it at work.
 STAGE = ('--config.steps=150', '--config.checkpoint.every=10')
@@ -57,25 +62,38 @@ def result(case: str, drill: str, trials: int, folder: pathlib.Path) -> dict:
   return row
 
 
-def write(lines: list[str]) -> None:
-  """Puts the table into the document."""
+def row_of(case: str, drill: str) -> str:
+  """How the table's row of a drill begins."""
+  return f'| {case} | {drill} | '
+
+
+def write(row: str) -> None:
+  """Puts a row into the document's table, in the place of the one of the same drill."""
   text = DOCUMENT.read_text(encoding='utf-8')
   before, _, rest = text.partition(BEGIN)
-  after = rest.partition(END)[2]
-  table = '\n'.join(lines)
+  table, _, after = rest.partition(END)
+  rows = [*table.splitlines(), row]
+  found = [
+    next(line for line in reversed(rows) if line.startswith(row_of(*key)))
+    for key in TRIALS
+    if any(line.startswith(row_of(*key)) for line in rows)
+  ]
+  table = '\n'.join([HEADER, *found])
   DOCUMENT.write_text(f'{before}{BEGIN}\n{table}\n{END}{after}', encoding='utf-8')
 
 
 def main(argv: list[str]) -> None:
   del argv
   folder = pathlib.Path(WORKDIR.value)
-  lines = [HEADER]
-  for (case, drill), trials in TRIALS.items():
-    outcome = result(case, drill, trials, folder)['outcome']
+  names = {'/'.join(key): key for key in TRIALS}
+  if unknown := [name for name in ONLY.value or () if name not in names]:
+    sys.exit(f'--only={",".join(unknown)}: expected some of {", ".join(names)}')
+  for case, drill in map(names.__getitem__, ONLY.value or names):
+    outcome = result(case, drill, TRIALS[case, drill], folder)['outcome']
     counts = (outcome[name] for name in ('trials', 'survived', 'finished', 'equal'))
-    lines.append(f'| {case} | {drill} | ' + ' | '.join(str(count) for count in counts) + ' |')
-    write(lines)
-  print('\n'.join(lines))
+    row = row_of(case, drill) + ' | '.join(str(count) for count in counts) + ' |'
+    print(row, flush=True)
+    write(row)
 
 
 if __name__ == '__main__':

@@ -30,16 +30,25 @@ from tests import tiny
 EVALUATION = EvaluationConfig(every=4, prompts=8, records=8, batch_size=tiny.ROWS)
 
 
-def terminated_at(step: int) -> Any:
-  """A recipe's wrapper that sends this process a SIGTERM in the middle of a step."""
+def terminated_at(step: int, *, times: int = 1, evaluating: bool = False) -> Any:
+  """A recipe's wrapper that sends this process SIGTERMs in the middle of a step, or of what asks
+  about the policy after it.
+  """
 
   def wrap(recipe: Recipe) -> Recipe:
-    def batch(number: int) -> Any:
-      if number == step - 1:
+    def at(here: bool) -> None:
+      for _ in range(times if here else 0):
         os.kill(os.getpid(), signal.SIGTERM)
+
+    def batch(number: int) -> Any:
+      at(number == step - 1 and not evaluating)
       return recipe.batch(number)
 
-    return recipe._replace(batch=batch)
+    def evaluate(params: Any, number: int) -> Evaluation:
+      at(number == step and evaluating)
+      return recipe.evaluate(params, number)
+
+    return recipe._replace(batch=batch, evaluate=evaluate)
 
   return wrap
 
@@ -332,20 +341,70 @@ def test_an_overflowing_optimizer_is_noticed(tmp_path: pathlib.Path) -> None:
     tiny.run_stage(config, tmp_path / 'run')
 
 
-def test_a_second_signal_ends_the_process_at_once() -> None:
-  """The first SIGINT is a request, the second does what it would have done without the loop."""
+def test_a_third_signal_ends_the_process_at_once() -> None:
+  """Two SIGINT are requests, the next does what it would have done without the loop."""
   # A process that a script has started in the background ignores SIGINT.
   previous = signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     with loop.StopRequest() as stop:
       stop.honoured = True
+      assert not stop.requested
       os.kill(os.getpid(), signal.SIGINT)
       assert stop.requested
+      os.kill(os.getpid(), signal.SIGINT)  # nothing is interruptible here
+      with pytest.raises(loop.Interrupted), stop.interruptible():
+        raise AssertionError('the second signal has come already')
       with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
   finally:
     signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.parametrize(
+  ('step', 'times', 'evaluating', 'best', 'saved', 'evaluated'),
+  [
+    (5, 2, False, '', 4, [0, 4]),
+    (1, 2, False, '', None, [0]),
+    (4, 1, False, '', 4, [0]),  # an evaluation is due, and left for later
+    (4, 1, False, 'held_out_accuracy', 4, [0, 4]),  # what is needed to tell the best is not
+    (4, 2, True, '', 4, [0]),
+    (4, 1, True, '', 5, [0, 4]),
+    (8, 2, True, 'held_out_accuracy', 4, [0, 4]),
+    (10, 2, True, '', 9, [0, 4, 8]),  # the last checkpoint has the last evaluation in it
+  ],
+)
+def test_a_second_signal_loses_the_current_step_alone(
+  step: int,
+  times: int,
+  evaluating: bool,
+  best: str,
+  saved: int | None,
+  evaluated: list[int],
+  tmp_path: pathlib.Path,
+) -> None:
+  """The step, or the evaluation, is given up, what was there before it is saved; nothing differs.
+
+  An evaluation that is owed is made first, and once, however often the run is stopped in it.
+  """
+  config = tiny.make_config('reward_model', evaluation=EVALUATION)
+  config.checkpoint = CheckpointConfig(every=9, keep=2, best_metric=best)
+  tiny.run_stage(config, tmp_path / 'whole')
+  wrap = terminated_at(step, times=times, evaluating=evaluating)
+  stopped = tiny.run_stage(config, tmp_path / 'parts', wrap=wrap)
+  assert stopped.outcome.stopped
+  checkpoints = Checkpoints(tmp_path / 'parts' / 'checkpoints', config.checkpoint)
+  assert checkpoints.latest_step == saved
+  checkpoints.close()
+  assert [row['step'] for row in rows(tmp_path / 'parts', 'evaluations')] == evaluated
+  if 4 not in evaluated and saved == 4:  # stopped once more in the evaluation that is owed
+    again = terminated_at(4, times=2, evaluating=True)
+    assert tiny.run_stage(config, tmp_path / 'parts', wrap=again).outcome.stopped
+    killed = killed_at(6)
+    with pytest.raises(KeyboardInterrupt):
+      tiny.run_stage(config, tmp_path / 'parts', wrap=killed)
+  assert not tiny.run_stage(config, tmp_path / 'parts').outcome.stopped
+  same_run(tmp_path / 'parts', tmp_path / 'whole')
 
 
 def test_a_signal_that_comes_too_late_is_not_lost(tmp_path: pathlib.Path) -> None:
@@ -365,7 +424,7 @@ def test_the_host_waits_one_step_behind(tmp_path: pathlib.Path) -> None:
   """Metrics of a step are read after the next step has been dispatched: the device never idles."""
   events: list[str] = []
   config = tiny.make_config('sft', steps=4)
-  config.log.every = 4
+  config.log.every = 2
 
   def wrap(recipe: Recipe) -> Recipe:
     def update(state: Any, batch: Any) -> Any:
@@ -383,5 +442,8 @@ def test_the_host_waits_one_step_behind(tmp_path: pathlib.Path) -> None:
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop.metrics_lib, 'values', values)
     tiny.run_stage(config, tmp_path / 'run', wrap=wrap)
-  # The first step is waited for (it compiles); the last row reads what is merged.
-  assert events == ['update', 'read', 'update', 'update', 'read', 'update', 'read', 'read', 'read']
+  # The first step is waited for (it compiles); rows read what is merged: that of step 2 while
+  # step 3 is under way.
+  assert events == (
+    ['update', 'read', 'update', 'update', 'read', 'read', 'update', 'read', 'read', 'read']
+  )

@@ -25,6 +25,10 @@ def spoken(config: HealthConfig, rows: list[dict[str, float]]) -> list[tuple[int
     ('length', 'length', 2.0, [10.0, 5.5, 4.5], 3),
     ('repetition', 'repetition', 0.25, [0.3, 0.54, 0.56], 3),
     ('disagreement', 'reward_disagreement', 3.0, [0.5, 1.4, 1.6], 3),
+    ('length', 'length', 2.0, [10.0, 0.0], 2),  # nothing is said any more
+    ('length', 'length', 2.0, [0.0, 10.0, 21.0], 3),
+    ('disagreement', 'reward_disagreement', 3.0, [0.0, 0.5, 1.6], 3),
+    ('entropy', 'entropy', 0.1, [0.0, 2.0, 0.1], 3),
   ],
 )
 def test_a_limit_is_met_where_it_says(
@@ -114,6 +118,17 @@ def test_gold_down_while_the_proxy_rises_is_over_optimisation(
     difference = first - last
     expected = difference.mean() / (difference.std(ddof=1) / 10)
     assert events[0].value == pytest.approx(expected)
+
+
+def test_gold_that_falls_alike_for_every_prompt_is_no_chance() -> None:
+  """The standard error of equal falls is 0; of one prompt there is none."""
+  for prompts, said in ((4, True), (1, False)):
+    monitors = Monitors(HealthConfig())
+    for step, (gold, proxy) in enumerate([(1.0, 1.0), (0.5, 2.0)]):
+      arrays = {'gold_reward': np.full(prompts, gold), 'proxy_reward': np.full(prompts, proxy)}
+      events = monitors.see_evaluation(step, {'gold_reward': gold, 'proxy_reward': proxy}, arrays)
+    assert [event.monitor for event in events] == ['overoptimisation'] * said
+    assert all(event.value == float('inf') for event in events)
 
 
 @pytest.mark.parametrize('at', range(1, 8))
