@@ -33,7 +33,7 @@ class WeightedBCConfig:
   variant: str = 'filtered'
   # Fraction of the responses that is imitated (10% in Chen et al. 2021); 'filtered' only.
   keep: float = 0.1
-  # In the units of the scores; 'weighted' only.
+  # In the units of the scores (1 in Peng et al. 2019, released code); 'weighted' only.
   temperature: float = 1.0
   # The largest weight, in units of their mean before it is cut (Peng et al. 2019 clip at 20);
   # 'weighted' only.
