@@ -46,6 +46,8 @@ def main() -> int:
   if said := options.skipped():
     print(said)
     return cli.DONE
+  if traces is not None:
+    traces.mkdir(parents=True, exist_ok=True)
   if python is not None:
     peer.check(python, JOB.value)
   timing = Timing(JOB.value, options.SIZE.value, options.dtype(), options.REPEATS.value)

@@ -37,8 +37,9 @@ SAMPLING = ('generate', 'decode')
 ROLLOUTS = ('ppo_iteration', 'ppo_separate', 'grpo_iteration')
 # All jobs: those of one stage, and what comes before and after stages.
 NAMES = (*workloads.JOBS, 'load_export', 'compile')
-# Steps of the loop that is profiled, at most: traces are large.
+# Steps whose insides are looked into, at most: traces are large, most of all those of sampling.
 _PROFILED = 3
+_SAMPLED = 2
 # Operations that are kept of a profile.
 _COSTLIEST = 15
 
@@ -282,12 +283,13 @@ def limits(timing: Timing, ready: Ready, seconds: float) -> dict[str, Any]:
 
 def insides(timing: Timing, ready: Ready, traces: pathlib.Path | None) -> dict[str, Any]:
   """What is between the start and the end of a step."""
-  loop, steps = ready.loop, min(timing.repeats, _PROFILED)
+  loop, most = ready.loop, _SAMPLED if timing.job in SAMPLING else _PROFILED
+  steps = min(timing.repeats, most)
   numbers: dict[str, Any] = {}
   with jax.set_mesh(ready.built.mesh), tempfile.TemporaryDirectory() as temporary:
     if timing.job in ROLLOUTS:
       assert isinstance(loop, Training)
-      parts = [loop.parts() for _ in range(timing.repeats)]
+      parts = [loop.parts() for _ in range(steps)]
       numbers['parts_seconds'] = {
         name: statistics.median(each[name] for each in parts) for name in parts[0]
       }

@@ -33,7 +33,7 @@ class Recipe:
     self.in_batch, self.in_prepare = in_batch, in_prepare
 
     def multiply(matrix: jax.Array) -> jax.Array:
-      return jax.lax.fori_loop(0, 10, lambda _, product: product @ matrix / 256, matrix)
+      return jax.lax.fori_loop(0, 20, lambda _, product: product @ matrix / 256, matrix)
 
     self.multiply: Callable[[jax.Array], jax.Array] = jax.jit(multiply)
 

@@ -78,14 +78,14 @@ def test_a_checkpoint_is_read_and_written(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_checkpoints_have_the_type_that_is_asked_for(tmp_path: pathlib.Path) -> None:
-  """Half as many bytes a number; parameters are float32 on the device all the same."""
+  """Half as many bytes a number."""
   size = {
     dtype: timing.measure(timing.Timing('load_export', 'SMALL', dtype, 1), tmp_path)['bytes']
     for dtype in ('float32', 'bfloat16')
   }
-  numbers = size['float32'] - size['bfloat16']
-  assert size['bfloat16'] == pytest.approx(2 * numbers, abs=1000)
-  assert numbers == pytest.approx(2 * 16 * 40 + 2560, abs=1000)
+  # Both tables, the matrices and the norms; the headers differ by a few bytes.
+  count = 2 * 16 * 40 + 4 * 16 * 16 + 3 * 16 * 32 + 3 * 16
+  assert size['float32'] - size['bfloat16'] == pytest.approx(2 * count, abs=64)
 
 
 @pytest.mark.slow
