@@ -14,12 +14,11 @@ import tempfile
 
 from absl import flags
 
+from benchmarks import options
 from benchmarks.alternating import WAYS, compare
-from benchmarks.options import REPEATS, SIZE
 from experiments import cli
 
 WAY = flags.DEFINE_enum('way', None, list(WAYS), 'What is compared.', required=True)
-DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of computation.')
 FOLDER = flags.DEFINE_string(
   'folder', None, 'Keeps data and parents for the next time; default: a temporary one.'
 )
@@ -27,15 +26,18 @@ JSON = flags.DEFINE_string('json', None, 'A file for the numbers.')
 
 
 def main() -> int:
-  out = cli.json_path(JSON.value)
+  out, size = cli.json_path(JSON.value), options.SIZE.value
+  if said := options.skipped():
+    print(said)
+    return cli.DONE
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(FOLDER.value or temporary)
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = compare(WAYS[WAY.value], SIZE.value, DTYPE.value, REPEATS.value, folder)
+    numbers = compare(WAYS[WAY.value], size, options.dtype(), options.REPEATS.value, folder)
   plain, other = (each['median'] for each in numbers['seconds'])
   faster, less = numbers['faster'], numbers['less_processor_time']
   print(
-    f'{WAY.value} {SIZE.value}: {plain:.3f} s and {other:.3f} s for {numbers["steps"]} steps, '
+    f'{WAY.value} {size}: {plain:.3f} s and {other:.3f} s for {numbers["steps"]} steps, '
     f'{faster["median"]:.2f} times faster ({faster["least"]:.2f} to {faster["most"]:.2f}); of '
     f'processor time {less["median"]:.2f} times less ({less["least"]:.2f} to {less["most"]:.2f}); '
     f'load {numbers["load"]:.1f}'

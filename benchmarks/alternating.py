@@ -69,7 +69,7 @@ class _Way:
     self.sample = None
     if ways.sampling:
       parts = load_parts(resolved.config, resolved.parents, resolved.feedback)  # type: ignore[arg-type]
-      self.sample = sampling(config, built, parts, self.state.by_role)
+      self.sample = sampling(config, built, parts, self.state.by_role).step
 
   def seconds(self, step: int) -> tuple[float, float]:
     """How long a step takes, its batch included, and of how much processor time."""

@@ -1,4 +1,4 @@
-"""Times and their ceiling: medians over repetitions, operations a second of plain products."""
+"""Times and their limits: medians over repetitions, plain products and copies of large arrays."""
 
 import contextlib
 import os
@@ -6,6 +6,8 @@ import pathlib
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,9 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.common.errors import UserError
+
 # Side of the square matrices whose product is the ceiling.
 _SIDE = {'cpu': 2048}
 _ACCELERATOR_SIDE = 8192
+# Numbers of the array whose copy is the limit of memory: more than any cache holds.
+_COPIED = {'cpu': 2**26}
+_ACCELERATOR_COPIED = 2**29
 _PROC = pathlib.Path('/proc')
 _COMPILED = '/jax/core/compile/backend_compile_duration'
 # What of /proc/stat is work: user, nice, system, irq, softirq, steal.
@@ -47,6 +54,16 @@ def ceiling(dtype: str, repeats: int = 5) -> float:
   product = jax.jit(jnp.matmul)
   jax.block_until_ready(product(a, b))
   return 2 * side**3 / min(timed(lambda: product(a, b), repeats))
+
+
+def bandwidth(repeats: int = 5) -> float:
+  """Bytes a second that a copy of a large array reads and writes, the best of several."""
+  count = _COPIED.get(jax.default_backend(), _ACCELERATOR_COPIED)
+  source = jnp.zeros(count, jnp.float32)
+  # A plain copy may be left out.
+  copy = jax.jit(lambda array: array + 1)
+  jax.block_until_ready(copy(source))
+  return 2 * source.nbytes / min(timed(lambda: copy(source), repeats))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -169,6 +186,19 @@ def _lines(path: pathlib.Path) -> Iterator[str]:
     yield from path.read_text(encoding='utf-8').splitlines()
   except OSError:
     return
+
+
+def backend() -> str:
+  """What jax computes on here, found out in another process.
+
+  One that has an accelerator holds most of its memory, which programs that come first need.
+  Raises UserError if jax does not start.
+  """
+  command = [sys.executable, '-c', 'import jax; print(jax.default_backend())']
+  found = subprocess.run(command, capture_output=True, text=True, check=False)
+  if found.returncode:
+    raise UserError(f'jax: it does not start here ({found.stderr.strip().splitlines()[-1]}).')
+  return found.stdout.split()[-1]
 
 
 def machine() -> dict[str, Any]:

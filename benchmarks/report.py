@@ -7,10 +7,17 @@ from typing import Any
 from benchmarks.measuring import DISTURBED
 from rlhf_jax.common.errors import UserError
 
+# Ours beside a peer's.
 HEAD = (
   '| Job | Part | Ours, s | Our speed | Of the ceiling | TRL, s | TRL / ours | '
   'Memory, GB: ours, TRL | Others |',
   '| :-- | :-- | --: | --: | --: | --: | --: | --: | --: |',
+)
+# What is behind our numbers.
+HEAD_OURS = (
+  '| Job | Ceiling, GFLOP/s | Of the bandwidth | Compiling, s | Waits for the host | '
+  'Rollout, score, update, s | Memory, GB: host, device |',
+  '| :-- | --: | --: | --: | --: | --: | --: |',
 )
 
 
@@ -21,13 +28,25 @@ def lines(numbers: dict[str, Any]) -> list[str]:
     f'{name}: {", ".join(_seconds(part, row["ours"]) for part, row in numbers["seconds"].items())}'
   ]
   if 'utilisation' in numbers:
-    found.append(
+    found += [
       f'{numbers["tokens_per_second"]:,.0f} tokens/s, {numbers["utilisation"]:.0%} of '
-      f'{numbers["ceiling_flops_per_second"] / 1e9:,.0f} GFLOP/s; first step '
-      f'{numbers["first_seconds"]["step"]:.1f} s, {numbers["compile_seconds"]:.1f} s of compiling'
+      f'{numbers["ceiling_flops_per_second"] / 1e9:,.0f} GFLOP/s',
+      f'loaded in {numbers["loading_seconds"]:.1f} s; first step '
+      f'{numbers["first_seconds"]["step"]:.1f} s, {numbers["compile_seconds"]:.1f} s of compiling',
+    ]
+  if 'bandwidth_share' in numbers:
+    found.append(
+      f'weights and cache are read at {numbers["bandwidth_share"]:.0%} of '
+      f'{numbers["bandwidth_bytes_per_second"] / 1e9:,.0f} GB/s'
     )
+  if 'parts_seconds' in numbers:
+    parts = numbers['parts_seconds']
+    whole = sum(parts.values())
+    each = (f'{name} {seconds:.3f} s ({seconds / whole:.0%})' for name, seconds in parts.items())
+    found.append(', '.join(each))
   if 'idle_share' in numbers:
     found.append(f'the device waits for the host {numbers["idle_share"]:.0%} of the time')
+  found.append(f'memory, GB: {_memory(numbers["peak_bytes"])}')
   for part, speed in numbers.get('bytes_per_second', {}).items():
     found.append(f'{part}: {speed / 1e9:.2f} GB/s of {numbers["bytes"] / 1e6:,.0f} MB')
   if numbers['peer'] is not None:
@@ -39,10 +58,25 @@ def lines(numbers: dict[str, Any]) -> list[str]:
         f'  {_seconds(part, row["peer"])}: {ratio["median"]:.2f} times our time '
         f'({ratio["least"]:.2f} to {ratio["most"]:.2f})'
       )
+  found += _operations(numbers.get('operations', []))
   others = numbers['others']
   if others is not None and others > DISTURBED:
     found.append(f'other processes used {others:.0%} of the cores: the numbers mean little')
   return found
+
+
+def _memory(peak: dict[str, int | None]) -> str:
+  """The most that the process held, and its device where that tells."""
+  held = (f'{name} {size / 1e9:.2f}' for name, size in peak.items() if size is not None)
+  return ', '.join(held)
+
+
+def _operations(costliest: Sequence[dict[str, Any]]) -> Iterator[str]:
+  """A profile's costliest operations, seconds a step."""
+  if costliest:
+    yield 'costliest operations, seconds a step (they may run beside each other):'
+  for each in costliest:
+    yield f'  {each["seconds"]:.4f}  {each["program"]} {each["name"]}'
 
 
 def _seconds(part: str, row: dict[str, float]) -> str:
@@ -75,17 +109,36 @@ def rows(numbers: dict[str, Any]) -> Iterator[str]:
     yield f'| {" | ".join(cells)} |'
 
 
+def behind(numbers: dict[str, Any]) -> str:
+  """A job's line of what is behind our numbers."""
+
+  def cell(name: str, text: str, scale: float = 1.0) -> str:
+    return text.format(numbers[name] / scale) if name in numbers else ''
+
+  peak = numbers['peak_bytes']
+  cells = [
+    numbers['job'],
+    cell('ceiling_flops_per_second', '{:,.0f}', 1e9),
+    cell('bandwidth_share', '{:.0%}'),
+    cell('compile_seconds', '{:.1f}'),
+    cell('idle_share', '{:.0%}'),
+    ', '.join(f'{seconds:.3f}' for seconds in numbers.get('parts_seconds', {}).values()),
+    ', '.join(f'{size / 1e9:.2f}' for size in peak.values() if size is not None),
+  ]
+  return f'| {" | ".join(cells)} |'
+
+
 def _spread(row: dict[str, float], digits: int) -> str:
   median, least, most = (f'{row[name]:.{digits}f}' for name in ('median', 'least', 'most'))
   return f'{median} ({least} to {most})'
 
 
 def table(measured: Sequence[dict[str, Any]]) -> str:
-  """The table of a size, and what it was measured on."""
+  """The tables of a size, and what they were measured on."""
   first = measured[0]
   where = [
     f'{first["processor"]}, {first["cores"]} cores',
-    f'{first["device"]} with jax {first["jax"]}',
+    f'{first["device"]} with jax {first["jax"]}{_computing(measured)}',
     f'revision {", ".join(sorted({_short(numbers["revision"]) for numbers in measured}))}',
   ]
   versions: dict[str, list[str]] = {}
@@ -96,7 +149,15 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
         versions[name].append(version)
   where += [f'{name} {" and ".join(found)}' for name, found in versions.items()]
   lines = [line for numbers in measured for line in rows(numbers)]
-  return '\n'.join([f'{"; ".join(where)}.', '', *HEAD, *lines])
+  ours = [behind(numbers) for numbers in measured]
+  return '\n'.join([f'{"; ".join(where)}.', '', *HEAD, *lines, '', *HEAD_OURS, *ours])
+
+
+def _computing(measured: Sequence[dict[str, Any]]) -> str:
+  """How many devices there were, and in what they computed, where that is not the usual."""
+  devices, dtype = (measured[0][name] for name in ('devices', 'dtype'))
+  several = f' on {devices} devices' if devices > 1 else ''
+  return several + ('' if dtype == 'float32' else f' in {dtype}')
 
 
 def _short(revision: str | None) -> str:

@@ -15,7 +15,7 @@ import sys
 
 from absl import flags
 
-from benchmarks import options, peer, report
+from benchmarks import options, peer, report, workloads
 from benchmarks.timing import NAMES
 from experiments import cli
 from rlhf_jax.common.errors import UserError
@@ -47,8 +47,17 @@ def command(job: str, target: pathlib.Path, python: str | None) -> list[str]:
   other = [] if python is None else [f'--peer={options.PEER.value}', f'--peer_python={python}']
   return [
     *(sys.executable, '-m', 'benchmarks.run', f'--job={job}', f'--size={options.SIZE.value}'),
-    *(f'--repeats={options.REPEATS.value}', f'--folder={FOLDER.value}', f'--json={target}', *other),
+    *(f'--dtype={options.dtype()}', f'--repeats={options.REPEATS.value}'),
+    *(f'--folder={FOLDER.value}', f'--json={target}', *other),
   ]
+
+
+def numbers_folder() -> pathlib.Path:
+  """Where the numbers of a size are kept: those against each peer, and of each type, apart."""
+  own = workloads.SIZES[options.SIZE.value].dtype
+  other = '' if options.dtype() == own else f'_{options.dtype()}'
+  name = f'against_{options.PEER.value or "nobody"}{other}'
+  return pathlib.Path(FOLDER.value) / options.SIZE.value / name
 
 
 def main() -> int:
@@ -56,12 +65,15 @@ def main() -> int:
   unknown = sorted(set(JOBS.value) - set(NAMES))
   if unknown:
     raise UserError(f'--jobs={",".join(unknown)}: expected some of {", ".join(NAMES)}.')
-  pythons = {job: python_of(job) for job in JOBS.value}
   out, size = pathlib.Path(OUT.value), options.SIZE.value
-  kept = pathlib.Path(FOLDER.value) / size / f'against_{options.PEER.value or "nobody"}'
   if not out.is_file():
     raise UserError(f'--out={out}: there is no such page.')
   report.put(out.read_text(encoding='utf-8'), size, '')
+  if said := options.skipped():
+    print(said)
+    return cli.DONE
+  pythons = {job: python_of(job) for job in JOBS.value}
+  kept = numbers_folder()
   kept.mkdir(parents=True, exist_ok=True)
   failed = []
   for job in JOBS.value:

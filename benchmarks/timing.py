@@ -1,34 +1,47 @@
-"""Times a job, beside a peer if there is one, and holds it against the machine's ceiling."""
+"""Times a job, beside a peer if there is one, and holds it against the machine's limits."""
 
-import dataclasses
-import os
+import multiprocessing
 import pathlib
+import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import checkpoints, measuring, peer, startup, workloads
-from benchmarks.idling import idle_share
+from benchmarks import checkpoints, measuring, peer, profiling, startup, workloads
+from benchmarks.loops import Loop, Sampling, Training
 from rlhf_jax import provenance
-from rlhf_jax.common import prng
+from rlhf_jax.common.errors import UserError
 from rlhf_jax.common.types import Prompts
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.data import tokenizers
 from rlhf_jax.feedback.dataset import Feedback
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of
-from rlhf_jax.planning.arithmetic import Rows, forward_flops, generation_flops, training_flops
+from rlhf_jax.planning.arithmetic import (
+  Rows,
+  decoding_bytes,
+  forward_flops,
+  generation_flops,
+  training_flops,
+)
 from rlhf_jax.recipes import Built, build
 from rlhf_jax.recipes.parts import load_parts
 from rlhf_jax.recipes.policies import make_sampler
 from rlhf_jax.stages import resolve, run_stage
-from rlhf_jax.training.state import TrainState
 
-# Those whose steps begin with sampling.
+# Those that do nothing but sample, and those whose steps begin with it.
+SAMPLING = ('generate', 'decode')
 ROLLOUTS = ('ppo_iteration', 'ppo_separate', 'grpo_iteration')
 # All jobs: those of one stage, and what comes before and after stages.
 NAMES = (*workloads.JOBS, 'load_export', 'compile')
+# Steps whose insides are looked into, at most: traces are large, most of all those of sampling.
+_PROFILED = 3
+_SAMPLED = 2
+# Operations that are kept of a profile.
+_COSTLIEST = 15
 
 
 class Timing(NamedTuple):
@@ -53,14 +66,14 @@ class Ready(NamedTuple):
   Attributes:
     config: its stage.
     built: what that was built to.
-    step: does one step; its first call compiles.
+    loop: its steps; the first compiles.
     parameters: of the model that is trained, or sampled from.
     loading: seconds it took, after the data were read.
   """
 
   config: ExperimentConfig
   built: Built
-  step: Callable[[], Any]
+  loop: Loop
   parameters: int
   loading: float
 
@@ -83,42 +96,27 @@ def stage(timing: Timing, folder: pathlib.Path) -> ExperimentConfig:
   def config(job: str) -> ExperimentConfig:
     return workloads.config(job, size, folder, tokenizer, dtype=timing.dtype)
 
-  wanted = workloads.job_of(timing.job).parents
+  wanted = workloads.job_of(timing.job, size).parents
   for role, job in (('policy', 'sft'), ('reward_model', 'reward')):
     if role in wanted and not (folder / role / 'result.json').exists():
       parent = config(job)
       parent.steps = 1
-      run_stage(parent, folder / role, root=folder)
+      run_apart(parent, folder / role, folder)
   return config(timing.job)
 
 
-def training(built: Built, state: TrainState) -> Callable[[], Any]:
-  """One step of the loop after the other, from a state that it uses up."""
-  recipe, number = built.recipe, 0
+def run_apart(config: ExperimentConfig, workdir: pathlib.Path, root: pathlib.Path) -> None:
+  """Runs a stage in a process of its own: its memory and compilation are none of the job's.
 
-  def step() -> Any:
-    nonlocal state, number
-    prepared = recipe.prepare(state, recipe.batch(number))
-    state, metrics = recipe.update(dataclasses.replace(state, carry=prepared.carry), prepared.batch)
-    number += 1
-    return metrics
-
-  return step
-
-
-def sampling(config: ExperimentConfig, built: Built, parts: Any, params: Any) -> Callable[[], Any]:
-  """One round of sampling after the other, from the parameters of a policy."""
-  sample = jax.jit(make_sampler(parts))
-  batch = built.recipe.batch(0)
-  prompts = Prompts(batch.prompt, batch.prompt_mask, jax.numpy.arange(config.batch_size))
-  number = 0
-
-  def step() -> Any:
-    nonlocal number
-    number += 1
-    return sample(params, prompts, prng.base_key(number))
-
-  return step
+  Raises UserError if it fails; that process says why.
+  """
+  process = multiprocessing.get_context('spawn').Process(
+    target=run_stage, args=(config, workdir), kwargs={'root': root}
+  )
+  process.start()
+  process.join()
+  if process.exitcode:
+    raise UserError(f'{config.name}: its run in {workdir} failed; what it said is above.')
 
 
 def count(by_role: Mapping[str, Any]) -> int:
@@ -139,14 +137,22 @@ def prepare(timing: Timing, folder: pathlib.Path) -> Ready:
   with jax.set_mesh(built.mesh):
     state = built.recipe.init()
     parameters = count(state.by_role)
-    if timing.job == 'generate':
+    loop: Loop
+    if timing.job in SAMPLING:
       feedback = resolved.feedback
       assert isinstance(feedback, Feedback), 'jobs are of texts'
       parts = load_parts(resolved.config, resolved.parents, feedback)
-      step = sampling(config, built, parts, state.by_role)
+      loop = sampling(config, built, parts, state.by_role)
     else:
-      step = training(built, state)
-  return Ready(config, built, step, parameters, time.perf_counter() - start)
+      loop = Training(built.recipe, state)
+  return Ready(config, built, loop, parameters, time.perf_counter() - start)
+
+
+def sampling(config: ExperimentConfig, built: Built, parts: Any, params: Any) -> Sampling:
+  """Rounds of sampling from the parameters of a policy."""
+  batch = built.recipe.batch(0)
+  prompts = Prompts(batch.prompt, batch.prompt_mask, jax.numpy.arange(config.batch_size))
+  return Sampling(make_sampler(parts), params, prompts)
 
 
 def timed(ready: Ready) -> measuring.Step:
@@ -154,38 +160,49 @@ def timed(ready: Ready) -> measuring.Step:
 
   def step() -> dict[str, float]:
     with jax.set_mesh(ready.built.mesh):
-      return {'step': measuring.timed(ready.step, 1)[0]}
+      return {'step': measuring.timed(ready.loop.step, 1)[0]}
 
   return step
 
 
+def rows_of(name: str, config: ExperimentConfig) -> Rows:
+  """The sequences of a step, and how many of them are read behind one prompt."""
+  samples = demands_of(config.objective).samples
+  copies = 2 if name in ('reward', 'dpo', 'dpo_cached') else samples
+  shared = copies if config.data.share_prompts else 1
+  data = config.data
+  return Rows(config.batch_size * copies, data.prompt_length, data.response_length, shared)
+
+
 def work(name: str, config: ExperimentConfig, model: Any) -> tuple[int, float]:
   """Tokens and operations of a step; a prompt's tokens count with each of its responses."""
-  job = workloads.JOBS[name]
-  demands = demands_of(config.objective)
-  if name == 'generate':
-    return job.rows * job.response, generation_flops(
-      model, Rows(job.rows, job.prompt, job.response)
-    )
-  pairs = name in ('reward', 'dpo', 'dpo_cached')
-  shared = (2 if pairs else demands.samples) if config.data.share_prompts else 1
-  rows = Rows(job.rows * (2 if pairs else demands.samples), job.prompt, job.response, shared)
-  scored = name != 'reward'
-  flops = demands.epochs * training_flops(model, rows, scored=scored)
+  demands, rows = demands_of(config.objective), rows_of(name, config)
+  if name in SAMPLING:
+    return rows.number * rows.response, generation_flops(model, rows)
+  flops = demands.epochs * training_flops(model, rows, scored=name != 'reward')
   if name == 'dpo':
     flops += forward_flops(model, rows)
-  if name in ROLLOUTS:
-    # Sampling, the reference and the reward model; the policy's own values come with sampling.
-    flops += generation_flops(model, rows) + forward_flops(model, rows)
+  if name not in ROLLOUTS:
+    return rows.number * (rows.prompt + rows.response), flops
+  # Sampling, the reference, and the reward model.
+  flops += generation_flops(model, rows) + forward_flops(model, rows)
+  flops += forward_flops(model, rows, scored=False)
+  # The policy reads its samples again, for log-probs and for values of its trunk.
+  scored = config.rollout.old_logprobs == 'trainer'
+  if scored or demands.value == 'shared':
+    flops += forward_flops(model, rows, scored=scored)
+  if demands.value == 'separate':
     flops += forward_flops(model, rows, scored=False)
-    if demands.value == 'separate':
-      flops += forward_flops(model, rows, scored=False)
-      flops += demands.epochs * training_flops(model, rows, scored=False)
-    return rows.number * job.response, flops
-  return rows.number * (job.prompt + job.response), flops
+    flops += demands.epochs * training_flops(model, rows, scored=False)
+  return rows.number * rows.response, flops
 
 
-def measure(timing: Timing, folder: pathlib.Path, python: str | None = None) -> dict[str, Any]:
+def measure(
+  timing: Timing,
+  folder: pathlib.Path,
+  python: str | None = None,
+  traces: pathlib.Path | None = None,
+) -> dict[str, Any]:
   """All numbers of a job.
 
   Args:
@@ -193,31 +210,35 @@ def measure(timing: Timing, folder: pathlib.Path, python: str | None = None) -> 
     folder: keeps data and parents for the next time.
     python: the interpreter of an environment that has TRL, which then does the same job, a step of
       it after each of ours; None: ours alone.
+    traces: a folder for the trace of a few steps, whose costliest operations are then among the
+      numbers; of jobs of one stage. None: the trace is not kept.
   """
-  job, size = timing.job, timing.size
-  load, place = os.getloadavg()[0], folder / size
+  job, size, place = timing.job, timing.size, folder / timing.size
   tokenizer = tokenizer_of(size, place)
 
   def start(spec: Mapping[str, Any]) -> peer.Start | None:
     return None if python is None else lambda: peer.trl(python, spec)
 
   if job == 'load_export':
-    checkpoint = checkpoints.make(size, place, tokenizer)
+    checkpoint = checkpoints.make(size, timing.dtype, place, tokenizer)
     spec = {'job': job, 'checkpoint': str(checkpoint.resolve()), 'threads': measuring.threads()}
-    numbers = checkpoints.measure(checkpoint, timing.repeats, start(spec))
+    numbers = checkpoints.measure(checkpoint, timing.dtype, timing.repeats, start(spec))
   elif job == 'compile':
     stage(timing._replace(job='sft'), folder)
     command = startup.command(size, timing.dtype, str(folder))
     spec = workloads.peer_spec('sft', size, tokenizer)
     numbers = startup.measure(command, timing.repeats, start(spec))
   else:
-    numbers = steps(timing, folder, start(workloads.peer_spec(job, size, tokenizer)))
+    numbers = steps(timing, folder, start(workloads.peer_spec(job, size, tokenizer)), traces)
   where = {'revision': provenance.git_revision(), **measuring.machine()}
-  return {**timing._asdict(), **numbers, 'load_before': load, **where}
+  return {**timing._asdict(), **numbers, **where}
 
 
-def steps(timing: Timing, folder: pathlib.Path, start: peer.Start | None) -> dict[str, Any]:
+def steps(
+  timing: Timing, folder: pathlib.Path, start: peer.Start | None, traces: pathlib.Path | None
+) -> dict[str, Any]:
   """The numbers of a job of one stage."""
+  stage(timing, folder)
   with measuring.compiling() as compiled:
     ready = prepare(timing, folder)
     found = peer.contest(timed(ready), start, timing.repeats)
@@ -225,19 +246,60 @@ def steps(timing: Timing, folder: pathlib.Path, start: peer.Start | None) -> dic
   if found.peer is not None:
     theirs = found.peer['loaded']['parameters']
     assert abs(theirs - ready.parameters) <= 1e-3 * theirs, (theirs, ready.parameters)
-  given = timing.job != 'generate' and timing.job not in ROLLOUTS
-  idle = {'idle_share': idle_share(ready.built, timing.repeats)} if given else {}
-  tokens, flops = work(timing.job, ready.config, ready.built.model)
-  median = numbers['seconds']['step']['ours']['median']
-  top = measuring.ceiling(timing.dtype)
   return {
     **numbers,
-    **idle,
+    **limits(timing, ready, numbers['seconds']['step']['ours']['median']),
+    **insides(timing, ready, traces),
     'parameters': ready.parameters,
-    'tokens_per_second': tokens / median,
-    'flops': flops,
-    'ceiling_flops_per_second': top,
-    'utilisation': flops / median / top,
     'loading_seconds': ready.loading,
     'compile_seconds': sum(compiled),
   }
+
+
+def limits(timing: Timing, ready: Ready, seconds: float) -> dict[str, Any]:
+  """How much a step does, and how near that comes to what the devices of its mesh could do."""
+  mesh, model = ready.built.mesh, ready.built.model
+  assert isinstance(model, ModelConfig), 'jobs are of texts'
+  tokens, flops = work(timing.job, ready.config, model)
+  ceiling = measuring.ceiling(timing.dtype) * mesh.size
+  numbers = {
+    'tokens_per_second': tokens / seconds,
+    'flops': flops,
+    'ceiling_flops_per_second': ceiling,
+    'utilisation': flops / seconds / ceiling,
+  }
+  if timing.job not in SAMPLING:
+    return numbers
+  # Both of one device.
+  read = decoding_bytes(model, rows_of(timing.job, ready.config), dict(mesh.shape))
+  bandwidth = measuring.bandwidth()
+  return {
+    **numbers,
+    'decoding_bytes': read,
+    'bandwidth_bytes_per_second': bandwidth,
+    'bandwidth_share': read / seconds / bandwidth,
+  }
+
+
+def insides(timing: Timing, ready: Ready, traces: pathlib.Path | None) -> dict[str, Any]:
+  """What is between the start and the end of a step."""
+  loop, most = ready.loop, _SAMPLED if timing.job in SAMPLING else _PROFILED
+  steps = min(timing.repeats, most)
+  numbers: dict[str, Any] = {}
+  with jax.set_mesh(ready.built.mesh), tempfile.TemporaryDirectory() as temporary:
+    if timing.job in ROLLOUTS:
+      assert isinstance(loop, Training)
+      parts = [loop.parts() for _ in range(steps)]
+      numbers['parts_seconds'] = {
+        name: statistics.median(each[name] for each in parts) for name in parts[0]
+      }
+    loop.loop(1)  # compiles what reads metrics
+    seen = profiling.profile(lambda: loop.loop(steps), traces or pathlib.Path(temporary))
+  if seen.idle_share is not None:
+    numbers['idle_share'] = seen.idle_share
+  if traces is not None:
+    costliest = seen.operations[:_COSTLIEST]
+    numbers['operations'] = [
+      {**each._asdict(), 'seconds': each.seconds / steps} for each in costliest
+    ]
+  return numbers

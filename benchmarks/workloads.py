@@ -22,7 +22,7 @@ from rlhf_jax.objectives.sft import SFTConfig
 from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
-# Llama-style decoders: 4.2M and 134M parameters.
+# Llama-style decoders: 4.2M, 134M and 1.1B parameters.
 SIZES = {
   'SMALL': ModelConfig(
     vocab_size=2048, width=256, mlp_width=688, layers=4, heads=4, max_length=512, scan_layers=False
@@ -36,7 +36,22 @@ SIZES = {
     max_length=512,
     scan_layers=False,
   ),
+  '1B': ModelConfig(
+    vocab_size=32_000,
+    width=2048,
+    mlp_width=8192,
+    layers=16,
+    heads=32,
+    kv_heads=8,
+    max_length=2048,
+    scan_layers=False,
+    dtype='bfloat16',
+    attention='auto',
+    remat='dots',
+  ),
 }
+# Sizes that take hours on a processor, and their jobs: how many times longer texts are.
+LARGE = {'1B': 8}
 # Ids of the word tokenizer that stand for no word.
 _SPECIAL = 4
 # Rows of data: enough for a few batches, each of other rows.
@@ -69,13 +84,14 @@ class Job:
   stops: int = 0
 
 
-# Everything but two tokens of a row is learnt, as peers learn whole texts.
+# Of SFT all but a few tokens of a row are learnt, as peers learn whole texts.
 JOBS = {
   'sft': Job(SFTConfig, 8, 2, 254),
   'reward': Job(RewardModelConfig, 8, 128, 128, ('policy',)),
   'dpo': Job(DPOConfig, 8, 128, 128, ('policy',)),
   'dpo_cached': Job(lambda: DPOConfig(reference='cached'), 8, 128, 128, ('policy',)),
   'generate': Job(SFTConfig, 32, 64, 128),
+  'decode': Job(SFTConfig, 64, 64, 128),
   'ppo_iteration': Job(
     lambda: PPOConfig(epochs=4, minibatches=4), 32, 64, 64, ('policy', 'reward_model')
   ),
@@ -102,9 +118,10 @@ RAGGED = {
 }
 
 
-def job_of(name: str) -> Job:
-  """The job of that name."""
-  return (JOBS | RAGGED)[name]
+def job_of(name: str, size: str) -> Job:
+  """The job of that name, with texts as long as the size has them."""
+  job, times = (JOBS | RAGGED)[name], LARGE.get(size, 1)
+  return dataclasses.replace(job, prompt=times * job.prompt, response=times * job.response)
 
 
 def words(size: str) -> list[str]:
@@ -141,7 +158,7 @@ def config(
     tokenizer: a folder with the size's vocabulary.
     changes: fields of the model, such as dtype.
   """
-  job = job_of(job_name)
+  job = job_of(job_name, size)
   kind = '_ragged' if job.ragged else ''
   data = folder / f'{size}_{job.prompt}_{job.response}{kind}.jsonl'
   if not data.exists():
@@ -177,7 +194,7 @@ def peer_spec(job_name: str, size: str, tokenizer: pathlib.Path) -> dict[str, An
 
   Arguments are those of `config`.
   """
-  job, model = JOBS[job_name], SIZES[size]
+  job, model = job_of(job_name, size), SIZES[size]
   objective = job.objective()
   demands = demands_of(objective)
   return {

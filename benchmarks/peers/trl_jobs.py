@@ -250,6 +250,7 @@ def ppo_iteration(spec, folder, conductor):
 JOBS = {
   'load_export': load_export,
   'generate': generate,
+  'decode': generate,
   'sft': sft,
   'reward': reward,
   'dpo': dpo,

@@ -11,7 +11,7 @@ from tests.benchmarks.timing_test import tiny_sizes as tiny_sizes
 
 
 def test_ragged_texts_have_up_to_the_tokens_of_their_job() -> None:
-  job = workloads.RAGGED['dpo_ragged']
+  job = workloads.job_of('dpo_ragged', 'SMALL')
   lengths = [len(row['prompt'].split()) for row in workloads.comparisons('SMALL', job)]
   assert 1 <= min(lengths) < 4 and job.prompt / 2 < max(lengths) < job.prompt
 

@@ -111,6 +111,8 @@ def test_every_job_is_known_to_the_peer(tmp_path: pathlib.Path) -> None:
   assert set(trl_jobs.JOBS) == set(timing.NAMES)
   for job in workloads.JOBS:
     spec = json.loads(json.dumps(workloads.peer_spec(job, 'SMALL', tmp_path)))
+    longer = workloads.peer_spec(job, '1B', tmp_path)
+    assert longer['response'] == 8 * spec['response'] and longer['rows'] == spec['rows']
     assert spec['rows'] == workloads.JOBS[job].rows and spec['model']['model_type'] == 'llama'
   assert (spec['samples'], spec['kl_coefficient']) == (8, 0.04)
 
