@@ -3,7 +3,7 @@
 import jax
 from absl import flags
 
-from benchmarks import measuring, workloads
+from benchmarks import measuring, peer, workloads
 from rlhf_jax.common.errors import UserError
 
 SIZE = flags.DEFINE_enum('size', 'SMALL', list(workloads.SIZES), 'Of the decoder.')
@@ -11,7 +11,7 @@ DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'Of computation; default: that of the size.'
 )
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Steps that are timed, after the first.', 1)
-PEER = flags.DEFINE_enum('peer', None, ['trl'], 'Does the same, in turn with us.')
+PEER = flags.DEFINE_enum('peer', None, list(peer.LIBRARIES), 'Does the same, in turn with us.')
 PEER_PYTHON = flags.DEFINE_string(
   'peer_python', None, 'The interpreter of an environment that has the peer.'
 )
@@ -30,8 +30,8 @@ def skipped() -> str | None:
   return f'--size={SIZE.value}: skipped, it needs an accelerator; a processor can do {others}.'
 
 
-def check_peer() -> None:
-  """Raises UserError for flags of the peer that do not fit."""
+def library() -> peer.Library | None:
+  """The peer that is asked for; raises UserError for flags of it that do not fit."""
   if (PEER.value is None) != (PEER_PYTHON.value is None):
     raise UserError('--peer, --peer_python: give both, or neither.')
   if PEER.value is not None and dtype() != 'float32':
@@ -40,3 +40,4 @@ def check_peer() -> None:
     raise UserError(
       '--peer: it computes on the processor, and we on another device. Set JAX_PLATFORMS=cpu.'
     )
+  return None if PEER.value is None else peer.LIBRARIES[PEER.value]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from benchmarks import measuring
 from rlhf_jax.common.errors import UserError
 
-SCRIPT = pathlib.Path(__file__).parent / 'peers' / 'trl_jobs.py'
+_SCRIPTS = pathlib.Path(__file__).parent / 'peers'
 _TAIL = 15  # lines of its errors that are shown
 _PATIENCE = 30.0  # seconds that it may take to end
 
@@ -24,9 +24,10 @@ _PATIENCE = 30.0  # seconds that it may take to end
 class Peer:
   """A running program; a context manager that ends it."""
 
-  def __init__(self, command: Sequence[str], name: str) -> None:
-    """Starts `command`; `name` is for messages."""
-    self.name = name
+  def __init__(self, command: Sequence[str], title: str, where: str = '') -> None:
+    """Starts `command`; messages name the library by its title, and where it is from."""
+    self.title = title
+    self.name = f'{title} by {where}' if where else title
     # A file takes all it writes there, however much, while it is not read.
     self._errors = tempfile.TemporaryFile(mode='w+', encoding='utf-8', errors='replace')
     self._process = subprocess.Popen(
@@ -102,8 +103,8 @@ class Contest(NamedTuple):
     rounds: what was measured, after a first step of each.
     first: seconds of the parts of our first step.
     others: the share of all cores that other processes used; None where the system does not tell.
-    peer: what it said when it was loaded, the seconds of its first step, and its peak of memory;
-      None without a peer.
+    peer: its name, what it said when it was loaded, the seconds of its first step, and its peak of
+      memory; None without a peer.
   """
 
   rounds: measuring.Rounds
@@ -135,42 +136,75 @@ def contest(ours: measuring.Step, start: Start | None, repeats: int) -> Contest:
     load = measuring.Load()
     return Contest(measuring.alternate(ours, None, repeats), first, load.others(), None)
   with start() as peer:
-    told = {'loaded': peer.loaded(), 'first_seconds': peer.step()}
+    told = {'name': peer.title, 'loaded': peer.loaded(), 'first_seconds': peer.step()}
     load = measuring.Load([peer.process])
     rounds = measuring.alternate(ours, peer.step, repeats)
     return Contest(rounds, first, load.others(), {**told, 'peak_bytes': peer.peak_bytes})
 
 
-def how_to_make(job: str) -> str:
-  """How to make an environment for a job, with the release of TRL that the script is written for.
+class Library(NamedTuple):
+  """A peer that there is a program for.
 
-  The last one that has PPO is older than that for other jobs.
+  Attributes:
+    title: its name.
+    script: the program that does jobs with it.
+    jobs: those that it has; None: all.
+    packages: what an environment for it needs, from a job to a folder's name and pip's arguments.
   """
+
+  title: str
+  script: pathlib.Path
+  jobs: tuple[str, ...] | None
+  packages: Callable[[str], tuple[str, str]]
+
+  def has(self, job: str) -> bool:
+    """Whether it can do a job."""
+    return self.jobs is None or job in self.jobs
+
+  def how_to_make(self, job: str) -> str:
+    """How to make an environment for a job."""
+    name, packages = self.packages(job)
+    return (
+      f'Make an environment for {job}, apart from that of this project: python -m venv {name} && '
+      f'{name}/bin/pip install {packages}, and name {name}/bin/python.'
+    )
+
+  def check(self, python: str, job: str) -> None:
+    """Raises UserError unless it has the job, and an interpreter the packages that this needs."""
+    if not self.has(job):
+      raise UserError(f'--job={job}: {self.title} has none like it.')
+    if shutil.which(python) is None:
+      raise UserError(f'{python}: there is no such program. {self.how_to_make(job)}')
+    command = [python, str(self.script), json.dumps({'job': job, 'check': True})]
+    found = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
+    try:
+      missing = json.loads(found.stdout)['missing']
+    except ValueError as error:
+      said = found.stderr.strip() or found.stdout.strip() or f'code {found.returncode}'
+      raise UserError(f'{python}: not a Python that works ({said}).') from error
+    if missing:
+      raise UserError(f'{python}: it lacks {", ".join(missing)}. {self.how_to_make(job)}')
+
+  def start(self, python: str, spec: Mapping[str, Any]) -> Peer:
+    """Has it about to do a job as `spec` says, by an interpreter that `check` has passed."""
+    return Peer([python, str(self.script), json.dumps(spec)], self.title, python)
+
+
+def _trl_packages(job: str) -> tuple[str, str]:
+  # The last release that has PPO is older than the one for other jobs.
   name, release = ('.venv-trl-ppo', '1.12') if job.startswith('ppo') else ('.venv-trl', '1.16')
-  return (
-    f'Make an environment for {job}, apart from that of this project: python -m venv {name} && '
-    f"{name}/bin/pip install 'trl=={release}.*' 'torch==2.13.*', and name {name}/bin/python."
-  )
+  return name, f"'trl=={release}.*' 'torch==2.13.*'"
 
 
-def check(python: str, job: str) -> None:
-  """Raises UserError unless there is such an interpreter, with the packages that the job needs."""
-  if shutil.which(python) is None:
-    raise UserError(f'{python}: there is no such program. {how_to_make(job)}')
-  command = [python, str(SCRIPT), json.dumps({'job': job, 'check': True})]
-  found = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
-  try:
-    missing = json.loads(found.stdout)['missing']
-  except ValueError as error:
-    said = found.stderr.strip() or found.stdout.strip() or f'code {found.returncode}'
-    raise UserError(f'{python}: not a Python that works ({said}).') from error
-  if missing:
-    raise UserError(f'{python}: it lacks {", ".join(missing)}. {how_to_make(job)}')
-
-
-def trl(python: str, spec: Mapping[str, Any]) -> Peer:
-  """TRL, about to do a job as `spec` says, by an interpreter that `check` has passed."""
-  return Peer([python, str(SCRIPT), json.dumps(spec)], f'TRL by {python}')
+LIBRARIES = {
+  'trl': Library('TRL', _SCRIPTS / 'trl_jobs.py', None, _trl_packages),
+  'tunix': Library(
+    'Tunix',
+    _SCRIPTS / 'tunix_jobs.py',
+    ('sft', 'dpo', 'generate', 'decode', 'ppo_iteration', 'ppo_separate', 'grpo_iteration'),
+    lambda job: ('.venv-tunix', "'google-tunix==0.1.7'"),
+  ),
+}
 
 
 def _environment() -> dict[str, str]:

@@ -7,10 +7,10 @@ from typing import Any
 from benchmarks.measuring import DISTURBED
 from rlhf_jax.common.errors import UserError
 
-# Ours beside a peer's.
+# Ours beside a peer's, whose name is to be filled in.
 HEAD = (
-  '| Job | Part | Ours, s | Our speed | Of the ceiling | TRL, s | TRL / ours | '
-  'Memory, GB: ours, TRL | Others |',
+  '| Job | Part | Ours, s | Our speed | Of the ceiling | {0}, s | {0} / ours | '
+  'Memory, GB: ours, {0} | Others |',
   '| :-- | :-- | --: | --: | --: | --: | --: | --: | --: |',
 )
 # What is behind our numbers.
@@ -50,8 +50,9 @@ def lines(numbers: dict[str, Any]) -> list[str]:
   for part, speed in numbers.get('bytes_per_second', {}).items():
     found.append(f'{part}: {speed / 1e9:.2f} GB/s of {numbers["bytes"] / 1e6:,.0f} MB')
   if numbers['peer'] is not None:
-    packages = numbers['peer']['loaded']['versions']
-    found.append(f'trl {packages["trl"]}, torch {packages["torch"]}, in turn with it:')
+    packages = numbers['peer']['loaded']['versions'].items()
+    versions = ', '.join(f'{name} {version}' for name, version in packages)
+    found.append(f'{numbers["peer"]["name"]} ({versions}), in turn with it:')
     for part, row in numbers['seconds'].items():
       ratio = row['ratio']
       found.append(
@@ -150,7 +151,9 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
   where += [f'{name} {" and ".join(found)}' for name, found in versions.items()]
   lines = [line for numbers in measured for line in rows(numbers)]
   ours = [behind(numbers) for numbers in measured]
-  return '\n'.join([f'{"; ".join(where)}.', '', *HEAD, *lines, '', *HEAD_OURS, *ours])
+  title = next((numbers['peer']['name'] for numbers in measured if numbers['peer']), 'peer')
+  head = [line.format(title) for line in HEAD]
+  return '\n'.join([f'{"; ".join(where)}.', '', *head, *lines, '', *HEAD_OURS, *ours])
 
 
 def _computing(measured: Sequence[dict[str, Any]]) -> str:
@@ -166,9 +169,9 @@ def _short(revision: str | None) -> str:
   return whole[:10] + ('+' if whole.endswith('+') else '')
 
 
-def put(page: str, size: str, content: str) -> str:
-  """The page with other content between the marks of a size; raises UserError if it has none."""
-  marks = re.compile(rf'(<!-- {size} -->\n).*?(<!-- end -->)', re.DOTALL)
+def put(page: str, name: str, content: str) -> str:
+  """The page with other content between the marks of a name; raises UserError if it has none."""
+  marks = re.compile(rf'(<!-- {name} -->\n).*?(<!-- end -->)', re.DOTALL)
   if not marks.search(page):
-    raise UserError(f'--out: expected a page with <!-- {size} --> and, below it, <!-- end -->.')
+    raise UserError(f'--out: expected a page with <!-- {name} --> and, below it, <!-- end -->.')
   return marks.sub(lambda found: f'{found[1]}{content}\n{found[2]}', page, count=1)

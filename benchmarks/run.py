@@ -5,11 +5,12 @@
   python -m benchmarks.run --job=dpo --peer=trl --peer_python=.venv-trl/bin/python
   python -m benchmarks.run --job=dpo --profile=runs/trace
 
-With --peer TRL does the same job in a process of its own: our step, its step, our step, ... With
---profile the trace of a few steps is kept, and their costliest operations are printed. The jobs,
-what is excluded and how to read the numbers: benchmarks/README.md.
+With --peer another library, TRL or Tunix, does the same job in a process of its own: our step, its
+step, our step, ... With --profile the trace of a few steps is kept, and their costliest operations
+are printed. The jobs, what is excluded and how to read the numbers: benchmarks/README.md.
 """
 
+import functools
 import json
 import pathlib
 import sys
@@ -17,7 +18,7 @@ import tempfile
 
 from absl import flags
 
-from benchmarks import options, peer, report, workloads
+from benchmarks import options, report, workloads
 from benchmarks.timing import NAMES, Timing, measure
 from experiments import cli
 from rlhf_jax.common.errors import UserError
@@ -35,8 +36,7 @@ flags.adopt_module_key_flags(options)
 
 def main() -> int:
   out = cli.json_path(JSON.value)
-  python = options.PEER_PYTHON.value
-  options.check_peer()
+  library, python = options.library(), options.PEER_PYTHON.value
   traces = None if PROFILE.value is None else pathlib.Path(PROFILE.value)
   if traces is not None and JOB.value not in workloads.JOBS:
     raise UserError(
@@ -48,13 +48,15 @@ def main() -> int:
     return cli.DONE
   if traces is not None:
     traces.mkdir(parents=True, exist_ok=True)
-  if python is not None:
-    peer.check(python, JOB.value)
+  start = None
+  if library is not None and python is not None:
+    library.check(python, JOB.value)
+    start = functools.partial(library.start, python)
   timing = Timing(JOB.value, options.SIZE.value, options.dtype(), options.REPEATS.value)
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(FOLDER.value or temporary)
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = measure(timing, folder, python, traces)
+    numbers = measure(timing, folder, start, traces)
   print('\n'.join(report.lines(numbers)))
   if out is not None:
     out.write_text(json.dumps(numbers, indent=1) + '\n', encoding='utf-8')

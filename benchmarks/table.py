@@ -5,7 +5,8 @@
 
 Every job is a `benchmarks.run` of its own, whose numbers are kept in --folder; those that are there
 already are not taken again, so that the same command goes on where it was stopped. Then the table
-is written between the marks of its size in --out; what is around them stays.
+is written between the marks of its size, and of a peer other than TRL, in --out; what is around
+them stays.
 """
 
 import json
@@ -15,7 +16,7 @@ import sys
 
 from absl import flags
 
-from benchmarks import options, peer, report, workloads
+from benchmarks import options, report, workloads
 from benchmarks.timing import NAMES
 from experiments import cli
 from rlhf_jax.common.errors import UserError
@@ -33,12 +34,12 @@ flags.adopt_module_key_flags(options)
 
 def python_of(job: str) -> str | None:
   """The peer's interpreter for a job, which has what that needs; None without a peer."""
-  python = options.PEER_PYTHON.value
-  if python is None:
+  library, python = options.library(), options.PEER_PYTHON.value
+  if library is None or python is None:
     return None
   if job.startswith('ppo') and PPO_PYTHON.value is not None:
     python = PPO_PYTHON.value
-  peer.check(python, job)
+  library.check(python, job)
   return python
 
 
@@ -61,22 +62,27 @@ def numbers_folder() -> pathlib.Path:
 
 
 def main() -> int:
-  options.check_peer()
+  library = options.library()
   unknown = sorted(set(JOBS.value) - set(NAMES))
   if unknown:
     raise UserError(f'--jobs={",".join(unknown)}: expected some of {", ".join(NAMES)}.')
-  out, size = pathlib.Path(OUT.value), options.SIZE.value
+  out, mark = pathlib.Path(OUT.value), options.SIZE.value
+  if options.PEER.value not in (None, 'trl'):
+    mark = f'{mark} against {options.PEER.value}'
   if not out.is_file():
     raise UserError(f'--out={out}: there is no such page.')
-  report.put(out.read_text(encoding='utf-8'), size, '')
+  report.put(out.read_text(encoding='utf-8'), mark, '')
   if said := options.skipped():
     print(said)
     return cli.DONE
-  pythons = {job: python_of(job) for job in JOBS.value}
+  jobs = JOBS.value
+  if library is not None and not flags.FLAGS['jobs'].present:
+    jobs = [job for job in jobs if library.has(job)]
+  pythons = {job: python_of(job) for job in jobs}
   kept = numbers_folder()
   kept.mkdir(parents=True, exist_ok=True)
   failed = []
-  for job in JOBS.value:
+  for job in jobs:
     target = kept / f'{job}.json'
     if (
       not target.exists()
@@ -86,7 +92,7 @@ def main() -> int:
   files = [kept / f'{name}.json' for name in NAMES]
   measured = [json.loads(file.read_text(encoding='utf-8')) for file in files if file.exists()]
   if measured:
-    page = report.put(out.read_text(encoding='utf-8'), size, report.table(measured))
+    page = report.put(out.read_text(encoding='utf-8'), mark, report.table(measured))
     out.write_text(page, encoding='utf-8')
   if failed:
     raise UserError(f'{", ".join(failed)}: failed; what they said is above.')

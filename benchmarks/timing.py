@@ -5,7 +5,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -200,7 +200,7 @@ def work(name: str, config: ExperimentConfig, model: Any) -> tuple[int, float]:
 def measure(
   timing: Timing,
   folder: pathlib.Path,
-  python: str | None = None,
+  other: Callable[[Mapping[str, Any]], peer.Peer] | None = None,
   traces: pathlib.Path | None = None,
 ) -> dict[str, Any]:
   """All numbers of a job.
@@ -208,8 +208,8 @@ def measure(
   Args:
     timing: what is timed.
     folder: keeps data and parents for the next time.
-    python: the interpreter of an environment that has TRL, which then does the same job, a step of
-      it after each of ours; None: ours alone.
+    other: starts a peer that does the job of a `workloads.peer_spec`, a step of it after each of
+      ours; None: ours alone.
     traces: a folder for the trace of a few steps, whose costliest operations are then among the
       numbers; of jobs of one stage. None: the trace is not kept.
   """
@@ -217,7 +217,7 @@ def measure(
   tokenizer = tokenizer_of(size, place)
 
   def start(spec: Mapping[str, Any]) -> peer.Start | None:
-    return None if python is None else lambda: peer.trl(python, spec)
+    return None if other is None else lambda: other(spec)
 
   if job == 'load_export':
     checkpoint = checkpoints.make(size, timing.dtype, place, tokenizer)

@@ -8,14 +8,17 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
 from benchmarks import measuring, peer, startup, timing, workloads
-from benchmarks.peers import trl_jobs
+from benchmarks.peers import conductor as conducting
+from benchmarks.peers import trl_jobs, tunix_jobs
 from rlhf_jax.common.errors import UserError
 
 FAKE = pathlib.Path(__file__).parent / 'fake_peer.py'
+TRL, TUNIX = peer.LIBRARIES['trl'], peer.LIBRARIES['tunix']
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -68,20 +71,28 @@ def test_what_is_no_answer_is_quoted() -> None:
 
 def test_a_peer_that_is_not_there_is_explained(tmp_path: pathlib.Path) -> None:
   with pytest.raises(UserError, match='no such program.*python -m venv.*pip install'):
-    peer.check(str(tmp_path / 'python'), 'sft')
+    TRL.check(str(tmp_path / 'python'), 'sft')
   program = tmp_path / 'program'
   program.write_text('#!/bin/sh\necho out of order >&2\n')
   program.chmod(0o755)
   with pytest.raises(UserError, match='not a Python that works .out of order'):
-    peer.check(str(program), 'sft')
+    TRL.check(str(program), 'sft')
 
 
 @pytest.mark.skipif(importlib.util.find_spec('trl') is not None, reason='TRL is installed here')
 def test_packages_that_the_peer_lacks_are_named() -> None:
   with pytest.raises(UserError, match=r'it lacks .*trl.*\.venv-trl/bin/pip install'):
-    peer.check(sys.executable, 'sft')
+    TRL.check(sys.executable, 'sft')
   with pytest.raises(UserError, match=r'\.venv-trl-ppo/bin/pip install'):
-    peer.check(sys.executable, 'ppo_iteration')
+    TRL.check(sys.executable, 'ppo_iteration')
+
+
+@pytest.mark.skipif(importlib.util.find_spec('tunix') is not None, reason='Tunix is installed here')
+def test_what_a_library_lacks_is_named() -> None:
+  with pytest.raises(UserError, match=r'--job=reward: Tunix has none like it'):
+    TUNIX.check(sys.executable, 'reward')
+  with pytest.raises(UserError, match=r"it lacks tunix\. .*pip install 'google-tunix=="):
+    TUNIX.check(sys.executable, 'sft')
 
 
 @pytest.mark.slow
@@ -92,16 +103,18 @@ def test_flags_of_the_peer_belong_together() -> None:
   assert found.returncode == 1 and 'give both, or neither' in found.stderr
 
 
-def test_the_peer_imports_nothing_of_ours() -> None:
+@pytest.mark.parametrize('program', [trl_jobs, tunix_jobs, conducting])
+def test_the_peer_imports_nothing_of_ours(program: ModuleType) -> None:
   """And what its environment alone has only when it is given a job."""
-  tree = ast.parse(pathlib.Path(trl_jobs.__file__).read_text())
+  tree = ast.parse(pathlib.Path(str(program.__file__)).read_text())
   names = {
     alias.name if isinstance(node, ast.Import) else str(node.module)
     for node in ast.walk(tree)
     if isinstance(node, ast.Import | ast.ImportFrom)
     for alias in node.names
   }
-  assert not {name for name in names if name.partition('.')[0] in ('rlhf_jax', 'jax', 'benchmarks')}
+  assert not {name for name in names if name.partition('.')[0] in ('rlhf_jax', 'benchmarks')}
+  assert program is tunix_jobs or 'jax' not in names
   for node in tree.body:
     if isinstance(node, ast.Import):
       assert {alias.name.partition('.')[0] for alias in node.names} <= set(sys.stdlib_module_names)
@@ -109,6 +122,7 @@ def test_the_peer_imports_nothing_of_ours() -> None:
 
 def test_every_job_is_known_to_the_peer(tmp_path: pathlib.Path) -> None:
   assert set(trl_jobs.JOBS) == set(timing.NAMES)
+  assert TUNIX.jobs is not None and set(tunix_jobs.JOBS) == set(TUNIX.jobs)
   for job in workloads.JOBS:
     spec = json.loads(json.dumps(workloads.peer_spec(job, 'SMALL', tmp_path)))
     longer = workloads.peer_spec(job, '1B', tmp_path)
@@ -120,11 +134,11 @@ def test_every_job_is_known_to_the_peer(tmp_path: pathlib.Path) -> None:
 def test_the_conductor_speaks_as_is_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
   """A line when all is loaded, one after each step, and an end when there is nothing more to do."""
   said = io.StringIO()
-  monkeypatch.setattr(trl_jobs.os, 'dup', lambda number: number)
-  monkeypatch.setattr(trl_jobs.os, 'dup2', lambda *numbers: None)
-  monkeypatch.setattr(trl_jobs.os, 'fdopen', lambda *_: said)
+  monkeypatch.setattr(conducting.os, 'dup', lambda number: number)
+  monkeypatch.setattr(conducting.os, 'dup2', lambda *numbers: None)
+  monkeypatch.setattr(conducting.os, 'fdopen', lambda *_: said)
   monkeypatch.setattr(sys, 'stdin', io.StringIO('go\ngo\n'))
-  conductor = trl_jobs.Conductor({'trl': '1.2'})
+  conductor = conducting.Conductor({'trl': '1.2'})
   conductor.loaded(7)
   conductor.done()
   with pytest.raises(SystemExit) as raised:

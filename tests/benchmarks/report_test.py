@@ -37,7 +37,7 @@ def numbers(job: str, **others: Any) -> dict[str, Any]:
 def against(job: str, **others: Any) -> dict[str, Any]:
   seconds = {'step': {'ours': row(2.0), 'peer': row(3.0), 'ratio': row(1.5)}}
   loaded = {'versions': {'trl': '1.2', 'torch': '3.4'}}
-  peer = {'loaded': loaded, 'peak_bytes': 2 * 10**9}
+  peer = {'name': 'TRL', 'loaded': loaded, 'peak_bytes': 2 * 10**9}
   return numbers(job, seconds=seconds, peer=peer, **others)
 
 
@@ -56,7 +56,7 @@ def test_lines_hold_both_medians_and_the_paired_ratio() -> None:
   assert 'dpo SMALL: step 2.000 s (1.000 to 4.000)' in text
   assert '1,234 tokens/s, 50% of 8 GFLOP/s' in text and '4.0 s of compiling' in text
   assert 'step 3.000 s (1.500 to 6.000): 1.50 times our time (0.75 to 3.00)' in text
-  assert 'trl 1.2, torch 3.4' in text and 'other processes' not in text
+  assert 'TRL (trl 1.2, torch 3.4), in turn with it:' in text and 'other processes' not in text
   waits = report.lines(numbers('dpo', **STEPS, idle_share=0.034))
   assert 'the device waits for the host 3% of the time' in waits
 
@@ -93,6 +93,7 @@ def test_the_table_has_a_row_for_each_part() -> None:
   assert (
     where == 'abacus, 2 cores; cpu with jax 0.1; revision abc, abd; trl 1.2 and 1.1; torch 3.4.'
   )
+  assert '| TRL, s | TRL / ours | Memory, GB: ours, TRL |' in lines[0]
   lines, behind = lines[: lines.index('')], lines[lines.index('') + 1 :]
   assert [line.split(' | ')[:2] for line in lines[2:]] == [
     ['| dpo', 'step'],
