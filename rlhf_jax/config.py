@@ -320,8 +320,8 @@ class ExperimentConfig:
         f'a number > 0 for {name}',
         'Greedy rollouts explore nothing.',
       )
-    if self.rollout.engine == 'http' and self.rollout.server.dialect == 'sglang':
-      self._validate_stops()
+    assert isinstance(self.model, ModelConfig), 'nothing samples control'
+    self.rollout.check_sampling('rollout', self.generation, self.model)
     fixed_length = not (self.generation.stop_at_eos or self.generation.stop_tokens)
     rollout = self.rollout
     if fixed_length and rollout.missing_stop != 'none' and rollout.score_truncation_token < 0:
@@ -338,15 +338,6 @@ class ExperimentConfig:
         'last_position',
         'responses of a fixed length',
         'Set --config.generation.stop_at_eos=False (and no stop_tokens), or pay at last_token.',
-      )
-
-  def _validate_stops(self) -> None:
-    if self.generation.stop_tokens and not self.generation.stop_at_eos:
-      raise ConfigError(
-        'generation.stop_at_eos',
-        False,
-        "True with stop_tokens and rollout.server.dialect='sglang'",
-        'SGLang ends responses at its end of sequence too, unless there are no stop tokens.',
       )
 
 

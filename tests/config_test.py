@@ -247,6 +247,12 @@ JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
     ('ppo', {'generation.temperature': 0.0}, 'generation.temperature', '> 0 for ppo'),
     ('ppo', {'objective.epochs': 0}, 'objective.epochs', '>= 1'),
     ('ppo', {'generation.top_k': 5}, 'generation', 'unfiltered policy'),
+    (
+      'ppo',
+      {'rollout.old_logprobs': 'sampler', 'generation.dtype': 'bfloat16'},
+      'rollout.old_logprobs',
+      "'trainer' with generation.dtype='bfloat16' and model.dtype='float32'",
+    ),
     ('ppo', {'objective.score_placement': 'last_position'}, 'objective.score_placement', 'eos'),
     ('ppo', {'rollout.rewards': ()}, 'rollout.rewards', 'at least one'),
     (
@@ -345,6 +351,11 @@ def test_what_cannot_work_is_named(
 def test_whole_numbers_are_numbers() -> None:
   """An int where a float is meant is no mistake."""
   altered('ppo', {'objective.clip': 1, 'optimizer.learning_rate': 1, 'data.held_out': 3}).validate()
+
+
+def test_a_sampler_in_the_trainers_type_may_say_the_log_probs() -> None:
+  half = {'generation.dtype': 'bfloat16', 'rollout.old_logprobs': 'sampler'}
+  altered('ppo', {**half, 'model.dtype': 'bfloat16'}).validate()
 
 
 def test_objectives_without_a_reference_need_no_start() -> None:

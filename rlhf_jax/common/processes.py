@@ -107,11 +107,24 @@ def check_same(what: str, value: str) -> None:
 
 def to_host(tree: Any) -> Any:
   """Device arrays as numpy arrays, whole on every process; all must ask, if any spans several."""
+  return fetch(tree)()
 
-  def gather(leaf: Any) -> Any:
-    return multihost_utils.process_allgather(leaf, tiled=True) if _scattered(leaf) else leaf
 
-  return jax.device_get(jax.tree.map(gather, tree))
+def fetch(tree: Any) -> Callable[[], Any]:
+  """Has device arrays set out for the host, before work that devices are given later.
+
+  Returns what waits for them, and gives what `to_host` does.
+  """
+
+  def start(leaf: Any) -> Any:
+    if _scattered(leaf):
+      leaf = jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+    if isinstance(leaf, jax.Array):
+      leaf.copy_to_host_async()
+    return leaf
+
+  started = jax.tree.map(start, tree)
+  return lambda: jax.device_get(started)
 
 
 def host_parts(array: Any) -> Iterator[np.ndarray]:

@@ -266,7 +266,7 @@ def _online(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
   learner = online.make_learner(parts, rewards.get('reward_model'))
   sample = make_sampler(parts, demands_of(config.objective).samples)
   cut = online.make_cut(parts)
-  complete = online.make_completion(parts, learner.policy)
+  read, complete = online.make_reader(parts, learner.policy), online.make_completion(parts)
   from_reference = demands_of(config.objective).sampler == 'reference'
   reading = Reading(config.accumulation, shared_samples(config, row_devices(stage.mesh)))
 
@@ -283,8 +283,8 @@ def _online(stage: PlannedStage, frozen: Mapping[str, Any]) -> _Pieces:
   def scoring(state: TrainState, inputs: Any) -> Any:
     sampled, sequences = inputs
     scored = _pay(list(rewards.values()), sequences, reading)
-    collected, _ = complete(params_of(state), parts.reference, state.carry, sampled, scored)
-    return collected.batch
+    judged = read(params_of(state), parts.reference, sampled.sequences)
+    return complete(state.carry, sampled, judged, scored)[0].batch
 
   evaluations = _of_policies(stage, parts, frozen, whole)
   return _Pieces(learner.trainer, {'generation': generation, 'scoring': scoring}, evaluations)

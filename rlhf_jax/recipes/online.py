@@ -38,7 +38,15 @@ from rlhf_jax.recipes.rewards import (
 from rlhf_jax.recipes.sharing import once_a_prompt, shared_rows, shared_samples
 from rlhf_jax.recipes.trainer import Trainer, Trees, make_trainer
 from rlhf_jax.rollout.engine import Generated, RolloutEngine
-from rlhf_jax.rollout.rollout import Judges, Sampled, Scored, assemble, finite_rewards
+from rlhf_jax.rollout.rollout import (
+  Judged,
+  Judges,
+  Sampled,
+  Scored,
+  assemble,
+  finite_rewards,
+  judge,
+)
 from rlhf_jax.rollout.shaping import truncate_for_scoring
 from rlhf_jax.sharding.mesh import constrain_batch, row_devices, share_of
 from rlhf_jax.training.health import USABLE
@@ -178,26 +186,37 @@ def make_cut(parts: Parts) -> Callable[[Generated], tuple[Sampled, Sequences]]:
   return cut
 
 
-def make_completion(
+def make_reader(
   parts: Parts, policy: Callable[[Any, Sequences], PolicyOutput]
-) -> Callable[[Any, Any, Any, Sampled, Scored], tuple[Collected, Metrics]]:
-  """Jitted: from scored samples, with the log-probs of all who judge them, to what is learnt from.
+) -> Callable[[Any, Any, Sequences], Judged]:
+  """Jitted: what the models say of samples, whose scores they need not wait for.
 
-  Its arguments are params by role, the reference's decoder, the objective's carry, and the samples.
+  Its arguments are params by role, the reference's decoder, and the samples.
   """
+  config, judges = parts.config, make_judges(parts, policy)
+
+  @jax.jit
+  def read(params: Any, frozen: Any, sequences: Sequences) -> Judged:
+    judged = judge(config.rollout, judges, params, frozen, sequences, config.accumulation)
+    return jax.tree.map(constrain_batch, judged)
+
+  return read
+
+
+def make_completion(
+  parts: Parts,
+) -> Callable[[Any, Sampled, Judged, Scored], tuple[Collected, Metrics]]:
+  """Jitted: from the objective's carry and judged and scored samples to what is learnt from."""
   config = parts.config
   collect = objective_of(config.objective).collect
   assert collect is not None
-  judges = make_judges(parts, policy)
   skips = config.health.nonfinite == 'skip'
 
   @jax.jit
   def complete(
-    params: Any, frozen: Any, carry: Any, sampled: Sampled, scored: Scored
+    carry: Any, sampled: Sampled, judged: Judged, scored: Scored
   ) -> tuple[Collected, Metrics]:
-    experience, metrics = assemble(
-      config.rollout, judges, params, frozen, sampled, scored, config.accumulation
-    )
+    experience, metrics = assemble(config.rollout, sampled, judged, scored)
     collected = collect(config.objective, experience, carry)
     # A number that is the same in every row would come out whole on every device.
     batch = jax.tree.map(constrain_batch, collected.batch)
@@ -225,9 +244,9 @@ def make_rollout(
   config = parts.config
   cut = make_cut(parts)
   reading = Reading(config.accumulation, shared_samples(config, row_devices(parts.mesh)))
-  reward = make_reward(parts, reward_model, strict=False, reading=reading)
+  ask = make_reward(parts, reward_model, strict=False, reading=reading)
   names = reward_names(config.rollout)
-  complete = make_completion(parts, policy)
+  read, complete = make_reader(parts, policy), make_completion(parts)
   from_reference = demands_of(config.objective).sampler == 'reference'
 
   # A batch that straddles two epochs may hold a prompt twice: prompts draw by their place in the
@@ -239,8 +258,11 @@ def make_rollout(
     params = {'policy': parts.reference} if from_reference else trees.whole(state.params)
     engine.sync_weights(params, 0 if from_reference else state.step)
     sampled, scored = cut(engine.generate(prompts, state.stream(prng.Stream.SAMPLING)))
-    scores = reward(scored)
-    collected, metrics = complete(params, parts.reference, state.carry, sampled, scores)
+    # All that needs no score is under way before functions are called, which keep the host busy.
+    answer = ask(scored)
+    judged = read(params, parts.reference, sampled.sequences)
+    scores = answer()
+    collected, metrics = complete(state.carry, sampled, judged, scores)
     if from_reference:  # the samples' own KL, which is 0, says nothing of the policy
       metrics = {name: metrics[name] for name in metrics if name not in _OF_SAMPLER}
     metrics = {**metrics, **collected.metrics}

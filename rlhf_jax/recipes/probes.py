@@ -92,7 +92,7 @@ def make_paid(parts: Parts, reward_model: FrozenRewardModel | None) -> Callable[
 
   def paid(answers: Answers) -> Array:
     scored = truncate_for_scoring(answers.sequences, answers.finished, rollout)
-    return handle_missing_stop(reward(scored.sequences).scores, scored.stopped, rollout)
+    return handle_missing_stop(reward(scored.sequences)().scores, scored.stopped, rollout)
 
   return paid
 

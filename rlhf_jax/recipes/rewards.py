@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf_jax.common.errors import ConfigError, UserError
 from rlhf_jax.common.masked import masked_sum
-from rlhf_jax.common.processes import gather_rows, shared_rows, to_host
+from rlhf_jax.common.processes import fetch, gather_rows, shared_rows
 from rlhf_jax.common.rows import map_rows
 from rlhf_jax.common.types import Sequences
 from rlhf_jax.config import ExperimentConfig
@@ -35,6 +35,8 @@ from rlhf_jax.sharding.mesh import put_batch
 
 Array = jax.Array
 Score = Callable[[Sequences], Scored]
+# Has devices begin; what comes back, once it is called, asks who is on the host, and scores.
+Ask = Callable[[Sequences], Callable[[], Scored]]
 # (prompts, responses) as texts -> one number a response
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Any]
 
@@ -171,20 +173,21 @@ def make_reward(
   *,
   strict: bool = True,
   reading: Reading = PLAINLY,
-) -> Score:
+) -> Ask:
   """The score that the config's rewards make up, of responses as they are scored.
 
-  What a function says that is not finite raises UserError where `strict`, and else is handed on.
+  Reward models are under way before a function is called. What functions say that is not finite
+  raises UserError where `strict`, and else is handed on.
   """
   configs = parts.config.rollout.rewards
-  judges: list[Score] = []
+  judges: list[Ask] = []
   for number, config in enumerate(configs):
     if config.init is not None:
       own = load_member(parts, parts.parents[f'reward_{number}'], 'final')
-      judges.append(make_score(own, reading))
+      judges.append(_begun(make_score(own, reading)))
     elif config.source == 'reward_model':
       assert reward_model is not None
-      judges.append(make_score(reward_model, reading))
+      judges.append(_begun(make_score(reward_model, reading)))
     elif config.source == 'task':
       task = parts.feedback.task
       if task is None:
@@ -212,21 +215,37 @@ def make_reward(
       jnp.stack(scores, axis=1),
     )
 
-  return lambda sequences: add([judge(sequences) for judge in judges])
+  def ask(sequences: Sequences) -> Callable[[], Scored]:
+    answers = [judge(sequences) for judge in judges]
+    return lambda: add([answer() for answer in answers])
+
+  return ask
+
+
+def _begun(score: Score) -> Ask:
+  """A score that devices compute, without waiting for them."""
+
+  def ask(sequences: Sequences) -> Callable[[], Scored]:
+    scored = score(sequences)
+    return lambda: scored
+
+  return ask
 
 
 def make_text_score(
   parts: Parts, function: RewardFunction, name: str, *, strict: bool = True
-) -> Score:
+) -> Ask:
   """Scores by a function of texts, computed on the host.
 
-  Raises UserError if it does not give one number a response; where `strict`, a finite one.
+  What comes back raises UserError if the function does not give one number a response; where
+  `strict`, a finite one.
   """
 
-  def score(sequences: Sequences) -> Scored:
+  def score(sequences: Sequences) -> Array:
     # Of several processes each asks for a part of the rows, and all get the same numbers.
-    rows = shared_rows(len(sequences.response))
-    own = jax.tree.map(lambda x: x[rows], to_host(sequences))
+    count = len(sequences.response)
+    rows = shared_rows(count)
+    own = jax.tree.map(lambda x: x[rows], sequences)
     texts = decode_sequences(own, parts.tokenizer.decode)
     given = _call(function, texts, name) if len(rows) else []
     expected = f'{name}: expected a list of {len(texts[1])} numbers, one a response, got'
@@ -243,9 +262,13 @@ def make_text_score(
       raise UserError(
         f'{name}: {found[row]} for the response {texts[1][row]!r:.200}; expected a finite number.'
       )
-    return Scored(put_batch(gather_rows(scores, len(sequences.response)), parts.mesh))
+    return put_batch(gather_rows(scores, count), parts.mesh)
 
-  return score
+  def ask(sequences: Sequences) -> Callable[[], Scored]:
+    fetched = fetch(sequences)
+    return lambda: Scored(score(fetched()))
+
+  return ask
 
 
 def _call(function: RewardFunction, texts: tuple[list[str], list[str]], name: str) -> Any:

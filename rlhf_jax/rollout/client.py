@@ -53,7 +53,7 @@ class Client:
     for attempt in range(1 + config.retries):
       pause = min(config.backoff * 2 ** (attempt - 1), _LONGEST_PAUSE) if attempt else 0.0
       if self._stopped.wait(pause):
-        raise ServerError(f'{self._where(request)}: given up.')
+        raise self._given_up(request)
       try:
         status, text = self._once(request)
       except TimeoutError:
@@ -118,6 +118,9 @@ class Client:
         connection.connect()
       except TimeoutError as error:
         raise ConnectionError('it does not accept connections') from error
+      with self._lock:  # a connection that was being opened had nothing that stop() could end
+        if self._stopped.is_set():
+          raise self._given_up(request)
       connection.sock.settimeout(timeout)
       path = self._url.path + request.path
       if request.body is None:
@@ -144,6 +147,9 @@ class Client:
       raise ServerError(
         f'{self._where(request)}: its answer is not JSON: {text[:_QUOTED]}'
       ) from error
+
+  def _given_up(self, request: Request) -> ServerError:
+    return ServerError(f'{self._where(request)}: given up.')
 
   def _where(self, request: Request) -> str:
     return f'{self._config.url}{request.path}'

@@ -4,6 +4,8 @@ import dataclasses
 import urllib.parse
 
 from rlhf_jax.common.errors import ConfigError
+from rlhf_jax.generation.config import GenerationConfig
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import DTYPES
 from rlhf_jax.objectives.base import check_unread
 
@@ -246,6 +248,25 @@ class RolloutConfig:
         self.old_logprobs,
         f"'trainer' with {path}.engine={self.engine!r}",
         'A server computes in other numbers than the trainer.',
+      )
+
+  def check_sampling(self, path: str, generation: GenerationConfig, model: ModelConfig) -> None:
+    """Raises ConfigError where responses are sampled in a way that does not go with the rollout."""
+    dtype = generation.sampling(model).dtype
+    if self.old_logprobs == 'sampler' and dtype != model.dtype:
+      raise ConfigError(
+        f'{path}.old_logprobs',
+        self.old_logprobs,
+        f"'trainer' with generation.dtype={dtype!r} and model.dtype={model.dtype!r}",
+        'The sampler computes in other numbers than the trainer.',
+      )
+    sglang = self.engine == 'http' and self.server.dialect == 'sglang'
+    if sglang and generation.stop_tokens and not generation.stop_at_eos:
+      raise ConfigError(
+        'generation.stop_at_eos',
+        False,
+        f"True with stop_tokens and {path}.server.dialect='sglang'",
+        'SGLang ends responses at its end of sequence too, unless there are no stop tokens.',
       )
 
   def sources(self) -> tuple[str, ...]:

@@ -66,63 +66,95 @@ class Judges(NamedTuple):
   exact_kl: ExactKL
 
 
-def assemble(
+class Judged(NamedTuple):
+  """What the models say of samples, whatever these are paid.
+
+  Attributes:
+    logprobs: `[N, R]` float32, the policy's; None: the sampler's own count.
+    entropy: `[N, R]` float32, the policy's; None likewise.
+    reference_logprobs: `[N, R]` float32.
+    values: `[N, R]` float32, or None.
+    exact_kl: `[N, R]` float32, or None.
+  """
+
+  logprobs: Array | None
+  entropy: Array | None
+  reference_logprobs: Array
+  values: Array | None
+  exact_kl: Array | None
+
+
+def judge(
   config: RolloutConfig,
   judges: Judges,
   params: Any,
   reference: Any,
-  sampled: Sampled,
-  scored: Scored,
+  sequences: Sequences,
   parts: int = 1,
-) -> tuple[Experience, Metrics]:
-  """Adds old and reference log-probs, values, and the treatment of missing stops.
+) -> Judged:
+  """Reads samples with all models that their scores do not come from.
 
   Args:
-    config: how samples are scored.
+    config: whose log-probs count, and whether the exact KL is asked for.
     judges: apply functions.
     params: parameters of the policy that sampled, `{'policy': ...}`, and the value function's.
     reference: the frozen reference's decoder parameters.
-    sampled: responses.
-    scored: their rewards, before the treatment of missing stops.
+    sequences: samples.
     parts: in how many parts the models read the samples, to save memory.
+  """
+  trusted = config.old_logprobs == 'sampler'
+
+  def read(rows: Sequences) -> Judged:
+    output = judges.policy(params, rows)
+    exact = None
+    if config.exact_kl:
+      exact = judges.exact_kl(params['policy'], reference, rows)
+    return Judged(
+      None if trusted else output.logprobs,
+      None if trusted else output.entropy,
+      judges.reference(reference, rows).logprobs,
+      output.values,
+      exact,
+    )
+
+  return map_rows(read, sequences, parts)
+
+
+def assemble(
+  config: RolloutConfig, sampled: Sampled, judged: Judged, scored: Scored
+) -> tuple[Experience, Metrics]:
+  """Puts samples, log-probs, values and scores together, and treats missing stops.
+
+  Args:
+    config: how samples are scored.
+    sampled: responses.
+    judged: what the models say of them.
+    scored: their rewards, before the treatment of missing stops.
 
   Returns:
     the experience, and metrics.
   """
   mask = sampled.sequences.response_mask
-  trusted = config.old_logprobs == 'sampler'
-
-  def judge(sequences: Sequences) -> tuple[tuple[Array, Array] | None, Any]:
-    output = judges.policy(params, sequences)
-    reference_logprobs = judges.reference(reference, sequences).logprobs
-    exact = None
-    if config.exact_kl:
-      exact = judges.exact_kl(params['policy'], reference, sequences)
-    own = None if trusted else (output.logprobs, output.entropy)
-    return own, (reference_logprobs, output.values, exact)
-
-  own, found = map_rows(judge, sampled.sequences, parts)
-  reference_logprobs, values, exact = found
-  logprobs = sampled.sampler_logprobs if own is None else own[0]
+  logprobs = sampled.sampler_logprobs if judged.logprobs is None else judged.logprobs
   assert logprobs is not None, 'validate() demands an engine that says them'
   experience = Experience(
     sequences=sampled.sequences,
     old_logprobs=jnp.where(mask, logprobs, 0.0),
-    reference_logprobs=jnp.where(mask, reference_logprobs, 0.0),
+    reference_logprobs=jnp.where(mask, judged.reference_logprobs, 0.0),
     scores=handle_missing_stop(scored.scores, sampled.stopped, config),
     token_rewards=scored.token_rewards,
-    values=values,
+    values=judged.values,
   )
   metrics = rollout_metrics(experience, sampled)
-  if own is None:
+  if judged.entropy is None:
     del metrics['sampler_logprob_error']  # of themselves
   else:
-    metrics['entropy'] = Mean.of(own[1], mask)
+    metrics['entropy'] = Mean.of(judged.entropy, mask)
   metrics['nonfinite_rewards'] = Sum((~finite_rewards(scored)).sum())
   if scored.disagreement is not None:
     metrics['reward_disagreement'] = Mean.of(scored.disagreement)
-  if exact is not None:
-    metrics['exact_kl'] = Mean.of(masked_sum(exact, mask, axis=-1))
+  if judged.exact_kl is not None:
+    metrics['exact_kl'] = Mean.of(masked_sum(judged.exact_kl, mask, axis=-1))
   return experience, metrics
 
 

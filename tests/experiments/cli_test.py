@@ -1,6 +1,9 @@
 """What programs share: the checks of flags that several of them have."""
 
+import os
 import pathlib
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +15,7 @@ from experiments import cli
 from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import load_config
 from rlhf_jax.rollout.config import RewardConfig
+from tests.experiments.programs import ROOT
 
 
 def test_only_flags_that_were_given_count() -> None:
@@ -96,3 +100,18 @@ def test_what_follows_a_failed_checkpoint_is_not_shown() -> None:
   for error in errors:
     hook(SimpleNamespace(exc_value=error))
   assert [each.exc_value for each in shown] == list(errors[1:])
+
+
+@pytest.mark.parametrize('flag', [[], ['--cache_dir=']], ids=['default', 'none'])
+def test_compiled_programs_are_kept_at_home(flag: list[str], tmp_path: pathlib.Path) -> None:
+  """Where neither a flag nor the environment names a folder; none is asked for by an empty name."""
+  own = {name: value for name, value in os.environ.items() if not name.startswith('JAX_')}
+  environment = {**own, 'JAX_PLATFORMS': 'cpu', 'HOME': str(tmp_path)}
+  program = (
+    'import jax; from experiments import cli; cli.run(lambda: int(jax.jit(lambda x: 2 * x)(0)))'
+  )
+  command = [sys.executable, '-c', program, *flag]
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  folder = tmp_path / '.cache' / 'rlhf_jax' / 'xla'
+  assert (folder.is_dir() and any(folder.iterdir())) == (not flag)

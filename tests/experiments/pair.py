@@ -7,6 +7,7 @@ from typing import Any
 from rlhf_jax.config import ExperimentConfig, InitConfig, RewardModelInitConfig
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.rollout.config import RewardConfig
 from rlhf_jax.sharding.mesh import MeshConfig
 from tests import tiny
 
@@ -32,6 +33,8 @@ def get_config(arg: str) -> ExperimentConfig:
     config.policy = InitConfig(init=f'{__file__}:sft')
   if arg == 'ppo':
     config.reward_model = RewardModelInitConfig(init=f'{__file__}:reward_model')
+    # One on the devices, and one that each process asks for its rows.
+    config.rollout.rewards = (RewardConfig(), RewardConfig(source='task', weight=0.5))
   if arg == 'dpo':
     config.mesh = MeshConfig(data=1, fsdp=4, tensor=2)
     config.steps, config.log.every = DPO_STEPS, 1

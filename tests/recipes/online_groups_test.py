@@ -45,12 +45,12 @@ def make_stage(monkeypatch: pytest.MonkeyPatch, parents: pathlib.Path) -> Any:
   real = online.make_reward
 
   def make_reward(*arguments: Any, **options: Any) -> Any:
-    reward = real(*arguments, **options)
+    ask = real(*arguments, **options)
 
     def watched(sequences: Any) -> Any:
-      scored = reward(sequences)
+      scored = ask(sequences)()
       seen.append(Scored(jax.device_get(sequences), np.asarray(scored.scores)))
-      return scored
+      return lambda: scored
 
     return watched
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +14,11 @@ from rlhf_jax import stages
 from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import EvaluationConfig, InitConfig
 from rlhf_jax.evaluation.policy import decode_sequences
+from rlhf_jax.models import roles
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
 from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.objectives.rloo import RLOOConfig
+from rlhf_jax.recipes import rewards
 from rlhf_jax.recipes.parts import Parts, load_parts
 from rlhf_jax.recipes.rewards import load_function, make_text_score, reward_fingerprints
 from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
@@ -66,6 +70,43 @@ def test_ppo_is_paid_by_a_function(lexicon: pathlib.Path, parents: pathlib.Path)
   np.testing.assert_allclose(
     batch.returns, np.where(mask, scores[:, None], 0), rtol=1e-5, atol=1e-5
   )
+
+
+@pytest.mark.slow
+def test_a_function_keeps_no_model_waiting(
+  lexicon: pathlib.Path, parents: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Policy, reference, values and reward model read the samples while the function is at work.
+
+  It is asked before the reward model, and waits for what these say when they have read.
+  """
+  names = ('policy and values', 'reference', 'reward model')
+  read = {name: threading.Event() for name in names}
+
+  def said(real: Any, name_of: Callable[[Any], str]) -> Any:
+    def watched(*arguments: Any, **options: Any) -> Any:
+      found = real(*arguments, **options)
+      event = read[name_of(found)]
+      jax.debug.callback(lambda _: event.set(), jax.tree.leaves(found)[0])
+      return found
+
+    return watched
+
+  def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    del prompts
+    waited = [name for name, event in read.items() if not event.wait(timeout=20)]
+    assert not waited, f'before {waited}'
+    return [0.0] * len(responses)
+
+  policy = said(roles.policy_output, lambda found: names[found.values is None])
+  monkeypatch.setattr(roles, 'policy_output', policy)
+  monkeypatch.setattr(roles, 'reward_score', said(roles.reward_score, lambda _: 'reward model'))
+  monkeypatch.setattr(rewards, 'load_function', lambda source: score)
+  config = tiny.make_config('ppo', parents)
+  config.rollout.rewards = (RewardConfig(source=f'{lexicon}:score'), RewardConfig())
+  built: Any = tiny.build_recipe(config)
+  with jax.set_mesh(built.mesh):
+    built.recipe.prepare(built.recipe.init(), built.recipe.batch(0))
 
 
 @pytest.mark.slow
@@ -255,7 +296,7 @@ def sequences(parts: Parts) -> Any:
 )
 def test_any_numbers_will_do(given: Any, parts: Parts) -> None:
   """They become float32, without being cut to integers on the way."""
-  scored = make_text_score(parts, lambda prompts, responses: given, 'f')(sequences(parts))
+  scored = make_text_score(parts, lambda prompts, responses: given, 'f')(sequences(parts))()
   assert scored.scores.dtype == np.float32 and scored.token_rewards is None
   np.testing.assert_array_equal(scored.scores, np.array(given, np.float32))
 
@@ -277,5 +318,6 @@ def test_any_numbers_will_do(given: Any, parts: Parts) -> None:
 )
 def test_what_is_not_a_number_a_response_is_refused(given: Any, words: str, parts: Parts) -> None:
   """By the name of the function, what it gave, and for which response."""
+  answer = make_text_score(parts, lambda prompts, responses: given, 'a.py:f')(sequences(parts))
   with pytest.raises(UserError, match=f'^a.py:f: .*{words}'):
-    make_text_score(parts, lambda prompts, responses: given, 'a.py:f')(sequences(parts))
+    answer()

@@ -146,7 +146,7 @@ def test_a_closed_gate_pays_no_tokens_but_its_own(
       config = dataclasses.replace(parts.config, rollout=RolloutConfig(rewards=rewards))
       config.validate()
       own_parts = dataclasses.replace(parts, config=config)
-      return make_reward(own_parts, load_reward_model(parts))(rows)
+      return make_reward(own_parts, load_reward_model(parts))(rows)()
 
     gating = paid(RewardConfig(weight=2.0, gate_below=gate, gate_only=True), count)
     longer = float(words.max())
@@ -260,7 +260,7 @@ def test_several_rewards_make_one_score(
     )
     config = dataclasses.replace(parts.config, rollout=RolloutConfig(rewards=rewards))
     parts = dataclasses.replace(parts, config=config)
-    found = make_reward(parts, load_reward_model(parts))(rows)
+    found = make_reward(parts, load_reward_model(parts))(rows)()
   words = np.array([len(text.split()) for text in texts[1]])
   total = 0.5 * np.minimum(proxy, limit) + 2 * gold - 0.25 * words
   expected = np.where(gold < gate, 2 * gold, total)
@@ -319,7 +319,7 @@ def test_a_reward_may_have_a_model_of_its_own(
 
   parts = parts_of(config('b'))
   with jax.set_mesh(parts.mesh):
-    found = make_reward(parts, load_reward_model(parts))(some_sequences(parts)).scores
+    found = make_reward(parts, load_reward_model(parts))(some_sequences(parts))().scores
   expected = scores_by(parts, judges / 'a') + 0.5 * scores_by(parts, judges / 'b')
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
   assert parts.config.inits()['reward_1'].init == str(judges / 'b')

@@ -1,6 +1,8 @@
 """A server samples as this process does, with the weights it was given; what it may get wrong."""
 
+import concurrent.futures
 import functools
+import http.client
 import pathlib
 import socket
 import threading
@@ -238,6 +240,29 @@ def test_closing_ends_what_is_under_way() -> None:
     assert not thread.is_alive() and len(caught) == 1
     with pytest.raises(ServerError, match='given up'):
       client.ask(Request('/health'))
+
+
+def test_closing_ends_what_is_being_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Over a connection that is there only after the end nothing is asked."""
+  opening, ended = threading.Event(), threading.Event()
+  connect = http.client.HTTPConnection.connect
+
+  def slow(connection: http.client.HTTPConnection) -> None:
+    opening.set()
+    assert ended.wait(timeout=20)
+    connect(connection)
+
+  monkeypatch.setattr(http.client.HTTPConnection, 'connect', slow)
+  with stand_in.running('vllm') as server:
+    client = Client(ServerConfig(url=server.url, retries=0))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      asked = pool.submit(client.ask, Request('/health'))
+      assert opening.wait(timeout=20)
+      client.stop()
+      ended.set()
+      with pytest.raises(ServerError, match='given up'):
+        asked.result(timeout=20)
+    assert not server.asked
 
 
 def change(dialect: str, answer: Any, **changes: Any) -> Any:

@@ -19,6 +19,7 @@ from rlhf_jax.rollout.rollout import (
   Scored,
   assemble,
   finite_rewards,
+  judge,
   repetition,
 )
 from tests import quick
@@ -84,10 +85,17 @@ def sampled_rows() -> Sampled:
   return Sampled(sequences, sampler_logprobs, jnp.asarray(STOPPED))
 
 
-def experienced(masked: float = 0.0, parts: int = 1, **settings: Any) -> tuple[Any, Any]:
+def assembled(config: Any, judges: Judges, sampled: Sampled, scored: Scored, *more: Any) -> Any:
+  """(experience, metrics) of samples; `more` are parameters, the reference's, and parts to read."""
+  params, reference, *parts = more or ({'policy': 1}, 0)
+  judged = judge(config, judges, params, reference, sampled.sequences, *parts)
+  return assemble(config, sampled, judged, scored)
+
+
+def experienced(masked: float = 0.0, **settings: Any) -> tuple[Any, Any]:
   """(experience, metrics) of the samples above, under `RolloutConfig` settings."""
   config, judges, sampled = RolloutConfig(**settings), make_judges(masked), sampled_rows()
-  run = quick.jit(lambda scored: assemble(config, judges, {'policy': 1}, 0, sampled, scored, parts))
+  run = quick.jit(lambda scored: assembled(config, judges, sampled, scored))
   return run(Scored(jnp.asarray(SCORES, jnp.float32)))
 
 
@@ -254,9 +262,7 @@ def test_an_untouched_policy_has_no_divergence() -> None:
 
   @quick.jit
   def run(beta: Any, scores: Any) -> Any:
-    experience, metrics = assemble(
-      RolloutConfig(), same, {'policy': 1}, 0, sampled_rows(), Scored(scores)
-    )
+    experience, metrics = assembled(RolloutConfig(), same, sampled_rows(), Scored(scores))
     return collect(config, experience, {'kl_coefficient': beta}).batch, metrics
 
   rollouts, metrics = run(jnp.float32(0.5), jnp.asarray(SCORES, jnp.float32))
@@ -294,11 +300,11 @@ def test_integer_scores_are_refused() -> None:
   sampled = Sampled(
     tabular.make_batch('rollouts').sequences, jnp.zeros((tabular.B, tabular.R)), jnp.ones(4, bool)
   )
-  tables = tabular.make_tables()
+  config, tables = RolloutConfig(), tabular.make_tables()
   judges = Judges(tabular.table_policy, tabular.table_policy, make_judges(0.0).exact_kl)
 
   def scores_of(scores: Any) -> Any:
-    run = quick.jit(lambda x: assemble(RolloutConfig(), judges, tables, tables, sampled, Scored(x)))
+    run = quick.jit(lambda x: assembled(config, judges, sampled, Scored(x), tables, tables))
     return run(scores)[0].scores
 
   with pytest.raises(ShapeError, match='scores: expected a floating-point array, got int32'):
@@ -320,9 +326,7 @@ def test_an_experience_is_what_was_sampled_and_what_judges_say_of_it() -> None:
   np.testing.assert_array_equal(whole.sequences.response, TOKENS)
   paid = jnp.asarray(RNG.normal(size=(B, R)), jnp.float32)
   scored = Scored(jnp.asarray(SCORES, jnp.float32), paid)
-  experience, _ = assemble(
-    RolloutConfig(), make_judges(0.0), {'policy': 1}, 0, sampled_rows(), scored
-  )
+  experience, _ = assembled(RolloutConfig(), make_judges(0.0), sampled_rows(), scored)
   np.testing.assert_array_equal(experience.token_rewards, paid)
 
 
@@ -348,9 +352,8 @@ def test_models_may_read_the_samples_in_parts(parts: int) -> None:
 
   def run(parts: int) -> Any:
     config, scored = RolloutConfig(exact_kl=True), Scored(jnp.arange(float(tabular.B)))
-    experience, metrics = quick.jit(
-      lambda sampled: assemble(config, judges, tables, reference, sampled, scored, parts)
-    )(sampled)
+    more = (scored, tables, reference, parts)
+    experience, metrics = quick.jit(lambda rows: assembled(config, judges, rows, *more))(sampled)
     return experience, metrics_lib.values(metrics)
 
   (split, numbers), (whole, expected) = run(parts), run(1)
@@ -392,6 +395,6 @@ def test_a_sampler_that_gives_no_logprobs() -> None:
   config, judges = RolloutConfig(), make_judges(0.0)
   sampled = sampled_rows()._replace(sampler_logprobs=None)
   scored = Scored(jnp.asarray(SCORES, jnp.float32))
-  _, metrics = assemble(config, judges, {'policy': 1}, 0, sampled, scored)
-  _, expected = assemble(config, judges, {'policy': 1}, 0, sampled_rows(), scored)
+  _, metrics = assembled(config, judges, sampled, scored)
+  _, expected = assembled(config, judges, sampled_rows(), scored)
   assert expected.keys() - metrics.keys() == {'sampler_logprob_error'}
