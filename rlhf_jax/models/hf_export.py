@@ -235,7 +235,7 @@ def decoder_entries(
 def cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
   """A tensor in another type; raises CheckpointError if its numbers do not fit."""
   with np.errstate(over='ignore'):
-    narrow = values.astype(numpy_dtype(dtype))
+    narrow = values.astype(numpy_dtype(dtype), copy=False)
   if dtype == 'float16' and not np.array_equal(np.isfinite(narrow), np.isfinite(values)):
     raise CheckpointError(
       f'{name}: it has numbers beyond 65504, the largest of float16. Use bfloat16 or float32.'

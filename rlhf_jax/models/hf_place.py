@@ -103,8 +103,13 @@ def _without_layers(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
   )
 
 
+@functools.lru_cache(maxsize=256)
+def _make_zeros(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> Any:
+  return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)
+
+
 def _zeros(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
-  return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)()
+  return _make_zeros(shape, sharding)()
 
 
 @functools.lru_cache(maxsize=256)
