@@ -280,6 +280,12 @@ def _config_of(role: str, init: str, chain: tuple[str, ...]) -> ExperimentConfig
   found = load_config(init)
   if not isinstance(found, ExperimentConfig):
     raise ConfigError(path_of(role), init, f'the config of a stage, not {type(found).__name__}')
+  try:
+    found.validate()
+  except ConfigError as error:
+    raise ConfigError(
+      path_of(role), init, 'a stage that can run on behalf of this one', f'Of that one: {error}'
+    ) from error
   return found
 
 

@@ -104,6 +104,30 @@ def test_a_folder_is_asked_the_questions_of_a_config(folders: Path, tmp_path: Pa
   assert any('reward' in name for name in written['metrics'])
 
 
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('generation.temperature', '-1'),
+    ('evaluation.batch_size', '0'),
+    ('model.dtype', 'float99'),
+    ('model.vocab_chunk', '-3'),
+    ('model.remat', 'some'),
+    ('model.attention', 'flash'),
+  ],
+)
+def test_a_folder_is_asked_what_a_stage_may_ask(
+  field: str, value: str, folders: Path, tmp_path: Path
+) -> None:
+  """What training would refuse is refused, before anything is measured."""
+  config = tmp_path / 'stage.py'
+  config.write_text(
+    'from tests import tiny\n\n\ndef get_config(arg=None):\n  return tiny.make_config("sft")\n'
+  )
+  given = (f'--model={folders / "policy"}', f'--config={config}', f'--config.{field}={value}')
+  said = message(run_program('evaluate', *given, '--prompts=8', '--records=8'))
+  assert field in said and value in said and 'expected' in said
+
+
 def test_an_adapter_is_known_by_its_own_folder(folders: Path, tmp_path: Path) -> None:
   """Not by its base's; and nothing is written beside it, where a hub's cache may be."""
   adapter, out = tmp_path / 'there' / 'adapter', tmp_path / 'out.json'

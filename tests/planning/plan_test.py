@@ -208,6 +208,18 @@ def test_stages_that_training_refuses_are_not_planned(
     plan_stage(config, make_mesh(MESH), 0)
 
 
+def test_a_config_that_training_refuses_is_no_parent(tmp_path: Path) -> None:
+  """What is wrong in it is said, with the file it is in."""
+  file = tmp_path / 'parent.py'
+  file.write_text(
+    'from tests import tiny\n\n\ndef get_config():\n'
+    '  config = tiny.make_config("sft")\n  config.model.remat = "some"\n  return config\n'
+  )
+  config = tiny.make_config('dpo', mesh=MESH, policy=InitConfig(init=str(file)))
+  with pytest.raises(ConfigError, match="policy.init.*parent.py.*Of that one.*remat='some'"):
+    plan_stage(config, make_mesh(MESH), 0)
+
+
 def test_value_trunks_are_planned_as_the_stage_computes() -> None:
   """A reward model's decoder, with the recomputing and the type of the policy."""
   config = tiny.make_config('ppo', mesh=MESH, policy=InitConfig(init='configs/sft.py'))
