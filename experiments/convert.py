@@ -9,9 +9,9 @@ r"""Writes a finished run, or a checkpoint folder, as a folder that transformers
 A run's policy becomes an AutoModelForCausalLM; a reward model, or the value function of a policy,
 an AutoModelForSequenceClassification with one label (docs/models.md says what becomes of its bias).
 A run that trained low-rank matrices becomes a whole model, or with --adapter a folder of PEFT (a
-reward model's has its score too) for the checkpoint folder it started from; --base names another
-place of that, or the folder that its parent was written to. A folder of PEFT as --source is merged
-into its model.
+reward model's has its score too) for the checkpoint folder it started from, with the run's
+tokenizer, chat template and stop tokens; --base names another place of that, or the folder that its
+parent was written to. A folder of PEFT as --source is merged into its model.
 A checkpoint folder, or one of the hub, is written again in another type or other shards; tensors
 keep their bits where the type is kept. The target must be empty or absent, and appears when all is
 written.
@@ -196,6 +196,8 @@ def export_adapter(run: Run, target: pathlib.Path) -> None:
   matrices = params['trunk'] if scores else params
   with hf_export.new_folder(target) as folder:
     hf_peft.export_adapter(folder, family, model, config.adapter, matrices, base=base, score=score)
+    # Whole, not as files of the start, which may need its config.json to be understood.
+    run.tokenizer().save(folder)
 
 
 def value_function(run: Run, model: ModelConfig, kind: str, mesh: jax.sharding.Mesh) -> Any:

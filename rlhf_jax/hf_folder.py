@@ -162,8 +162,8 @@ class PeftFolder(HfFolder):
   @property
   def params_sha256(self) -> str:
     """Of the base and of the adapter's files."""
-    names = FILES if self.tokenizer_folder == self.folder else (*FILES, *hf_export.TOKENIZER_FILES)
-    digest = _digest(self.source / name for name in names)
+    own = () if self.tokenizer_folder == self.folder else (GENERATION, *hf_export.TOKENIZER_FILES)
+    digest = _digest(self.source / name for name in (*FILES, *own))
     digest.update(super().params_sha256.encode())
     return digest.hexdigest()
 

@@ -219,6 +219,9 @@ def test_the_tokenizer_beside_an_adapter_goes_first(folders: Path, tmp_path: Pat
   found = source.tokenizer()
   assert found.template == '{{ 1 }}' and found.stop_ids == (2, 7)
   assert source.params_identity('final') != before
+  before = source.params_identity('final')
+  (adapter / 'generation_config.json').write_text('{"eos_token_id": [2, 9]}')
+  assert source.tokenizer().stop_ids == (2, 9, 7) and source.params_identity('final') != before
   source.save_assets(tmp_path)
   assert (tmp_path / ASSETS / 'chat_template.jinja').read_text() == '{{ 1 }}'
   assert json.loads((tmp_path / ASSETS / 'config.json').read_text())['model_type'] == 'llama'

@@ -1,5 +1,6 @@
 """The program that writes runs and folders as checkpoint folders, and those that take them."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -181,6 +182,10 @@ def test_adapters(case: str, folders: Path, tmp_path: Path) -> None:
   config.policy = InitConfig(init=str(folders / 'policy'))
   config.adapter = AdapterConfig(method='lora', rank=2, targets=('query', 'down'))
   trained = tiny.run_stage(config, tmp_path / 'run').outcome.run
+  # As of a run with a chat template of its own, and a stop token that its start does not have.
+  dataclasses.replace(trained.tokenizer(), template='{{ 1 }}', stops=(7,)).save(
+    trained.folder / 'tokenizer'
+  )
   run(trained.folder, tmp_path / 'adapter', adapter=True)
   run(tmp_path / 'adapter', tmp_path / 'whole')
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -193,6 +198,11 @@ def test_adapters(case: str, folders: Path, tmp_path: Path) -> None:
   for name in ('adapter', 'whole'):
     source = open_source(tmp_path / name)
     assert isinstance(source, PeftFolder) == (name == 'adapter')
+    tokenizer = source.tokenizer()
+    assert tokenizer.fingerprint == trained.tokenizer().fingerprint
+    assert tokenizer.template == '{{ 1 }}'
+    if case == 'sft' or name == 'adapter':  # a whole classifier has no generation_config.json
+      assert tokenizer.stop_ids == (tokenizer.eos_id, 7)
     found = trees.flatten(source.restore_role(role, make(source.model, mesh)))
     for leaf, values in expected.items():
       if leaf != 'trunk.unembedding':  # which no score is read from, and no folder keeps
