@@ -102,13 +102,18 @@ class HfFolder(Run):
     return self.folder
 
   def tokenizer(self) -> Tokenizer:
-    """Its tokenizer; raises CheckpointError if that has more ids than there are embeddings."""
-    tokenizer = load_tokenizer(self.tokenizer_folder)
-    if tokenizer.vocab_size > self.model.vocab_size:
+    """Its tokenizer; raises CheckpointError if that has more ids than there are embeddings.
+
+    Special tokens may be more: it is texts with one of those that are refused.
+    """
+    tokenizer, embedded = load_tokenizer(self.tokenizer_folder), self.model.vocab_size
+    if tokenizer.needed_size > embedded:
       raise CheckpointError(
-        f'{self.tokenizer_folder}: its tokenizer has {tokenizer.vocab_size} ids, and its model '
-        f'embeddings for {self.model.vocab_size}. Use the tokenizer it was trained with.'
+        f'{self.tokenizer_folder}: its tokenizer has {tokenizer.needed_size} ids, and its model '
+        f'embeddings for {embedded}. Use the tokenizer it was trained with.'
       )
+    if tokenizer.vocab_size > embedded:
+      tokenizer = dataclasses.replace(tokenizer, embedded=embedded)
     return tokenizer
 
   def step(self, checkpoint: str) -> int:

@@ -12,9 +12,9 @@ import pytest
 
 from rlhf_jax import stages
 from rlhf_jax.common import trees
-from rlhf_jax.common.errors import CheckpointError, ConfigError, RunError, UserError
+from rlhf_jax.common.errors import CheckpointError, ConfigError, DataError, RunError, UserError
 from rlhf_jax.config import InitConfig, RewardModelInitConfig
-from rlhf_jax.data import templates
+from rlhf_jax.data import templates, tokenizers
 from rlhf_jax.feedback.dataset import Feedback, Split
 from rlhf_jax.hf_folder import HfFolder, open_source
 from rlhf_jax.models import adapters, decoder, hf_export, hf_load, hf_peft
@@ -27,6 +27,7 @@ from rlhf_jax.runs import ASSETS, Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny
 
+GOLDEN = Path(__file__).resolve().parent / 'golden' / 'hf'
 MESH = MeshConfig(data=1)
 LORA = AdapterConfig(method='lora', rank=2, targets=('query', 'down'))
 TEMPLATE = '{% for m in messages %}{{ m.content }} {% endfor %}'
@@ -169,6 +170,38 @@ def test_wrong_folders(folders: Path, tmp_path: Path) -> None:
   opened.opened = dataclasses.replace(opened.opened, model=small)
   with pytest.raises(CheckpointError, match='ids, and its model embeddings for 5'):
     opened.tokenizer()
+
+
+def test_special_tokens_may_go_on_beyond_the_embeddings(tmp_path: Path) -> None:
+  """As of Gemma 3 without pictures; texts with them are refused, in later stages too."""
+  folder = Path(shutil.copytree(GOLDEN / 'gemma3', tmp_path / 'folder'))
+  backend = tokenizers.train('word', [' '.join(f'w{number}' for number in range(33))], 64).backend
+  backend.encode_special_tokens = False
+  assert backend.get_vocab_size() == HfFolder(folder).model.vocab_size == 37
+  backend.add_special_tokens(['<image_soft_token>'])
+  backend.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text('{"eos_token": "<eos>", "pad_token": "<pad>"}')
+  opened = HfFolder(folder).tokenizer()
+  opened.save(tmp_path / 'run')
+  for tokenizer in (opened, tokenizers.load(tmp_path / 'run')):
+    assert tokenizer.fingerprint == opened.fingerprint
+    (row,) = tokenizer.encode_batch(['w1 w2'])
+    assert len(row) == 2 and max(row) < 37
+    for encode in (
+      tokenizer.encode_batch,
+      tokenizer.encode_with_starts,
+      tokenizer.encode_rendered,
+    ):
+      with pytest.raises(DataError, match=r"'w1 <image.*the token '<image_soft_token>' \(id 37\)"):
+        encode(['w2', 'w1 <image_soft_token>'])
+  written = tmp_path / 'run' / 'tokenizer_config.json'
+  written.write_text(written.read_text().replace('37', '"37"'))
+  with pytest.raises(DataError, match="embedded_ids='37': expected a number"):
+    tokenizers.load(tmp_path / 'run')
+  backend.add_tokens(['w34'])
+  backend.save(str(folder / 'tokenizer.json'))
+  with pytest.raises(CheckpointError, match='has 39 ids, and its model embeddings for 37'):
+    HfFolder(folder).tokenizer()
 
 
 def test_a_folder_that_does_not_say_what_it_is(folders: Path, tmp_path: Path) -> None:
