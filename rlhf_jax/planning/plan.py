@@ -116,7 +116,7 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
   return Plan(
     name=stage.config.name,
     mesh=mesh,
-    resident=_resident(compiled),
+    resident=_resident(stage, compiled),
     parameters={
       role: sum(leaf.size for leaf in jax.tree.leaves(tree))
       for role, tree in {**compiled.state.params, **compiled.frozen}.items()
@@ -162,14 +162,15 @@ def _sampler(stage: PlannedStage, compiled: Compiled) -> list[Any]:
   return [policy] if config.adapter.method == 'none' else [policy, compiled.frozen['reference']]
 
 
-def _resident(compiled: Compiled) -> dict[str, int]:
-  state = compiled.state
+def _resident(stage: PlannedStage, compiled: Compiled) -> dict[str, int]:
+  state, copied = compiled.state, stage.value_layers()
   trees = {
     **state.params,
     'optimizer': state.opt_state,
     **state.targets,
     'other state': (state.step, state.key, state.carry),
     **{f'{role} (frozen)': tree for role, tree in compiled.frozen.items()},
+    **({'value_trunk, lower layers (frozen)': copied} if copied else {}),
   }
   return {role: device_bytes(tree) for role, tree in trees.items()}
 

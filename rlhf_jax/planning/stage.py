@@ -23,7 +23,7 @@ from rlhf_jax.data.config import EMBEDDED, DataConfig
 from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.models import adapters, decoder
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import ObjectiveConfig, objective_of
+from rlhf_jax.objectives import ObjectiveConfig, demands_of, objective_of
 from rlhf_jax.origins import field_of, path_of
 from rlhf_jax.recipes.parents import (
   check_best,
@@ -116,14 +116,25 @@ class PlannedStage(NamedTuple):
     needed = online or asked or in_part or objective.reference(self.config.objective)
     frozen = {}
     if self.config.policy.init is not None and needed:
-      frozen['reference'] = self._base()
+      frozen['reference'] = self._base(self.model)
     for role, run in self.reward_models.items() if online or asked else ():
       frozen[role] = abstract_reward_model(run.model, self.mesh)
     return frozen
 
-  def _base(self) -> Any:
-    """The policy's parent, laid out for training in part where a part of it is trained."""
-    adapter, model = self.config.adapter, self.model
+  def value_layers(self) -> Any:
+    """The frozen layers of a value trunk that shares them with nothing.
+
+    With 'last_layers' a trunk that starts from the reward model is cut in two, and so are copies of
+    its layers; all else that stays frozen is the reward model's, or the reference's.
+    """
+    started = demands_of(self.config.objective).value == 'reward_model'
+    if not started or self.config.adapter.method != 'last_layers':
+      return {}
+    return self._base(self.reward_models['reward_model'].model)['layers']
+
+  def _base(self, model: ModelConfig) -> Any:
+    """What a stage starts from, laid out for training in part where a part of it is trained."""
+    adapter = self.config.adapter
     axes = decoder.logical_axes(model)
     if adapter.method == 'last_layers':
       axes['top_layers'] = axes['layers']
