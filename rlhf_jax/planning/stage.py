@@ -83,7 +83,8 @@ class PlannedStage(NamedTuple):
     mesh: the simulated mesh.
     model: the policy's decoder (or the reward model's).
     reward_models: decoders of all reward models that score, by role.
-    plain_attention: the config wants attention that holds its scores.
+    attention: the attention that the config asks for; it is compiled as plain attention.
+    scan_layers: whether it scans its layers; they are compiled as scanned ones.
     notes: what the plan has otherwise than the config.
   """
 
@@ -91,8 +92,13 @@ class PlannedStage(NamedTuple):
   mesh: jax.sharding.Mesh
   model: ModelConfig
   reward_models: dict[str, PlannedRun]
-  plain_attention: bool
+  attention: str
+  scan_layers: bool
   notes: list[str]
+
+  def as_trained(self, model: ModelConfig) -> ModelConfig:
+    """A decoder of the plan with what is compiled otherwise here."""
+    return dataclasses.replace(model, attention=self.attention, scan_layers=self.scan_layers)
 
   def parts(self, reference: Any) -> PlannedParts:
     """What recipes are made from."""
@@ -156,10 +162,10 @@ def plan_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, vocab_size: in
     raise ConfigError('model', type(config.model).__name__, 'a ModelConfig: plans are of texts')
   notes: list[str] = []
   model, origin = _policy_model(config, vocab_size, ())
-  plain = model.attention == 'xla'
-  if not plain:
+  attention, scan_layers = model.attention, model.scan_layers
+  if attention != 'xla':
     notes.append(
-      f'Attention {model.attention!r} is compiled as plain attention here, which holds all scores.'
+      f'Attention {attention!r} is compiled as plain attention here, which holds all scores.'
     )
     model = dataclasses.replace(model, attention='xla')
   if not model.scan_layers and model.layers > 2:
@@ -175,7 +181,7 @@ def plan_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, vocab_size: in
   for role in config.inits():
     if field_of(role) == 'reward_model':
       reward_models[role] = _reward_run(config, role, vocab_size, model, origin)
-  return PlannedStage(config, mesh, model, reward_models, plain, notes)
+  return PlannedStage(config, mesh, model, reward_models, attention, scan_layers, notes)
 
 
 def abstract_batch(config: ExperimentConfig) -> Any:

@@ -19,7 +19,7 @@ from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.planning import arithmetic, hlo, programs, report
 from rlhf_jax.planning import plan as plans
-from rlhf_jax.planning.accelerators import ACCELERATORS, accelerator
+from rlhf_jax.planning.accelerators import ACCELERATORS, judged
 from rlhf_jax.planning.arithmetic import Rows, cache_bytes
 from rlhf_jax.planning.programs import CompiledProgram, device_bytes
 from rlhf_jax.planning.stage import abstract_batch, plan_stage
@@ -116,9 +116,11 @@ def test_a_plan_of_ppo_has_every_role(parents: Path) -> None:
   assert plan.resident['policy'] == device_bytes(state.params['policy'])
   assert plan.resident['optimizer'] == device_bytes(state.opt_state)
   assert plan.cache > 0 and plan.gradients >= plan.resident['policy']
-  assert set(plan.reading) == set(plan.flops['scoring'])
-  large = dataclasses.replace(plan, reading=plan.reading | {'reward_model': 1e9})
-  assert large.estimated_peak - plan.held == pytest.approx(1e9, rel=1e-3)
+  own = plan.estimates['H100']
+  assert set(own.reading) == set(plan.flops['scoring'])
+  large = own._replace(reading=own.reading | {'reward_model': 1e9})
+  large_peak = dataclasses.replace(plan, estimates={'H100': large}).estimated_peak('H100')
+  assert large_peak - plan.held == pytest.approx(1e9, rel=1e-3)
   axes = {each.axes for program in plan.programs.values() for each in program.read.collectives}
   assert {'fsdp', 'tensor'} <= axes
   text = '\n'.join(report.lines(plan, 'H100'))
@@ -126,7 +128,42 @@ def test_a_plan_of_ppo_has_every_role(parents: Path) -> None:
   assert len([line for line in report.lines(plan, None) if ': fits' in line]) == len(ACCELERATORS)
   assert json.loads(json.dumps(plans.as_json(plan)))['devices'] == 8
   small = dataclasses.replace(plan, resident={'policy': int(79e9)})
-  assert not small.fits(accelerator('h100').memory) and small.fits(accelerator('B200').memory)
+  assert 'H100: does not fit' in '\n'.join(report.lines(small, 'h100'))
+  assert 'B200: fits, with xla attention' in '\n'.join(report.lines(small, 'B200'))
+
+
+def test_attention_is_planned_as_each_accelerator_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Scores are held where no kernel can compute them; what training refuses is said."""
+  monkeypatch.setattr(programs, '_compile', traced)
+
+  def planned(**changes: Any) -> plans.Plan:
+    config = tiny.make_config('sft', mesh=MESH)
+    config.model = dataclasses.replace(tiny.MODEL, **changes)
+    return plans.make_plan(plan_stage(config, make_mesh(MESH), 0))
+
+  def activations(plan: plans.Plan, name: str) -> float:
+    return plan.estimates[name].activations['policy'].total
+
+  capped = planned(attention='auto', attention_softcap=50.0)
+  assert capped.estimates['H100'].attention == {'policy': 'xla'}
+  assert activations(capped, 'H100') == activations(planned(), 'H100')
+  half = planned(attention='auto', dtype='bfloat16', head_dim=256)
+  kinds = {name: each.attention['policy'] for name, each in half.estimates.items()}
+  assert (kinds['A100'], kinds['H100'], kinds['v5e']) == ('xla', 'cudnn', 'splash')
+  assert activations(half, 'A100') > activations(half, 'H100')
+  lines = '\n'.join(report.lines(half, None))
+  assert 'estimate on A100: ' in lines and 'estimate on H100, H200' in lines
+  assert 'A100: fits, with xla attention' in lines and 'H100: fits, with cudnn' in lines
+  refused = '\n'.join(report.lines(planned(attention='cudnn'), None))
+  assert (
+    "H100: training would refuse it. --config.model.attention='cudnn': expected model.dtype"
+    in (refused)
+  )
+  assert 'v5e: training would refuse it' in refused and ': fits' not in refused
+  windows = planned(attention='splash', scan_layers=True, layers=2, window=3, window_pattern='LG')
+  assert 'all see as far' in (windows.estimates['v5e'].objection or '')
+  unrolled = planned(attention='splash', layers=3, window=3, window_pattern='LG')
+  assert unrolled.estimates['v5e'].attention == {'policy': 'splash'}
 
 
 @pytest.mark.slow
@@ -192,7 +229,7 @@ def test_what_a_plan_cannot_know_is_asked_for() -> None:
     plan_stage(config, make_mesh(MESH), 0)
   assert plan_stage(config, make_mesh(MESH), 96).model.vocab_size == 96
   with pytest.raises(UserError, match='H100'):
-    accelerator('abacus')
+    judged('abacus')
 
 
 GOLDEN = Path(__file__).resolve().parent.parent / 'golden' / 'hf'
