@@ -38,7 +38,7 @@ def objection(
     size = config.size_per_head
     if backend != 'gpu':
       return Objection(f"'xla' or 'tokamax' on {backend!r}: cuDNN needs an NVIDIA GPU", other)
-    if config.dtype != 'bfloat16':
+    if config.compute_dtype != 'bfloat16':
       return Objection("model.dtype 'bfloat16'", 'cuDNN has no float32 attention.')
     if config.attention_softcap is not None:
       return Objection("'tokamax' or 'xla': cuDNN has no soft-cap", other)
@@ -50,7 +50,7 @@ def objection(
   if name == 'splash':
     if backend != 'tpu':
       return Objection(f"'xla' or 'tokamax' on {backend!r}: splash attention needs a TPU", other)
-    if config.scan_layers and len(set(config.is_local())) > 1:
+    if config.scanned and len(set(config.is_local())) > 1:
       return Objection(
         'layers that all see as far, or model.scan_layers=False',
         'One compiled block has one window.',

@@ -162,13 +162,13 @@ def plan_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, vocab_size: in
     raise ConfigError('model', type(config.model).__name__, 'a ModelConfig: plans are of texts')
   notes: list[str] = []
   model, origin = _policy_model(config, vocab_size, ())
-  attention, scan_layers = model.attention, model.scan_layers
+  attention, scanned = model.attention, model.scanned
   if attention != 'xla':
     notes.append(
       f'Attention {attention!r} is compiled as plain attention here, which holds all scores.'
     )
     model = dataclasses.replace(model, attention='xla')
-  if not model.scan_layers and model.layers > 2:
+  if not scanned and model.layers > 2:
     notes.append(
       'Layers are compiled as one scanned block; unrolled ones have the same parameters.'
     )
@@ -181,7 +181,7 @@ def plan_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, vocab_size: in
   for role in config.inits():
     if field_of(role) == 'reward_model':
       reward_models[role] = _reward_run(config, role, vocab_size, model, origin)
-  return PlannedStage(config, mesh, model, reward_models, attention, scan_layers, notes)
+  return PlannedStage(config, mesh, model, reward_models, attention, scanned, notes)
 
 
 def abstract_batch(config: ExperimentConfig) -> Any:
