@@ -19,6 +19,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import CONFIG, DTYPES
 from rlhf_jax.models.hf_hub import HUB, download
 from rlhf_jax.models.hf_load import (
+  ignored,
   is_checkpoint,
   load_decoder,
   load_scorer,
@@ -92,8 +93,9 @@ class HfFolder(Run):
 
   @property
   def stored_dtype(self) -> str:
-    """The type of its numbers; of several the widest."""
-    found = {DTYPES.get(header.dtype, 'float32') for header in self.opened.headers.values()}
+    """The type of its weights; of several the widest."""
+    weights = {name: header for name, header in self.opened.headers.items() if not ignored(name)}
+    found = {DTYPES.get(header.dtype, 'float32') for header in weights.values()}
     return next(iter(found)) if len(found) == 1 else 'float32'
 
   @property

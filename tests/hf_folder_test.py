@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
 from rlhf_jax import stages
 from rlhf_jax.common import trees
@@ -237,6 +238,22 @@ def test_half_precision_judges_compute_in_it(folders: Path, tmp_path: Path) -> N
     opened = hf_load.open_checkpoint(folders / name)
     hf_export.convert(opened, tmp_path / name, dtype='bfloat16')
     assert HfFolder(tmp_path / name).model.dtype == dtype
+
+
+def test_constants_have_no_say_in_the_type_of_weights(tmp_path: Path) -> None:
+  """Old files of Pythia hold masks and frequencies beside weights of 16 bits."""
+  half = tmp_path / 'half'
+  hf_export.convert(hf_load.open_checkpoint(GOLDEN / 'gpt_neox'), half, dtype='float16')
+  kept = safetensors.load_file(half / SINGLE)
+  attention = 'gpt_neox.layers.0.attention'
+  kept[f'{attention}.bias'] = np.ones((1, 1, 12, 12), bool)
+  kept[f'{attention}.masked_bias'] = np.zeros((), np.float32)
+  kept[f'{attention}.rotary_emb.inv_freq'] = np.ones(2, np.float32)
+  safetensors.save_file(kept, half / SINGLE)
+  assert HfFolder(half).stored_dtype == 'float16'
+  kept['gpt_neox.final_layer_norm.bias'] = kept['gpt_neox.final_layer_norm.bias'].astype(np.float32)
+  safetensors.save_file(kept, half / SINGLE)
+  assert HfFolder(half).stored_dtype == 'float32'
 
 
 def test_the_tokenizer_beside_an_adapter_goes_first(folders: Path, tmp_path: Path) -> None:
