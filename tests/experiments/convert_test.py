@@ -17,10 +17,12 @@ from rlhf_jax.common import trees
 from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import InitConfig
 from rlhf_jax.hf_folder import HfFolder, PeftFolder, open_source
+from rlhf_jax.models import adapters
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import INDEX, SINGLE
 from rlhf_jax.recipes.parts import abstract_decoder, abstract_reward_model
+from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny
 from tests.experiments.programs import message, run_program
@@ -165,13 +167,39 @@ def test_types_and_shards(folders: Path, tmp_path: Path) -> None:
     assert all(t.dtype.name == 'bfloat16' for t in safetensors.load_file(file).values())
 
 
-def test_value_functions(parents: Path, tmp_path: Path) -> None:
-  """PPO's, on the trunk of its policy."""
-  ppo = tiny.run_stage(tiny.make_config('ppo', parents, steps=1), tmp_path / 'ppo').outcome.run
-  run(ppo.folder, tmp_path / 'value', role='value')
-  assert HfFolder(tmp_path / 'value').opened.scores
-  with pytest.raises(UserError, match='it is there already'):
-    run(ppo.folder, tmp_path / 'value', role='value')
+@pytest.mark.parametrize(
+  ('kind', 'method'),
+  [('shared', 'none'), ('separate', 'none'), ('reward_model', 'none'), ('reward_model', 'lora')],
+)
+def test_value_functions(kind: str, method: str, parents: Path, tmp_path: Path) -> None:
+  """PPO's, on the trunk of its policy or one of their own: the numbers that training ended with."""
+  config = tiny.make_config('ppo', parents, steps=1, adapter=AdapterConfig(method=method))
+  config.objective = dataclasses.replace(config.objective, value_model=kind)
+  ppo = tiny.run_stage(config, tmp_path / 'ppo')
+  run(ppo.outcome.run.folder, tmp_path / 'value', role='value')
+  value = HfFolder(tmp_path / 'value')
+  assert value.opened.scores
+  mesh, trained = make_mesh(MeshConfig(data=1), jax.devices()[:1]), ppo.loop.state.params
+  trunk = trained['policy' if kind == 'shared' else 'value_trunk']
+  if method == 'lora':
+    judge, own = Run(parents / 'reward_model'), config.adapter
+    whole = judge.restore_role('reward_model', abstract_reward_model(judge.model, mesh))
+    frozen = adapters.frozen_of(own, judge.model, whole['trunk'])
+    trunk = adapters.merge(judge.model, adapters.join(frozen, trunk))
+  expected = trees.flatten({'trunk': trunk, 'head': trained['value_head']})
+  found = trees.flatten(
+    value.restore_role('reward_model', abstract_reward_model(value.model, mesh))
+  )
+  assert float(abs(expected['head.kernel']).max()) > 0 and float(abs(expected['head.bias'])[0]) > 0
+  ids = value.model.vocab_size
+  for name in expected.keys() - {'trunk.unembedding'}:
+    first, second = expected[name], found[name]
+    if name == 'trunk.embedding':  # behind it are rows that nothing reads
+      first, second = first[:ids], second[:ids]
+    np.testing.assert_allclose(second, first, rtol=1e-6, atol=1e-6, err_msg=name)
+  if kind == 'shared':
+    with pytest.raises(UserError, match='it is there already'):
+      run(ppo.outcome.run.folder, tmp_path / 'value', role='value')
 
 
 @pytest.mark.parametrize('case', ['sft', 'reward_model'])
