@@ -33,8 +33,9 @@ from rlhf_jax.hf_folder import HfFolder, PeftFolder, assets_of, open_source
 from rlhf_jax.models import hf_export, hf_hub, hf_peft
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import DTYPES, SHARD_BYTES
+from rlhf_jax.models.roles import abstract_reward_model
 from rlhf_jax.objectives import demands_of, objective_of
-from rlhf_jax.recipes.parts import abstract_decoder, abstract_head, abstract_reward_model
+from rlhf_jax.recipes.parts import abstract_decoder, abstract_head
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 

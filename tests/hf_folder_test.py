@@ -22,8 +22,9 @@ from rlhf_jax.models import adapters, decoder, hf_export, hf_load, hf_peft
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import SINGLE
+from rlhf_jax.models.roles import abstract_reward_model
 from rlhf_jax.recipes.finished import open_run
-from rlhf_jax.recipes.parts import Parts, abstract_decoder, abstract_reward_model
+from rlhf_jax.recipes.parts import Parts, abstract_decoder
 from rlhf_jax.runs import ASSETS, Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny

@@ -23,6 +23,7 @@ from rlhf_jax.data.config import EMBEDDED, DataConfig
 from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.models import adapters, decoder
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.roles import abstract_reward_model
 from rlhf_jax.objectives import ObjectiveConfig, demands_of, objective_of
 from rlhf_jax.origins import field_of, path_of
 from rlhf_jax.recipes.parents import (
@@ -34,7 +35,6 @@ from rlhf_jax.recipes.parents import (
 )
 from rlhf_jax.recipes.parts import (
   Parts,
-  abstract_reward_model,
   check_length,
   check_rows,
   make_tokenizer,

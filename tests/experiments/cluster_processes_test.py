@@ -18,7 +18,8 @@ import pytest
 from rlhf_jax import stages
 from rlhf_jax.common import trees
 from rlhf_jax.models import hf_export
-from rlhf_jax.recipes.parts import abstract_decoder, abstract_head, abstract_reward_model
+from rlhf_jax.models.roles import abstract_reward_model
+from rlhf_jax.recipes.parts import abstract_decoder, abstract_head
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from rlhf_jax.training.writers import read_rows

@@ -21,7 +21,8 @@ from rlhf_jax.models import adapters
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import INDEX, SINGLE
-from rlhf_jax.recipes.parts import abstract_decoder, abstract_reward_model
+from rlhf_jax.models.roles import abstract_reward_model
+from rlhf_jax.recipes.parts import abstract_decoder
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny
