@@ -146,7 +146,7 @@ def check_equal(found: pathlib.Path, expected: pathlib.Path) -> None:
           np.testing.assert_array_equal(arrays[name], array, err_msg=name)
 
 
-@pytest.mark.parametrize('case', ['sft', 'reward_model', 'ppo'])
+@pytest.mark.parametrize('case', ['sft', 'reward_model', 'brief_dpo', 'ppo'])
 def test_two_processes_equal_one(case: str, one: pathlib.Path, two: pathlib.Path) -> None:
   """Samples, scores and whitening across processes included."""
   check_equal(folder_of(case, two), folder_of(case, one))
