@@ -19,7 +19,7 @@ PEER_PYTHON = flags.DEFINE_string(
 
 def dtype() -> str:
   """The type of computation that is asked for."""
-  return workloads.SIZES[SIZE.value].dtype if DTYPE.value is None else DTYPE.value
+  return workloads.SIZES[SIZE.value].compute_dtype if DTYPE.value is None else DTYPE.value
 
 
 def skipped() -> str | None:

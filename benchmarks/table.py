@@ -55,7 +55,7 @@ def command(job: str, target: pathlib.Path, python: str | None) -> list[str]:
 
 def numbers_folder() -> pathlib.Path:
   """Where the numbers of a size are kept: those against each peer, and of each type, apart."""
-  own = workloads.SIZES[options.SIZE.value].dtype
+  own = workloads.SIZES[options.SIZE.value].compute_dtype
   other = '' if options.dtype() == own else f'_{options.dtype()}'
   name = f'against_{options.PEER.value or "nobody"}{other}'
   return pathlib.Path(FOLDER.value) / options.SIZE.value / name

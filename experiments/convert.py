@@ -9,9 +9,9 @@ r"""Writes a finished run, or a checkpoint folder, as a folder that transformers
 A run's policy becomes an AutoModelForCausalLM; a reward model, or the value function of a policy,
 an AutoModelForSequenceClassification with one label (docs/models.md says what becomes of its bias).
 A run that trained low-rank matrices becomes a whole model, or with --adapter a folder of PEFT (a
-reward model's has its score too) for the checkpoint folder it started from; --base names another
-place of that, or the folder that its parent was written to. A folder of PEFT as --source is merged
-into its model.
+reward model's has its score too) for the checkpoint folder it started from, with the run's
+tokenizer, chat template and stop tokens; --base names another place of that, or the folder that its
+parent was written to. A folder of PEFT as --source is merged into its model.
 A checkpoint folder, or one of the hub, is written again in another type or other shards; tensors
 keep their bits where the type is kept. The target must be empty or absent, and appears when all is
 written.
@@ -33,8 +33,9 @@ from rlhf_jax.hf_folder import HfFolder, PeftFolder, assets_of, open_source
 from rlhf_jax.models import hf_export, hf_hub, hf_peft
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import DTYPES, SHARD_BYTES
+from rlhf_jax.models.roles import abstract_reward_model
 from rlhf_jax.objectives import demands_of, objective_of
-from rlhf_jax.recipes.parts import abstract_decoder, abstract_head, abstract_reward_model
+from rlhf_jax.recipes.parts import abstract_decoder, abstract_head
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 
@@ -196,6 +197,8 @@ def export_adapter(run: Run, target: pathlib.Path) -> None:
   matrices = params['trunk'] if scores else params
   with hf_export.new_folder(target) as folder:
     hf_peft.export_adapter(folder, family, model, config.adapter, matrices, base=base, score=score)
+    # Whole, not as files of the start, which may need its config.json to be understood.
+    run.tokenizer().save(folder)
 
 
 def value_function(run: Run, model: ModelConfig, kind: str, mesh: jax.sharding.Mesh) -> Any:

@@ -228,6 +228,11 @@ def asked_config(run: Run) -> ExperimentConfig:
     )
   if objective.reference(config.objective) and REFERENCE.value is None:
     raise UserError(f'--config: {objective.name} measures against a --reference; name one.')
+  # The folder is in the place of what the stage would train, and flags name whom it starts from.
+  policy = dataclasses.replace(config.policy, init=REFERENCE.value or str(run.source))
+  judge = REWARD_MODEL.value or config.reward_model.init
+  reward_model = dataclasses.replace(config.reward_model, init=judge)
+  dataclasses.replace(config, policy=policy, reward_model=reward_model).validate()
   return config
 
 

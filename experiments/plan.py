@@ -22,7 +22,7 @@ from absl import flags
 from experiments import cli
 from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import ExperimentConfig
-from rlhf_jax.planning.accelerators import ACCELERATORS, accelerator
+from rlhf_jax.planning.accelerators import ACCELERATORS, judged
 from rlhf_jax.planning.plan import as_json, make_plan
 from rlhf_jax.planning.report import lines
 from rlhf_jax.planning.stage import plan_stage
@@ -51,8 +51,7 @@ def main() -> int:
       'The stages of a study are planned one by one.'
     )
   path = cli.json_path(JSON.value)
-  if ACCELERATOR.value is not None:
-    accelerator(ACCELERATOR.value)
+  judged(ACCELERATOR.value)
   sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
   if -1 in sizes and DEVICES.value is None:
     raise UserError('--devices: needed, since a size of config.mesh is -1.')

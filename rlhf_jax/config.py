@@ -321,7 +321,8 @@ class ExperimentConfig:
         'Greedy rollouts explore nothing.',
       )
     assert isinstance(self.model, ModelConfig), 'nothing samples control'
-    self.rollout.check_sampling('rollout', self.generation, self.model)
+    dtype = self.model.compute_dtype if self.policy.init is None else self.model.dtype
+    self.rollout.check_sampling('rollout', self.generation, dtype)
     fixed_length = not (self.generation.stop_at_eos or self.generation.stop_tokens)
     rollout = self.rollout
     if fixed_length and rollout.missing_stop != 'none' and rollout.score_truncation_token < 0:

@@ -19,6 +19,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import CONFIG, DTYPES
 from rlhf_jax.models.hf_hub import HUB, download
 from rlhf_jax.models.hf_load import (
+  ignored,
   is_checkpoint,
   load_decoder,
   load_scorer,
@@ -92,8 +93,9 @@ class HfFolder(Run):
 
   @property
   def stored_dtype(self) -> str:
-    """The type of its numbers; of several the widest."""
-    found = {DTYPES.get(header.dtype, 'float32') for header in self.opened.headers.values()}
+    """The type of its weights; of several the widest."""
+    weights = {name: header for name, header in self.opened.headers.items() if not ignored(name)}
+    found = {DTYPES.get(header.dtype, 'float32') for header in weights.values()}
     return next(iter(found)) if len(found) == 1 else 'float32'
 
   @property
@@ -102,13 +104,18 @@ class HfFolder(Run):
     return self.folder
 
   def tokenizer(self) -> Tokenizer:
-    """Its tokenizer; raises CheckpointError if that has more ids than there are embeddings."""
-    tokenizer = load_tokenizer(self.tokenizer_folder)
-    if tokenizer.vocab_size > self.model.vocab_size:
+    """Its tokenizer; raises CheckpointError if that has more ids than there are embeddings.
+
+    Special tokens may be more: it is texts with one of those that are refused.
+    """
+    tokenizer, embedded = load_tokenizer(self.tokenizer_folder), self.model.vocab_size
+    if tokenizer.needed_size > embedded:
       raise CheckpointError(
-        f'{self.tokenizer_folder}: its tokenizer has {tokenizer.vocab_size} ids, and its model '
-        f'embeddings for {self.model.vocab_size}. Use the tokenizer it was trained with.'
+        f'{self.tokenizer_folder}: its tokenizer has {tokenizer.needed_size} ids, and its model '
+        f'embeddings for {embedded}. Use the tokenizer it was trained with.'
       )
+    if tokenizer.vocab_size > embedded:
+      tokenizer = dataclasses.replace(tokenizer, embedded=embedded)
     return tokenizer
 
   def step(self, checkpoint: str) -> int:
@@ -162,8 +169,8 @@ class PeftFolder(HfFolder):
   @property
   def params_sha256(self) -> str:
     """Of the base and of the adapter's files."""
-    names = FILES if self.tokenizer_folder == self.folder else (*FILES, *hf_export.TOKENIZER_FILES)
-    digest = _digest(self.source / name for name in names)
+    own = () if self.tokenizer_folder == self.folder else (GENERATION, *hf_export.TOKENIZER_FILES)
+    digest = _digest(self.source / name for name in (*FILES, *own))
     digest.update(super().params_sha256.encode())
     return digest.hexdigest()
 

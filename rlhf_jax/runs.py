@@ -30,7 +30,6 @@ from rlhf_jax.models import adapters, attending, roles
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.provenance import BITS_DEPEND_ON
-from rlhf_jax.sharding.rules import placed
 from rlhf_jax.training.checkpoints import Checkpoints
 
 # Of a run that goes back to a checkpoint folder: its config.json, tokenizer files and so on.
@@ -219,7 +218,7 @@ class Run:
     part = adapters.abstract(self.config.adapter, model, mesh)
     if objective_of(self.config.objective).trains == 'policy':
       return self._restore('policy', part, checkpoint)
-    whole = _abstract_reward_model(model, mesh)
+    whole = roles.abstract_reward_model(model, mesh)
     return self._restore('reward_model', {**whole, 'trunk': part}, checkpoint)
 
   def _restore(self, role: str, abstract: Any, checkpoint: str) -> Any:
@@ -263,7 +262,7 @@ class Run:
       )
     if judge is None:
       return parent.restore_role('policy', abstract, config.policy.checkpoint)
-    whole = _abstract_reward_model(judge.model, jax.tree.leaves(abstract)[0].sharding.mesh)
+    whole = roles.abstract_reward_model(judge.model, jax.tree.leaves(abstract)[0].sharding.mesh)
     return judge.restore_role('reward_model', whole, config.reward_model.checkpoint)['trunk']
 
   def _merged(self, role: str, abstract: Any, base: Any, trained: Any) -> Any:
@@ -358,10 +357,3 @@ class Run:
             'those of an undisturbed run'
           )
     write_json(path, {**record, 'earlier': earlier})
-
-
-def _abstract_reward_model(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
-  """A reward model's shapes and shardings."""
-  return placed(
-    roles.reward_model_axes(model), lambda key: roles.init_reward_model(model, key), mesh
-  )

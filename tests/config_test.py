@@ -249,7 +249,11 @@ JSONL = {'data.source': 'jsonl', 'data.path': 'x.jsonl'}
     ('ppo', {'generation.top_k': 5}, 'generation', 'unfiltered policy'),
     (
       'ppo',
-      {'rollout.old_logprobs': 'sampler', 'generation.dtype': 'bfloat16'},
+      {
+        'rollout.old_logprobs': 'sampler',
+        'generation.dtype': 'bfloat16',
+        'model.dtype': 'float32',
+      },
       'rollout.old_logprobs',
       "'trainer' with generation.dtype='bfloat16' and model.dtype='float32'",
     ),

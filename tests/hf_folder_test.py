@@ -9,24 +9,27 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
 from rlhf_jax import stages
 from rlhf_jax.common import trees
-from rlhf_jax.common.errors import CheckpointError, ConfigError, RunError, UserError
+from rlhf_jax.common.errors import CheckpointError, ConfigError, DataError, RunError, UserError
 from rlhf_jax.config import InitConfig, RewardModelInitConfig
-from rlhf_jax.data import templates
+from rlhf_jax.data import templates, tokenizers
 from rlhf_jax.feedback.dataset import Feedback, Split
 from rlhf_jax.hf_folder import HfFolder, open_source
 from rlhf_jax.models import adapters, decoder, hf_export, hf_load, hf_peft
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import SINGLE
+from rlhf_jax.models.roles import abstract_reward_model
 from rlhf_jax.recipes.finished import open_run
-from rlhf_jax.recipes.parts import Parts, abstract_decoder, abstract_reward_model
+from rlhf_jax.recipes.parts import Parts, abstract_decoder
 from rlhf_jax.runs import ASSETS, Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny
 
+GOLDEN = Path(__file__).resolve().parent / 'golden' / 'hf'
 MESH = MeshConfig(data=1)
 LORA = AdapterConfig(method='lora', rank=2, targets=('query', 'down'))
 TEMPLATE = '{% for m in messages %}{{ m.content }} {% endfor %}'
@@ -171,6 +174,38 @@ def test_wrong_folders(folders: Path, tmp_path: Path) -> None:
     opened.tokenizer()
 
 
+def test_special_tokens_may_go_on_beyond_the_embeddings(tmp_path: Path) -> None:
+  """As of Gemma 3 without pictures; texts with them are refused, in later stages too."""
+  folder = Path(shutil.copytree(GOLDEN / 'gemma3', tmp_path / 'folder'))
+  backend = tokenizers.train('word', [' '.join(f'w{number}' for number in range(33))], 64).backend
+  backend.encode_special_tokens = False
+  assert backend.get_vocab_size() == HfFolder(folder).model.vocab_size == 37
+  backend.add_special_tokens(['<image_soft_token>'])
+  backend.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text('{"eos_token": "<eos>", "pad_token": "<pad>"}')
+  opened = HfFolder(folder).tokenizer()
+  opened.save(tmp_path / 'run')
+  for tokenizer in (opened, tokenizers.load(tmp_path / 'run')):
+    assert tokenizer.fingerprint == opened.fingerprint
+    (row,) = tokenizer.encode_batch(['w1 w2'])
+    assert len(row) == 2 and max(row) < 37
+    for encode in (
+      tokenizer.encode_batch,
+      tokenizer.encode_with_starts,
+      tokenizer.encode_rendered,
+    ):
+      with pytest.raises(DataError, match=r"'w1 <image.*the token '<image_soft_token>' \(id 37\)"):
+        encode(['w2', 'w1 <image_soft_token>'])
+  written = tmp_path / 'run' / 'tokenizer_config.json'
+  written.write_text(written.read_text().replace('37', '"37"'))
+  with pytest.raises(DataError, match="embedded_ids='37': expected a number"):
+    tokenizers.load(tmp_path / 'run')
+  backend.add_tokens(['w34'])
+  backend.save(str(folder / 'tokenizer.json'))
+  with pytest.raises(CheckpointError, match='has 39 ids, and its model embeddings for 37'):
+    HfFolder(folder).tokenizer()
+
+
 def test_a_folder_that_does_not_say_what_it_is(folders: Path, tmp_path: Path) -> None:
   """It is no run either."""
   copy = Path(shutil.copytree(folders / 'policy', tmp_path / 'copy'))
@@ -206,6 +241,22 @@ def test_half_precision_judges_compute_in_it(folders: Path, tmp_path: Path) -> N
     assert HfFolder(tmp_path / name).model.dtype == dtype
 
 
+def test_constants_have_no_say_in_the_type_of_weights(tmp_path: Path) -> None:
+  """Old files of Pythia hold masks and frequencies beside weights of 16 bits."""
+  half = tmp_path / 'half'
+  hf_export.convert(hf_load.open_checkpoint(GOLDEN / 'gpt_neox'), half, dtype='float16')
+  kept = safetensors.load_file(half / SINGLE)
+  attention = 'gpt_neox.layers.0.attention'
+  kept[f'{attention}.bias'] = np.ones((1, 1, 12, 12), bool)
+  kept[f'{attention}.masked_bias'] = np.zeros((), np.float32)
+  kept[f'{attention}.rotary_emb.inv_freq'] = np.ones(2, np.float32)
+  safetensors.save_file(kept, half / SINGLE)
+  assert HfFolder(half).stored_dtype == 'float16'
+  kept['gpt_neox.final_layer_norm.bias'] = kept['gpt_neox.final_layer_norm.bias'].astype(np.float32)
+  safetensors.save_file(kept, half / SINGLE)
+  assert HfFolder(half).stored_dtype == 'float32'
+
+
 def test_the_tokenizer_beside_an_adapter_goes_first(folders: Path, tmp_path: Path) -> None:
   """As trainers leave it there, with a chat template of its own; the base's stops go on to hold."""
   base, adapter = HfFolder(shutil.copytree(folders / 'policy', tmp_path / 'base')), tmp_path / 'own'
@@ -219,6 +270,9 @@ def test_the_tokenizer_beside_an_adapter_goes_first(folders: Path, tmp_path: Pat
   found = source.tokenizer()
   assert found.template == '{{ 1 }}' and found.stop_ids == (2, 7)
   assert source.params_identity('final') != before
+  before = source.params_identity('final')
+  (adapter / 'generation_config.json').write_text('{"eos_token_id": [2, 9]}')
+  assert source.tokenizer().stop_ids == (2, 9, 7) and source.params_identity('final') != before
   source.save_assets(tmp_path)
   assert (tmp_path / ASSETS / 'chat_template.jinja').read_text() == '{{ 1 }}'
   assert json.loads((tmp_path / ASSETS / 'config.json').read_text())['model_type'] == 'llama'

@@ -17,6 +17,7 @@ from rlhf_jax.feedback.dialogues import ASSISTANT, USER, Dialogue, Message
 PAD, BOS, EOS, UNK = '<pad>', '<bos>', '<eos>', '<unk>'
 SPECIAL = (PAD, BOS, EOS, UNK)
 _LITERAL = 'literal_text'  # of ours: special tokens in a text are text
+_EMBEDDED = 'embedded_ids'  # of ours: `Tokenizer.embedded`
 # What templates write for the special tokens of such tokenizers: characters of no text (Unicode's
 # noncharacters), which then become the tokens.
 _MARKS = {'bos': '\ufdd0', 'eos': '\ufdd1'}
@@ -51,6 +52,8 @@ class Tokenizer:
       and what the template writes after an answer.
     begins: whether `bos_id` is put in front of texts. Some Hugging Face tokenizers, like GPT-2's,
       have such a token and do not; templates write theirs themselves.
+    embedded: ids below it have embeddings, where special tokens go on beyond those of the model
+      (Gemma 3 without pictures has one for a picture); None: all have.
   """
 
   backend: Any
@@ -61,6 +64,7 @@ class Tokenizer:
   template: str | None = None
   stops: tuple[int, ...] = ()
   begins: bool = True
+  embedded: int | None = None
 
   @property
   def start(self) -> list[int]:
@@ -71,6 +75,13 @@ class Tokenizer:
   def vocab_size(self) -> int:
     """One more than the largest id."""
     return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+  @property
+  def needed_size(self) -> int:
+    """`vocab_size` without the special tokens at its end that texts can do without."""
+    added = self.backend.get_added_tokens_decoder().items()
+    spare = {i for i, token in added if token.special} - {self.pad_id, self.bos_id, self.eos_id}
+    return max(set(self.backend.get_vocab(with_added_tokens=True).values()) - spare) + 1
 
   @property
   def fingerprint(self) -> str:
@@ -119,16 +130,29 @@ class Tokenizer:
     return self.backend.token_to_id(UNK)
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, with nothing added at either end."""
-    return [row.ids for row in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+    """Token ids of each text, with nothing added at either end.
+
+    Raises DataError for a text with a token that has no embedding.
+    """
+    return [row.ids for row in self._encode(texts)]
 
   def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
     """The ids of `encode_batch` and, of each, the number of the character with which it starts.
 
     Tokens that share a character start with it alike; starts never fall.
     """
+    return [(row.ids, [start for start, _ in row.offsets]) for row in self._encode(texts)]
+
+  def _encode(self, texts: Sequence[str]) -> list[Any]:
     rows = self.backend.encode_batch(list(texts), add_special_tokens=False)
-    return [(row.ids, [start for start, _ in row.offsets]) for row in rows]
+    for text, row in zip(texts, rows, strict=True):
+      if self.embedded is not None and max(row.ids, default=0) >= self.embedded:
+        token = self.backend.id_to_token(max(row.ids))
+        raise DataError(
+          f'text {text!r:.60}: it has the token {token!r} (id {max(row.ids)}), and the model '
+          f'embeddings for {self.embedded} ids. Take it out.'
+        )
+    return rows
 
   @property
   def template_tokens(self) -> dict[str, str]:
@@ -173,8 +197,7 @@ class Tokenizer:
   def encode_rendered(self, texts: Sequence[str]) -> list[Encoded]:
     """Rendered texts as tokens, the special ones that the template wrote among them."""
     if not self.literal:
-      rows = self.backend.encode_batch(list(texts), add_special_tokens=False)
-      return [Encoded(row.ids, row.offsets) for row in rows]
+      return [Encoded(row.ids, row.offsets) for row in self._encode(texts)]
     marks = {_MARKS['bos']: self.bos_id, _MARKS['eos']: self.eos_id}
     found = []
     for text in texts:
@@ -215,6 +238,8 @@ class Tokenizer:
         config[f'{name}_token'] = self.backend.id_to_token(number)
     if self.bos_id is not None:
       config['add_bos_token'] = self.begins
+    if self.embedded is not None:
+      config[_EMBEDDED] = self.embedded
     files = {CONFIG: json.dumps(config, indent=2) + '\n'}
     if self.template is not None:
       files[TEMPLATE] = self.template
@@ -270,14 +295,17 @@ def load(folder: pathlib.Path) -> Tokenizer:
   """
   import tokenizers as hf
 
-  literal = False
+  literal, embedded = False, None
   tokenizer_folders.check_code(folder)
   if (folder / TOKENIZER).is_file():
     try:
       backend = hf.Tokenizer.from_file(str(folder / TOKENIZER))
     except Exception as error:  # the tokenizers library raises bare Exception
       raise DataError(f'{folder}: not a tokenizer that can be read ({error}).') from error
-    literal = bool(tokenizer_folders.read_json(folder / CONFIG).get(_LITERAL, False))
+    said = tokenizer_folders.read_json(folder / CONFIG)
+    literal, embedded = bool(said.get(_LITERAL, False)), said.get(_EMBEDDED)
+    if embedded is not None and type(embedded) is not int:
+      raise DataError(f'{folder / CONFIG}: {_EMBEDDED}={embedded!r:.60}: expected a number of ids.')
     backend.encode_special_tokens = literal
     names = tokenizer_folders.special_tokens(folder)
   else:
@@ -294,7 +322,7 @@ def load(folder: pathlib.Path) -> Tokenizer:
     )
   stops = tuple(number for number in stops if number not in missing)
   begins = literal or tokenizer_folders.adds_bos(folder, backend, found.bos_id)
-  found = dataclasses.replace(found, stops=stops, begins=begins)
+  found = dataclasses.replace(found, stops=stops, begins=begins, embedded=embedded)
   template = tokenizer_folders.chat_template(folder)
   return found if template is None else found.with_template(template)
 

@@ -272,7 +272,7 @@ def _let_in(
 
   def place_layers(array: Any, old: Any) -> Any:
     columns = functools.partial(place, axis=2)
-    if machine.model.scan_layers:
+    if machine.model.scanned:
       return jax.vmap(columns)(array, old)
     return tuple(columns(*both) for both in zip(array, old, strict=True))
 

@@ -47,11 +47,23 @@ def draw(logits: Array, uniform: Array) -> Array:
   """
   rows, size = logits.shape
   mass = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-  mass = jnp.pad(mass, ((0, 0), (0, -size % _BLOCK))).reshape(rows, -1, _BLOCK)
+  shards = _shards(size)
+  # Blocks of one shard each: others would have to be put together from two devices.
+  width = size // shards
+  mass = jnp.pad(mass.reshape(rows, shards, width), ((0, 0), (0, 0), (0, -width % _BLOCK)))
+  of_shard = mass.shape[-1] // _BLOCK
+  mass = mass.reshape(rows, shards * of_shard, _BLOCK)
   of_blocks = mass.sum(-1)
   block, beyond = _first_above(of_blocks, uniform * of_blocks.sum(-1))
   inside = jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]
-  return block * _BLOCK + _first_above(inside, beyond)[0]
+  first = block // of_shard * width + block % of_shard * _BLOCK
+  return first + _first_above(inside, beyond)[0]
+
+
+def _shards(size: int) -> int:
+  """Over how many devices the mesh cuts so many logits of a row."""
+  tensor = jax.sharding.get_abstract_mesh().shape.get('tensor', 1)
+  return tensor if size % tensor == 0 else 1
 
 
 def _first_above(mass: Array, target: Array) -> tuple[Array, Array]:

@@ -26,18 +26,23 @@ class Objection(NamedTuple):
   remedy: str
 
 
-def objection(name: str, config: ModelConfig, backend: str) -> Objection | None:
-  """What stands against an implementation by that name on a backend; None: nothing."""
+def objection(
+  name: str, config: ModelConfig, backend: str, widest: int | None = None
+) -> Objection | None:
+  """What stands against an implementation by that name on a backend; None: nothing.
+
+  `widest` is the widest head of cuDNN there; None: as on the GPU here.
+  """
   other = "'auto' chooses what the backend has, 'xla' runs everywhere."
   if name == 'cudnn':
     size = config.size_per_head
     if backend != 'gpu':
       return Objection(f"'xla' or 'tokamax' on {backend!r}: cuDNN needs an NVIDIA GPU", other)
-    if config.dtype != 'bfloat16':
+    if config.compute_dtype != 'bfloat16':
       return Objection("model.dtype 'bfloat16'", 'cuDNN has no float32 attention.')
     if config.attention_softcap is not None:
       return Objection("'tokamax' or 'xla': cuDNN has no soft-cap", other)
-    widest = _widest_head()
+    widest = _widest_head() if widest is None else widest
     if size % 8 or size > widest:
       return Objection(f'a head width that 8 divides and at most {widest} here, not {size}', other)
   if name == 'tokamax' and importlib.util.find_spec('tokamax') is None:
@@ -45,7 +50,7 @@ def objection(name: str, config: ModelConfig, backend: str) -> Objection | None:
   if name == 'splash':
     if backend != 'tpu':
       return Objection(f"'xla' or 'tokamax' on {backend!r}: splash attention needs a TPU", other)
-    if config.scan_layers and len(set(config.is_local())) > 1:
+    if config.scanned and len(set(config.is_local())) > 1:
       return Objection(
         'layers that all see as far, or model.scan_layers=False',
         'One compiled block has one window.',
@@ -60,8 +65,10 @@ def _widest_head() -> int:
   return 128 if major.isdigit() and int(major) < 9 else 256
 
 
-def resolve(config: ModelConfig, backend: str | None = None) -> str:
+def resolve(config: ModelConfig, backend: str | None = None, widest: int | None = None) -> str:
   """The implementation that a config means on a backend (None: that of this process).
+
+  `widest` is as in `objection`.
 
   'auto' takes cuDNN on GPUs and splash attention on TPUs where they can compute what the config
   asks for, and plain XLA elsewhere.
@@ -72,9 +79,10 @@ def resolve(config: ModelConfig, backend: str | None = None) -> str:
   backend = jax.default_backend() if backend is None else backend
   if config.attention == 'auto':
     fit = {'gpu': ('cudnn',), 'tpu': ('splash',) if config.size_per_head % 64 == 0 else ()}
-    fitting = (name for name in fit.get(backend, ()) if objection(name, config, backend) is None)
+    names = fit.get(backend, ())
+    fitting = (name for name in names if objection(name, config, backend, widest) is None)
     return next(fitting, 'xla')
-  found = objection(config.attention, config, backend)
+  found = objection(config.attention, config, backend, widest)
   if found is not None:
     raise ConfigError('model.attention', config.attention, *found)
   return config.attention

@@ -62,7 +62,7 @@ def run(
   Returns:
     `[B, T, width]`, what the highest block writes; and the cache with the new columns.
   """
-  return (_scan if config.scan_layers else _unroll)(config, params, x, context, cache)
+  return (_scan if config.scanned else _unroll)(config, params, x, context, cache)
 
 
 def unstack_layers(params: Params) -> Params:
@@ -116,15 +116,15 @@ def _layer(
       )
     return constrain_batch(run(x, query, *stored, attend, method='finish'))
 
-  if config.remat == 'none' or write is not None:
+  if config.remat_policy == 'none' or write is not None:
     return apply
   policies = jax.checkpoint_policies
   policy = {
     'dots': policies.dots_with_no_batch_dims_saveable,
     'full': policies.nothing_saveable,
-  }[config.remat]
+  }[config.remat_policy]
   # Without the barrier the compiler may undo the recomputation; a scan is a barrier of its own.
-  return jax.checkpoint(apply, policy=policy, prevent_cse=not config.scan_layers)
+  return jax.checkpoint(apply, policy=policy, prevent_cse=not config.scanned)
 
 
 def _stacks(params: Params) -> list[Any]:

@@ -43,9 +43,9 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
   shape = (batch, config.num_kv_heads, length, config.size_per_head)
 
   def empty() -> tuple[Array, ...] | Array:
-    zeros = jnp.zeros(shape, config.dtype)
-    if config.scan_layers:
-      stacked = jnp.zeros((config.layers, *shape), config.dtype)
+    zeros = jnp.zeros(shape, config.compute_dtype)
+    if config.scanned:
+      stacked = jnp.zeros((config.layers, *shape), config.compute_dtype)
       return constrain(stacked, None, BATCH_AXES, 'tensor')
     return tuple(constrain(zeros, BATCH_AXES, 'tensor') for _ in range(config.layers))
 

@@ -103,22 +103,44 @@ class ModelConfig:
   # Standard deviation of initial weights (GPT-2: 0.02); None: fan_in ** -0.5. Projections that end
   # a residual branch are divided by sqrt(2 * layers) besides (Radford et al. 2019).
   init_std: float | None = None
+  # How it is computed. A stage that starts from another has these from there where they are None.
   # Type of activations and of matrix products: 'float32' or 'bfloat16'. Parameters, norms,
-  # softmaxes and log-probs are float32 whatever this says.
-  dtype: str = 'float32'
+  # softmaxes and log-probs are float32 whatever this says. None: as the start, else 'float32'.
+  dtype: str | None = None
   # What computes attention over whole sequences (decoding steps are always plain): 'xla', plain and
   # everywhere; 'cudnn', NVIDIA GPUs in bfloat16; 'splash', TPUs; 'tokamax', the kernel which that
   # library finds for the device (extra `kernels`); 'auto': cudnn, splash or xla, whichever can.
   attention: str = 'xla'
   # How many ids' logits each device holds at a time where responses are scored: log-probs and
   # entropies then never need [rows, response, vocabulary] float32 logits, which their backward pass
-  # computes again. None: all at once, which is faster where they fit.
+  # computes again. 0: all at once, which is faster where they fit. None: as the start, else 0.
   vocab_chunk: int | None = None
   # What a block's backward pass recomputes: 'none', 'dots' (all but matrix products), 'full' (all).
-  remat: str = 'none'
+  # None: as the start, else 'none'.
+  remat: str | None = None
   # True: one compiled block, scanned over the layers (deep models: compile time). False: unrolled,
-  # which is faster for small models and for decoding.
-  scan_layers: bool = False
+  # which is faster for small models and for decoding. None: as the start, else False.
+  scan_layers: bool | None = None
+
+  @property
+  def compute_dtype(self) -> str:
+    """Type of activations, with the default filled in."""
+    return 'float32' if self.dtype is None else self.dtype
+
+  @property
+  def ids_at_once(self) -> int | None:
+    """How many ids' logits are held at a time; None: all."""
+    return self.vocab_chunk or None
+
+  @property
+  def remat_policy(self) -> str:
+    """What a backward pass recomputes, with the default filled in."""
+    return 'none' if self.remat is None else self.remat
+
+  @property
+  def scanned(self) -> bool:
+    """Whether there is one compiled block, with the default filled in."""
+    return bool(self.scan_layers)
 
   @property
   def num_kv_heads(self) -> int:
@@ -180,14 +202,14 @@ def _check_choices(config: ModelConfig, path: str) -> None:
     'norm_placement': NORM_PLACEMENTS,
     'positions': POSITIONS,
     'rotary_scaling': ROTARY_SCALINGS,
-    'dtype': DTYPES,
-    'remat': REMATS,
+    'dtype': (*DTYPES, None),
+    'remat': (*REMATS, None),
     'attention': ATTENTIONS,
   }
   for name, allowed in choices.items():
     value = getattr(config, name)
     if value not in allowed:
-      raise ConfigError(f'{path}.{name}', value, f'one of {", ".join(allowed)}')
+      raise ConfigError(f'{path}.{name}', value, f'one of {", ".join(map(str, allowed))}')
   if config.parallel_residual and config.norm_placement == 'post':
     raise ConfigError(
       f'{path}.parallel_residual',
@@ -202,10 +224,14 @@ def _check_sizes(config: ModelConfig, path: str) -> None:
     raise ConfigError(
       f'{path}.vocab_size', config.vocab_size, "a positive number, or 0 for the tokenizer's size"
     )
+  if config.vocab_chunk is not None and config.vocab_chunk < 0:
+    raise ConfigError(
+      f'{path}.vocab_chunk', config.vocab_chunk, 'a positive number, or 0 for all ids at once'
+    )
   names = ['vocab_multiple', 'width', 'layers', 'heads', 'mlp_width', 'norm_epsilon', 'max_length']
   names += ['embedding_scale']
   optional = ['kv_heads', 'head_dim', 'query_scale', 'window', 'attention_softcap']
-  optional += ['logit_softcap', 'init_std', 'rotary_local_theta', 'vocab_chunk']
+  optional += ['logit_softcap', 'init_std', 'rotary_local_theta']
   names += [name for name in optional if getattr(config, name) is not None]
   for name in names:
     value = getattr(config, name)

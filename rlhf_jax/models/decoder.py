@@ -53,12 +53,12 @@ def decoding_params(config: ModelConfig, params: Params, *, gather: bool = False
 
   def cast(path: Any, leaf: Array) -> Array:
     # Norms compute in float32, with float32 weights; they are the next to last name of a path.
-    return leaf if path[-2:][0].key.endswith('norm') else leaf.astype(config.dtype)
+    return leaf if path[-2:][0].key.endswith('norm') else leaf.astype(config.compute_dtype)
 
   params = jax.tree_util.tree_map_with_path(cast, params)
   if gather:
     params = _gather(config, params)
-  return params if config.scan_layers else blocks.unstack_layers(params)
+  return params if config.scanned else blocks.unstack_layers(params)
 
 
 @overload
@@ -285,12 +285,12 @@ def _init_boxed(config: ModelConfig, key: Array) -> Params:
 def _embed(config: ModelConfig, params: Params, tokens: Array, positions: Array) -> Array:
   # Rows must not be cut over fsdp, as the batch is that they are looked up for: the compiler could
   # lay the result out in no other way than by copying all of it to all devices.
-  x = constrain(params['embedding'], 'tensor', None)[tokens].astype(config.dtype)
+  x = constrain(params['embedding'], 'tensor', None)[tokens].astype(config.compute_dtype)
   if config.embedding_scale != 1.0:
     # Rounded to the compute type first, as Gemma does.
-    x = x * jnp.asarray(config.embedding_scale, config.dtype)
+    x = x * jnp.asarray(config.embedding_scale, config.compute_dtype)
   if config.positions == 'learned':
-    x = x + constrain(params['positions'], None, None)[positions].astype(config.dtype)
+    x = x + constrain(params['positions'], None, None)[positions].astype(config.compute_dtype)
   return x
 
 

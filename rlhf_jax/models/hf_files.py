@@ -109,17 +109,19 @@ def headers_of(file: pathlib.Path) -> Iterator[tuple[str, Header]]:
       if size > file.stat().st_size:
         raise ValueError('the header is longer than the file')
       header = json.loads(stream.read(size))
-    end = max((entry['data_offsets'][1] for name, entry in _tensors(header)), default=0)
+    if not isinstance(header, dict):
+      raise ValueError('its header is no object')
+    header.pop('__metadata__', None)
+    found = [
+      (name, Header(file, name, str(entry['dtype']), tuple(map(int, entry['shape']))))
+      for name, entry in header.items()
+    ]
+    end = max((entry['data_offsets'][1] for entry in header.values()), default=0)
     if 8 + size + end > file.stat().st_size:
       raise ValueError('it ends early')
-  except (ValueError, KeyError, TypeError, struct.error) as error:
+  except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
     raise CheckpointError(f'{file}: not a whole file of safetensors ({error}).') from error
-  for name, entry in _tensors(header):
-    yield name, Header(file, name, entry['dtype'], tuple(entry['shape']))
-
-
-def _tensors(header: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-  return ((name, entry) for name, entry in header.items() if name != '__metadata__')
+  yield from found
 
 
 def write_tensors(

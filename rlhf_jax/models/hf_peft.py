@@ -294,12 +294,7 @@ def export_adapter(
     base: where PEFT is to find the base, a folder or a name of the hub (`hf:`, `@revision`).
     score: that of a reward model; None: of a policy.
   """
-  modules: dict[str, dict[str, Piece]] = {}
-  for name in config.projections(model):
-    group = f'{PROJECTIONS[name].group}.' if PROJECTIONS[name].group else ''
-    param = f'layers.{group}{name}.kernel'
-    for module, pieces in hf_model.plan(family, model.layers, [param], str(target)).items():
-      modules.setdefault(module.removesuffix('.weight'), {})[name] = pieces[0]
+  modules = _modules(family, model, config, str(target))
   pairs = trees.flatten(trained)
   entries, ranks = [], {}
   for module, parts in modules.items():
@@ -335,6 +330,19 @@ def export_adapter(
     'inference_mode': True,
   }
   write_json(target / ADAPTER_CONFIG, values)
+
+
+def _modules(
+  family: Family, model: ModelConfig, config: AdapterConfig, where: str
+) -> dict[str, dict[str, Piece]]:
+  """The linear maps of transformers' model that get matrices, and our projections in each."""
+  modules: dict[str, dict[str, Piece]] = {}
+  for name in config.projections(model):
+    group = f'{PROJECTIONS[name].group}.' if PROJECTIONS[name].group else ''
+    param = f'layers.{group}{name}.kernel'
+    for module, pieces in hf_model.plan(family, model.layers, [param], where).items():
+      modules.setdefault(module.removesuffix('.weight'), {})[name] = pieces[0]
+  return modules
 
 
 def _matrices(

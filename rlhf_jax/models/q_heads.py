@@ -121,9 +121,9 @@ def tilted_logits(
 
 def _q_scores(config: ModelConfig, params: Params, hidden: Array, tokens: Array) -> TokenScores:
   """Q of given tokens, and the normalizer over all."""
-  if config.vocab_chunk is None:
+  if config.ids_at_once is None:
     return scores_of_logits(_q_table(config, params, hidden), tokens)
-  how = Readout(config.vocab_size, config.vocab_chunk, vocab_axis=1)
+  how = Readout(config.vocab_size, config.ids_at_once, vocab_axis=1)
   out = params['out']
   return token_scores(how, _units(params, hidden), out['kernel'], out['bias'], tokens)
 

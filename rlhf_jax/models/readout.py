@@ -34,10 +34,10 @@ def decoder_scores(
   def read(params: dict[str, Any], hidden: Array) -> TokenScores:
     return scores_of_logits(decoder.logits(config, params, hidden) / temperature, tokens)
 
-  if config.vocab_chunk is not None:
+  if config.ids_at_once is not None:
     how, table = _of_decoder(config, params, temperature)
     return token_scores(how, hidden, table, None, tokens)
-  if config.remat != 'none':
+  if config.remat_policy != 'none':
     # Several [B, R, V] float32 arrays would otherwise wait for the backward pass.
     read = jax.checkpoint(read)
   return read({name: value for name, value in params.items() if name != 'layers'}, hidden)
@@ -57,7 +57,7 @@ def decoder_kl(
     reference: likewise.
     temperature: what logits are divided by, in float32.
   """
-  if config.vocab_chunk is None:
+  if config.ids_at_once is None:
     return kl.exact_kl(
       *(decoder.logits(config, *each) / temperature for each in (policy, reference))
     )
@@ -77,7 +77,7 @@ def _of_decoder(
   config: ModelConfig, params: dict[str, Any], temperature: float
 ) -> tuple[Readout, Array]:
   """How a decoder's final hidden states are read, and the table they are read with."""
-  assert config.vocab_chunk is not None
+  assert config.ids_at_once is not None
   name, axis = ('embedding', 0) if config.tied_embeddings else ('unembedding', 1)
-  how = Readout(config.vocab_size, config.vocab_chunk, axis, temperature, config.logit_softcap)
+  how = Readout(config.vocab_size, config.ids_at_once, axis, temperature, config.logit_softcap)
   return how, params[name]

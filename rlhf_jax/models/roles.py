@@ -20,6 +20,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import scalar_head, scalar_head_axes, scalar_head_init
 from rlhf_jax.models.packing import packed_states
 from rlhf_jax.models.readout import decoder_kl, decoder_scores
+from rlhf_jax.sharding.rules import placed
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -74,14 +75,6 @@ def policy_output(
   return PolicyOutput(logprobs=logprobs, entropy=entropies, values=values)
 
 
-def response_logits(
-  config: ModelConfig, params: Params, sequences: Sequences, temperature: float
-) -> Array:
-  """`[B, R, V]` float32 logits from which each response token is drawn, over the temperature."""
-  _check_temperature(temperature)
-  return decoder.logits(config, params, response_states(config, params, sequences)) / temperature
-
-
 def response_kl(
   config: ModelConfig,
   params: Params,
@@ -124,6 +117,11 @@ def reward_model_axes(config: ModelConfig) -> Params:
     'head': scalar_head_axes(),
     'normalizer': {'gain': (), 'bias': ()},
   }
+
+
+def abstract_reward_model(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+  """A reward model's shapes and shardings."""
+  return placed(reward_model_axes(config), lambda key: init_reward_model(config, key), mesh)
 
 
 def token_reward(config: ModelConfig, params: Params, sequences: Sequences) -> Array:

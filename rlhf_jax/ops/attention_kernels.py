@@ -118,15 +118,9 @@ def splash(
     if window is None
     else splash_attention.LocalMask(shape, (window - 1, 0), before)
   )
-  block_q, block_kv = (
-    max(size for size in (128, 256, 512) if columns % size == 0) for columns in shape
-  )
-  blocks: dict[str, Any] = {f'block_{name}': block_q for name in ('q', 'q_dkv', 'q_dq')}
-  names = ('kv', 'kv_compute', 'kv_dkv', 'kv_dkv_compute', 'kv_dq')
-  blocks |= {f'block_{name}': block_kv for name in names}
   kernel = splash_attention.make_splash_mha(
     splash_attention.MultiHeadMask([mask] * heads),
-    block_sizes=splash_attention.BlockSizes(**blocks),
+    block_sizes=splash_attention.BlockSizes(**_blocks(*shape)),
     head_shards=1,
     q_seq_shards=1,
     attn_logits_soft_cap=softcap,
@@ -138,6 +132,17 @@ def splash(
 
   mixed = jax.vmap(one_row)(query, key, value, of_queries, of_keys)
   return mixed[:, :, :length].astype(value.dtype)
+
+
+def _blocks(queries: int, columns: int) -> dict[str, Any]:
+  """Sizes of splash attention's blocks, the largest that divide."""
+  of_queries, of_columns = (
+    max(size for size in (128, 256, 512) if count % size == 0) for count in (queries, columns)
+  )
+  names = ('kv', 'kv_compute', 'kv_dkv', 'kv_dkv_compute', 'kv_dq')
+  return {f'block_{name}': of_queries for name in ('q', 'q_dkv', 'q_dq')} | {
+    f'block_{name}': of_columns for name in names
+  }
 
 
 def _seeing(mask: Array) -> Array:

@@ -83,8 +83,8 @@ def training_flops(
   through = blocks
   if adapter is not None and method == 'last_layers':
     through *= adapter.last_layers / model.layers
-  repeated = through if model.remat == 'full' else 0.0
-  if model.vocab_chunk is not None or model.remat != 'none':
+  repeated = through if model.remat_policy == 'full' else 0.0
+  if model.ids_at_once is not None or model.remat_policy != 'none':
     repeated += readout
   if method == 'none':
     return forward + 2.0 * (through + readout) + repeated
@@ -103,7 +103,7 @@ def cache_bytes(model: ModelConfig, rows: Rows, mesh: dict[str, int]) -> int:
   tensor = mesh['tensor']
   heads = model.num_kv_heads // (tensor if model.num_kv_heads % tensor == 0 else 1)
   entries = 2 * model.layers * count * heads * rows.length * model.size_per_head
-  return entries * jnp.dtype(model.dtype).itemsize
+  return entries * jnp.dtype(model.compute_dtype).itemsize
 
 
 def sampling_cache_bytes(
@@ -130,13 +130,13 @@ def sampling_weights(model: ModelConfig, mesh: dict[str, int], *, gathered: bool
   weights = model.layers * block_weights(model)
   weights += (1 if model.tied_embeddings else 2) * model.width * model.padded_vocab_size
   parts = mesh['tensor'] * (1 if gathered else mesh['fsdp'])
-  return weights / parts * jnp.dtype(model.dtype).itemsize
+  return weights / parts * jnp.dtype(model.compute_dtype).itemsize
 
 
 def decoding_bytes(model: ModelConfig, rows: Rows, mesh: dict[str, int]) -> float:
   """What a device reads of its memory to sample: all its weights a token, and the filled cache."""
   weights = model.layers * block_weights(model) + model.width * model.padded_vocab_size
-  read = weights / mesh['tensor'] * jnp.dtype(model.dtype).itemsize
+  read = weights / mesh['tensor'] * jnp.dtype(model.compute_dtype).itemsize
   filled = (rows.prompt + rows.response / 2) / rows.length
   return rows.response * (read + filled * cache_bytes(model, rows, mesh))
 
@@ -171,7 +171,7 @@ def activation_bytes(
     mesh: sizes of the axes.
     plain_attention: scores are held, as by 'xla'; False: a kernel keeps them to itself.
   """
-  size, tensor = jnp.dtype(model.dtype).itemsize, mesh['tensor']
+  size, tensor = jnp.dtype(model.compute_dtype).itemsize, mesh['tensor']
   tokens, width = rows.tokens, model.width
   heads = (model.heads + 2 * model.num_kv_heads) * model.size_per_head / tensor
   hidden = (2 if model.gated_mlp else 1) * model.mlp_width / tensor
@@ -179,10 +179,10 @@ def activation_bytes(
   # Norms and the gated product.
   others = tokens * (2 * width + 2 * model.mlp_width / tensor) * size
   layer = products + others + _score_bytes(model, rows, tensor, plain_attention)
-  saved = {'full': tokens * width * size, 'dots': products, 'none': layer}[model.remat]
+  saved = {'full': tokens * width * size, 'dots': products, 'none': layer}[model.remat_policy]
   return Activations(
     saved * model.layers,
-    (0.0 if model.remat == 'none' else layer) + _gathered_bytes(model, tensor),
+    (0.0 if model.remat_policy == 'none' else layer) + _gathered_bytes(model, tensor),
     _readout_bytes(model, rows, tensor),
   )
 
@@ -200,7 +200,7 @@ def reading_bytes(
   One layer at a time, of its two halves the larger, and what `activation_bytes` has of weights and
   logits. Arguments are those of `activation_bytes`, and of `forward_flops`.
   """
-  size, tensor = jnp.dtype(model.dtype).itemsize, mesh['tensor']
+  size, tensor = jnp.dtype(model.compute_dtype).itemsize, mesh['tensor']
   tokens = rows.tokens
   heads = (model.heads + 2 * model.num_kv_heads) * model.size_per_head / tensor
   attention = tokens * heads * size + _score_bytes(model, rows, tensor, plain_attention)
@@ -212,7 +212,7 @@ def reading_bytes(
 
 def _score_bytes(model: ModelConfig, rows: Rows, tensor: int, plain_attention: bool) -> float:
   """Attention scores, twice in float32 and once as weights; kernels keep them to themselves."""
-  size = jnp.dtype(model.dtype).itemsize
+  size = jnp.dtype(model.compute_dtype).itemsize
   pairs = rows.number * rows.length**2
   if rows.shared > 1:
     pairs = rows.prompts * rows.prompt**2 + rows.number * (rows.response - 1) * rows.length
@@ -222,14 +222,14 @@ def _score_bytes(model: ModelConfig, rows: Rows, tensor: int, plain_attention: b
 
 def _gathered_bytes(model: ModelConfig, tensor: int) -> float:
   """The weights of a layer, gathered over fsdp, and of the next one."""
-  return 2.0 * block_weights(model) / tensor * jnp.dtype(model.dtype).itemsize
+  return 2.0 * block_weights(model) / tensor * jnp.dtype(model.compute_dtype).itemsize
 
 
 def _readout_bytes(model: ModelConfig, rows: Rows, tensor: int) -> float:
   """Logits in float32 and what comes of them, of a chunk of the vocabulary where it is cut."""
   ids = model.padded_vocab_size / tensor
-  if model.vocab_chunk is not None:
-    ids = min(ids, model.vocab_chunk)
+  if model.ids_at_once is not None:
+    ids = min(ids, model.ids_at_once)
   return 3.0 * rows.number * rows.response * ids * 4
 
 

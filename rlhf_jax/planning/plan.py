@@ -9,7 +9,9 @@ import jax
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.planning import arithmetic
-from rlhf_jax.planning.arithmetic import Activations, Rows
+from rlhf_jax.planning.accelerators import ACCELERATORS
+from rlhf_jax.planning.arithmetic import Rows
+from rlhf_jax.planning.estimates import Estimate, estimate
 from rlhf_jax.planning.programs import Compiled, CompiledProgram, compile_stage, device_bytes
 from rlhf_jax.planning.stage import PlannedStage
 from rlhf_jax.recipes.engines import sampling_mesh
@@ -37,9 +39,7 @@ class Plan:
     sampling_weights: bytes of the weights that sampling reads, in the compute type, and of their
       copy on a mesh of its own, likewise.
     decoded: bytes that sampling reads of a device's memory.
-    activations: an estimate for the update on an accelerator, by role of the trained decoders.
-    reading: an estimate of what a forward pass holds there, by role of all that score for a step or
-      an evaluation, whichever reads more at a time.
+    estimates: of what else the named accelerators hold.
     programs: what the compiler made of each program of a step.
     evaluations: and of evaluations along the run.
     flops: operations of a step over all devices, by program and role.
@@ -54,8 +54,7 @@ class Plan:
   cache: int
   sampling_weights: float
   decoded: float
-  activations: dict[str, Activations]
-  reading: dict[str, float]
+  estimates: dict[str, Estimate]
   programs: dict[str, CompiledProgram]
   evaluations: dict[str, CompiledProgram]
   flops: dict[str, dict[str, float]]
@@ -83,17 +82,12 @@ class Plan:
     """Bytes at the worst moment, with temporaries as compiled here, for CPUs."""
     return self.held + max(p.temporary + p.extra for p in self._all)
 
-  @property
-  def estimated_peak(self) -> int:
-    """Bytes at the worst moment, with the estimated activations of an accelerator."""
-    extra = max(p.extra for p in self._all)
-    update = self.gradients + sum(each.total for each in self.activations.values())
-    reading = max(self.reading.values(), default=0.0)
+  def estimated_peak(self, accelerator: str) -> int:
+    """Bytes at the worst moment, with the estimated activations of a named accelerator."""
+    extra, estimate = max(p.extra for p in self._all), self.estimates[accelerator]
+    update = self.gradients + sum(each.total for each in estimate.activations.values())
+    reading = max(estimate.reading.values(), default=0.0)
     return int(self.held + extra + max(update, reading, self.cache + self.sampling_weights))
-
-  def fits(self, memory: float) -> bool:
-    """Whether both peaks are below what programs can have of a device's memory."""
-    return max(self.compiled_peak, self.estimated_peak) <= USABLE * memory
 
 
 def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) -> Plan:
@@ -116,7 +110,7 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
   return Plan(
     name=stage.config.name,
     mesh=mesh,
-    resident=_resident(compiled),
+    resident=_resident(stage, compiled),
     parameters={
       role: sum(leaf.size for leaf in jax.tree.leaves(tree))
       for role, tree in {**compiled.state.params, **compiled.frozen}.items()
@@ -140,13 +134,10 @@ def make_plan(stage: PlannedStage, say: Callable[[str], None] = lambda _: None) 
       else 0.0
     ),
     decoded=arithmetic.decoding_bytes(sampler, rows['sampled'], sampling) if online else 0.0,
-    activations={
-      role: arithmetic.activation_bytes(
-        model, rows['device'], mesh, plain_attention=stage.plain_attention
-      )
-      for role, model in decoders.items()
+    estimates={
+      name: estimate(stage, compiled, decoders, rows, set(flops.get('scoring', ())), row)
+      for name, row in ACCELERATORS.items()
     },
-    reading=_reading(stage, compiled, decoders, rows, set(flops.get('scoring', ()))),
     programs=compiled.programs,
     evaluations=compiled.evaluations,
     flops=flops,
@@ -162,14 +153,15 @@ def _sampler(stage: PlannedStage, compiled: Compiled) -> list[Any]:
   return [policy] if config.adapter.method == 'none' else [policy, compiled.frozen['reference']]
 
 
-def _resident(compiled: Compiled) -> dict[str, int]:
-  state = compiled.state
+def _resident(stage: PlannedStage, compiled: Compiled) -> dict[str, int]:
+  state, copied = compiled.state, stage.value_layers()
   trees = {
     **state.params,
     'optimizer': state.opt_state,
     **state.targets,
     'other state': (state.step, state.key, state.carry),
     **{f'{role} (frozen)': tree for role, tree in compiled.frozen.items()},
+    **({'value_trunk, lower layers (frozen)': copied} if copied else {}),
   }
   return {role: device_bytes(tree) for role, tree in trees.items()}
 
@@ -203,41 +195,6 @@ def _rows(stage: PlannedStage, compiled: Compiled) -> dict[str, Rows]:
   )
   device = updated._replace(number=max(updated.number // shares, 1))
   return {'updated': updated, 'device': device, 'sampled': sampled}
-
-
-def _reading(
-  stage: PlannedStage,
-  compiled: Compiled,
-  decoders: dict[str, ModelConfig],
-  rows: dict[str, Rows],
-  scoring: set[str],
-) -> dict[str, float]:
-  """What reading takes at the most, by role: of a step's sequences, or of an evaluation's."""
-  config, mesh = stage.config, {name: int(size) for name, size in stage.mesh.shape.items()}
-  judges = {role: run.model for role, run in stage.reward_models.items()}
-  models = decoders | {role: judges.get(role, stage.model) for role in compiled.frozen}
-  online = 'generation' in compiled.programs
-  read = rows['sampled'] if online else rows['updated']
-  asked = config.evaluation.batch_size if compiled.evaluations else 0
-  if 'records' in compiled.evaluations:
-    asked *= rows['updated'].number // config.batch_size
-  found: dict[str, float] = {}
-  for role, model in models.items():
-    step = read.number // config.accumulation  # in microbatches, as updates do
-    # Evaluations answer a prompt once.
-    evaluated = read._replace(number=asked, shared=1 if online else read.shared)
-    for each in (read._replace(number=step if role in scoring else 0), evaluated):
-      if each.number:
-        share = max(each.number // row_devices(stage.mesh), 1)
-        taken = arithmetic.reading_bytes(
-          model,
-          each._replace(number=share),
-          mesh,
-          plain_attention=stage.plain_attention,
-          scored=role in ('policy', 'reference'),
-        )
-        found[role] = max(found.get(role, 0.0), taken)
-  return found
 
 
 def _flops(
@@ -309,11 +266,18 @@ def as_json(plan: Plan) -> dict[str, Any]:
       'kv_cache': plan.cache,
       'sampling_weights': plan.sampling_weights,
       'read_while_sampling': plan.decoded,
-      'activations_estimated': {role: each._asdict() for role, each in plan.activations.items()},
-      'reading_estimated': plan.reading,
       'peak_compiled_for_cpu': plan.compiled_peak,
-      'peak_estimated': plan.estimated_peak,
+      'estimated': {
+        name: {
+          'activations': {role: part._asdict() for role, part in each.activations.items()},
+          'reading': each.reading,
+          'peak': plan.estimated_peak(name),
+        }
+        for name, each in plan.estimates.items()
+      },
     },
+    'attention': {name: each.attention for name, each in plan.estimates.items()},
+    'objections': {name: each.objection for name, each in plan.estimates.items()},
     'parameters': plan.parameters,
     'flops_per_step': plan.flops,
     'programs': {name: _program_json(program) for name, program in plan.programs.items()},

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from rlhf_jax.planning.accelerators import ACCELERATORS, Accelerator, accelerator
+from rlhf_jax.planning.accelerators import Accelerator, judged
 from rlhf_jax.planning.plan import USABLE, Plan
 from rlhf_jax.planning.programs import CompiledProgram
 
@@ -10,14 +10,20 @@ _ARRAYS = 4  # largest arrays shown of each program
 
 
 def lines(plan: Plan, chosen: str | None) -> Iterator[str]:
-  """The report; `chosen` names an accelerator, None: all of the table are judged."""
+  """The report; `chosen` names an accelerator, None: all of the table are judged.
+
+  Raises UserError for a name that the table lacks.
+  """
+  accelerators = judged(chosen)
   mesh = ' x '.join(f'{name} {size}' for name, size in plan.mesh.items())
   yield f'{plan.name} on {plan.devices} devices: {mesh}'
-  yield from _memory(plan)
+  yield from _memory(plan, accelerators)
   yield from _operations(plan)
   yield from _traffic(plan)
   yield from _arrays(plan)
-  yield from _verdicts(plan, chosen)
+  yield from _verdicts(plan, accelerators)
+  for found in accelerators.values() if chosen is not None else ():
+    yield from _seconds(plan, found)
   yield ''
   yield from (f'note: {note}' for note in plan.notes)
 
@@ -43,7 +49,7 @@ def _table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
     yield f'  {"  ".join(cells)}'.rstrip()
 
 
-def _memory(plan: Plan) -> Iterator[str]:
+def _memory(plan: Plan, accelerators: Iterable[str]) -> Iterator[str]:
   yield ''
   yield 'memory of a device, resident:'
   count = {**plan.parameters, **{f'{role} (frozen)': n for role, n in plan.parameters.items()}}
@@ -63,20 +69,37 @@ def _memory(plan: Plan) -> Iterator[str]:
   if plan.cache:
     parts.append(('weights to sample with', binary(plan.sampling_weights), 'compute type'))
     parts.append(('key-value cache', binary(plan.cache), 'while responses are sampled'))
-  for role, each in plan.activations.items():
-    kinds = {'saved': each.saved, 'one layer': each.working, 'read-out': each.readout}
-    split = ', '.join(f'{name} {binary(size)}' for name, size in kinds.items())
-    parts.append((f'activations of {role}', binary(each.total), f'estimate: {split}'))
-  for role, size in plan.reading.items():
-    parts.append((f'reading by {role}', binary(size), 'estimate: one layer, and logits'))
+  peaks = [('as compiled here, for CPUs', binary(plan.compiled_peak))]
+  groups = _alike(plan, accelerators)
+  for names in groups:
+    where = f' on {", ".join(names)}' if len(groups) > 1 else ''
+    found = plan.estimates[names[0]]
+    for role, each in found.activations.items():
+      kinds = {'saved': each.saved, 'one layer': each.working, 'read-out': each.readout}
+      split = ', '.join(f'{name} {binary(size)}' for name, size in kinds.items())
+      parts.append((f'activations of {role}', binary(each.total), f'estimate{where}: {split}'))
+    for role, size in found.reading.items():
+      parts.append((f'reading by {role}', binary(size), f'estimate{where}: one layer, and logits'))
+    peak = binary(plan.estimated_peak(names[0]))
+    peaks.append((f'estimated{where or " for an accelerator"}', peak))
   yield from _table(parts)
   yield 'peak of a device:'
-  yield from _table(
-    [
-      ('as compiled here, for CPUs', binary(plan.compiled_peak)),
-      ('estimated for an accelerator', binary(plan.estimated_peak)),
-    ]
-  )
+  yield from _table(peaks)
+
+
+def _alike(plan: Plan, accelerators: Iterable[str]) -> list[list[str]]:
+  """Accelerators by what is estimated for them."""
+  groups: list[list[str]] = []
+  for name in accelerators:
+    own = plan.estimates[name]
+    for group in groups:
+      other = plan.estimates[group[0]]
+      if (own.activations, own.reading) == (other.activations, other.reading):
+        group.append(name)
+        break
+    else:
+      groups.append([name])
+  return groups
 
 
 def _operations(plan: Plan) -> Iterator[str]:
@@ -123,17 +146,21 @@ def _arrays(plan: Plan) -> Iterator[str]:
     )
 
 
-def _verdicts(plan: Plan, chosen: str | None) -> Iterator[str]:
+def _verdicts(plan: Plan, accelerators: Mapping[str, Accelerator]) -> Iterator[str]:
   yield ''
-  for name in [chosen] if chosen is not None else ACCELERATORS:
-    found = accelerator(name)
-    memory = USABLE * found.memory
-    peaks = {'as compiled': plan.compiled_peak, 'as estimated': plan.estimated_peak}
+  for name, found in accelerators.items():
+    estimate, memory = plan.estimates[name], USABLE * found.memory
+    if estimate.objection is not None:
+      yield f'{name}: training would refuse it. {estimate.objection}'
+      continue
+    peaks = {'as compiled': plan.compiled_peak, 'as estimated': plan.estimated_peak(name)}
     fitting = [kind for kind, peak in peaks.items() if peak <= memory]
     verdict = 'fits' if len(fitting) == 2 else f'fits {fitting[0]}' if fitting else 'does not fit'
-    yield f'{name}: {verdict} ({binary(memory)} usable of {binary(found.memory)}; {found.source})'
-    if chosen is not None:
-      yield from _seconds(plan, found)
+    kinds = ' and '.join(dict.fromkeys(estimate.attention.values()))
+    yield (
+      f'{name}: {verdict}, with {kinds} attention ({binary(memory)} usable of '
+      f'{binary(found.memory)}; {found.source})'
+    )
 
 
 def _seconds(plan: Plan, found: Accelerator) -> Iterator[str]:

@@ -23,7 +23,8 @@ from rlhf_jax.data.config import EMBEDDED, DataConfig
 from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.models import adapters, decoder
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.objectives import ObjectiveConfig, objective_of
+from rlhf_jax.models.roles import abstract_reward_model
+from rlhf_jax.objectives import ObjectiveConfig, demands_of, objective_of
 from rlhf_jax.origins import field_of, path_of
 from rlhf_jax.recipes.parents import (
   check_best,
@@ -34,7 +35,6 @@ from rlhf_jax.recipes.parents import (
 )
 from rlhf_jax.recipes.parts import (
   Parts,
-  abstract_reward_model,
   check_length,
   check_rows,
   make_tokenizer,
@@ -83,7 +83,8 @@ class PlannedStage(NamedTuple):
     mesh: the simulated mesh.
     model: the policy's decoder (or the reward model's).
     reward_models: decoders of all reward models that score, by role.
-    plain_attention: the config wants attention that holds its scores.
+    attention: the attention that the config asks for; it is compiled as plain attention.
+    scan_layers: whether it scans its layers; they are compiled as scanned ones.
     notes: what the plan has otherwise than the config.
   """
 
@@ -91,8 +92,13 @@ class PlannedStage(NamedTuple):
   mesh: jax.sharding.Mesh
   model: ModelConfig
   reward_models: dict[str, PlannedRun]
-  plain_attention: bool
+  attention: str
+  scan_layers: bool
   notes: list[str]
+
+  def as_trained(self, model: ModelConfig) -> ModelConfig:
+    """A decoder of the plan with what is compiled otherwise here."""
+    return dataclasses.replace(model, attention=self.attention, scan_layers=self.scan_layers)
 
   def parts(self, reference: Any) -> PlannedParts:
     """What recipes are made from."""
@@ -116,14 +122,25 @@ class PlannedStage(NamedTuple):
     needed = online or asked or in_part or objective.reference(self.config.objective)
     frozen = {}
     if self.config.policy.init is not None and needed:
-      frozen['reference'] = self._base()
+      frozen['reference'] = self._base(self.model)
     for role, run in self.reward_models.items() if online or asked else ():
       frozen[role] = abstract_reward_model(run.model, self.mesh)
     return frozen
 
-  def _base(self) -> Any:
-    """The policy's parent, laid out for training in part where a part of it is trained."""
-    adapter, model = self.config.adapter, self.model
+  def value_layers(self) -> Any:
+    """The frozen layers of a value trunk that shares them with nothing.
+
+    With 'last_layers' a trunk that starts from the reward model is cut in two, and so are copies of
+    its layers; all else that stays frozen is the reward model's, or the reference's.
+    """
+    started = demands_of(self.config.objective).value == 'reward_model'
+    if not started or self.config.adapter.method != 'last_layers':
+      return {}
+    return self._base(self.reward_models['reward_model'].model)['layers']
+
+  def _base(self, model: ModelConfig) -> Any:
+    """What a stage starts from, laid out for training in part where a part of it is trained."""
+    adapter = self.config.adapter
     axes = decoder.logical_axes(model)
     if adapter.method == 'last_layers':
       axes['top_layers'] = axes['layers']
@@ -145,13 +162,13 @@ def plan_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, vocab_size: in
     raise ConfigError('model', type(config.model).__name__, 'a ModelConfig: plans are of texts')
   notes: list[str] = []
   model, origin = _policy_model(config, vocab_size, ())
-  plain = model.attention == 'xla'
-  if not plain:
+  attention, scanned = model.attention, model.scanned
+  if attention != 'xla':
     notes.append(
-      f'Attention {model.attention!r} is compiled as plain attention here, which holds all scores.'
+      f'Attention {attention!r} is compiled as plain attention here, which holds all scores.'
     )
     model = dataclasses.replace(model, attention='xla')
-  if not model.scan_layers and model.layers > 2:
+  if not scanned and model.layers > 2:
     notes.append(
       'Layers are compiled as one scanned block; unrolled ones have the same parameters.'
     )
@@ -164,7 +181,7 @@ def plan_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, vocab_size: in
   for role in config.inits():
     if field_of(role) == 'reward_model':
       reward_models[role] = _reward_run(config, role, vocab_size, model, origin)
-  return PlannedStage(config, mesh, model, reward_models, plain, notes)
+  return PlannedStage(config, mesh, model, reward_models, attention, scanned, notes)
 
 
 def abstract_batch(config: ExperimentConfig) -> Any:
@@ -280,6 +297,12 @@ def _config_of(role: str, init: str, chain: tuple[str, ...]) -> ExperimentConfig
   found = load_config(init)
   if not isinstance(found, ExperimentConfig):
     raise ConfigError(path_of(role), init, f'the config of a stage, not {type(found).__name__}')
+  try:
+    found.validate()
+  except ConfigError as error:
+    raise ConfigError(
+      path_of(role), init, 'a stage that can run on behalf of this one', f'Of that one: {error}'
+    ) from error
   return found
 
 

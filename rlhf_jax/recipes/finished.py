@@ -14,6 +14,7 @@ from rlhf_jax.models import q_heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.gaussian import GaussianPolicyConfig
 from rlhf_jax.models.hf_model import differences
+from rlhf_jax.models.roles import abstract_reward_model
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.recipes.control import ControlParts, control_questions, make_trees
 from rlhf_jax.recipes.offline import offline_questions
@@ -23,7 +24,6 @@ from rlhf_jax.recipes.parts import (
   Parts,
   abstract_decoder,
   abstract_q_heads,
-  abstract_reward_model,
   chat_template,
   check_length,
 )

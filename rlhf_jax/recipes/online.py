@@ -316,6 +316,8 @@ def build_online(parts: Parts, folder: pathlib.Path | None) -> Recipe:
   The folder is the run directory, if there is one.
   """
   config = parts.config
+  # The type of a start that a config names is known only now.
+  config.rollout.check_sampling('rollout', config.generation, parts.model.compute_dtype)
   engine = make_engine(parts, folder)
   reward_model = load_reward_model(parts)
   policy, trees, trainer = make_learner(parts, reward_model)

@@ -97,14 +97,13 @@ def inherit(asked: ModelConfig, parent: ModelConfig) -> ModelConfig:
 
 
 def computed_as(asked: ModelConfig, model: ModelConfig) -> ModelConfig:
-  """A decoder computed as another is; what is left at its default there stays the decoder's own."""
-  default = ModelConfig()
+  """A decoder computed as another is; what is None there stays the decoder's own."""
   values = {name: getattr(asked, name) for name in _COMPUTED}
-  changes = {name: value for name, value in values.items() if value != getattr(default, name)}
+  changes = {name: value for name, value in values.items() if value is not None}
   # The machine's affair, not the model's.
   return dataclasses.replace(model, attention=asked.attention, **changes)
 
 
 def judge_model(policy: ModelConfig, own: ModelConfig) -> ModelConfig:
   """A reward model's decoder, computed like the policy beside it, as is a value trunk of it."""
-  return dataclasses.replace(computed_as(policy, own), scan_layers=policy.scan_layers)
+  return dataclasses.replace(computed_as(policy, own), scan_layers=policy.scanned)

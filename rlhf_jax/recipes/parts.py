@@ -227,16 +227,9 @@ def abstract_head(model: ModelConfig, mesh: Mesh) -> Any:
   )
 
 
-def abstract_reward_model(model: ModelConfig, mesh: Mesh) -> Any:
-  """A reward model's shapes and shardings."""
-  return placed(
-    roles.reward_model_axes(model), lambda key: roles.init_reward_model(model, key), mesh
-  )
-
-
 def abstract_trained_reward_model(parts: Parts) -> Any:
   """Shapes and shardings of what a stage trains of a reward model."""
-  whole = abstract_reward_model(parts.model, parts.mesh)
+  whole = roles.abstract_reward_model(parts.model, parts.mesh)
   return {**whole, 'trunk': adapters.abstract(parts.config.adapter, parts.model, parts.mesh)}
 
 

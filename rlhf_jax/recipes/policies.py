@@ -107,7 +107,7 @@ def make_kl(parts: Parts) -> Callable[[Roles, Roles, Sequences], Array]:
 
     # Chunks are of a table alone; a tilt adds up several. Each device then reads row after row.
     rows = len(sequences.response) // row_devices(parts.mesh)
-    each = map_rows(between, states, 1 if parts.model.vocab_chunk is None else rows)
+    each = map_rows(between, states, 1 if parts.model.ids_at_once is None else rows)
     return masked_sum(each, sequences.response_mask, axis=-1)
 
   return kl

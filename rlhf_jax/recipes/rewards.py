@@ -22,10 +22,11 @@ from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.evaluation.policy import decode_sequences
 from rlhf_jax.models import roles
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.roles import abstract_reward_model
 from rlhf_jax.objectives import demands_of, objective_of
 from rlhf_jax.origins import field_of, is_term, path_of
 from rlhf_jax.recipes.parents import judge_model
-from rlhf_jax.recipes.parts import Parts, abstract_reward_model
+from rlhf_jax.recipes.parts import Parts
 from rlhf_jax.recipes.sharing import once_a_prompt
 from rlhf_jax.rollout.config import RolloutConfig
 from rlhf_jax.rollout.rewards import aggregate, combine, counted

@@ -5,7 +5,6 @@ import urllib.parse
 
 from rlhf_jax.common.errors import ConfigError
 from rlhf_jax.generation.config import GenerationConfig
-from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import DTYPES
 from rlhf_jax.objectives.base import check_unread
 
@@ -250,14 +249,17 @@ class RolloutConfig:
         'A server computes in other numbers than the trainer.',
       )
 
-  def check_sampling(self, path: str, generation: GenerationConfig, model: ModelConfig) -> None:
-    """Raises ConfigError where responses are sampled in a way that does not go with the rollout."""
-    dtype = generation.sampling(model).dtype
-    if self.old_logprobs == 'sampler' and dtype != model.dtype:
+  def check_sampling(self, path: str, generation: GenerationConfig, dtype: str | None) -> None:
+    """Raises ConfigError where responses are sampled in a way that does not go with the rollout.
+
+    `dtype` is the type that the trainer computes in; None: that of a start that is not known yet.
+    """
+    own = generation.dtype
+    if self.old_logprobs == 'sampler' and None not in (own, dtype) and own != dtype:
       raise ConfigError(
         f'{path}.old_logprobs',
         self.old_logprobs,
-        f"'trainer' with generation.dtype={dtype!r} and model.dtype={model.dtype!r}",
+        f"'trainer' with generation.dtype={own!r} and model.dtype={dtype!r}",
         'The sampler computes in other numbers than the trainer.',
       )
     sglang = self.engine == 'http' and self.server.dialect == 'sglang'

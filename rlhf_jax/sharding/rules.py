@@ -161,7 +161,7 @@ def _spec(
         f'mesh.{split}',
         mesh.shape[split],
         f'a divisor of {size}, the size of axis {axis!r} of parameter {name} {shape}',
-        f'Either {remedy}, or choose mesh.{split}={gcd}.',
+        f'Choose mesh.{split}={gcd}, or {remedy} in the stage that makes the decoder.',
       )
   return PartitionSpec(*placed)
 

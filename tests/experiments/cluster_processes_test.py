@@ -18,7 +18,8 @@ import pytest
 from rlhf_jax import stages
 from rlhf_jax.common import trees
 from rlhf_jax.models import hf_export
-from rlhf_jax.recipes.parts import abstract_decoder, abstract_head, abstract_reward_model
+from rlhf_jax.models.roles import abstract_reward_model
+from rlhf_jax.recipes.parts import abstract_decoder, abstract_head
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from rlhf_jax.training.writers import read_rows
@@ -145,7 +146,7 @@ def check_equal(found: pathlib.Path, expected: pathlib.Path) -> None:
           np.testing.assert_array_equal(arrays[name], array, err_msg=name)
 
 
-@pytest.mark.parametrize('case', ['sft', 'reward_model', 'ppo'])
+@pytest.mark.parametrize('case', ['sft', 'reward_model', 'brief_dpo', 'ppo'])
 def test_two_processes_equal_one(case: str, one: pathlib.Path, two: pathlib.Path) -> None:
   """Samples, scores and whitening across processes included."""
   check_equal(folder_of(case, two), folder_of(case, one))

@@ -1,5 +1,6 @@
 """The program that writes runs and folders as checkpoint folders, and those that take them."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -16,10 +17,13 @@ from rlhf_jax.common import trees
 from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import InitConfig
 from rlhf_jax.hf_folder import HfFolder, PeftFolder, open_source
+from rlhf_jax.models import adapters
 from rlhf_jax.models.adapters import AdapterConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import INDEX, SINGLE
-from rlhf_jax.recipes.parts import abstract_decoder, abstract_reward_model
+from rlhf_jax.models.roles import abstract_reward_model
+from rlhf_jax.recipes.parts import abstract_decoder
+from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny
 from tests.experiments.programs import message, run_program
@@ -104,6 +108,30 @@ def test_a_folder_is_asked_the_questions_of_a_config(folders: Path, tmp_path: Pa
   assert any('reward' in name for name in written['metrics'])
 
 
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('generation.temperature', '-1'),
+    ('evaluation.batch_size', '0'),
+    ('model.dtype', 'float99'),
+    ('model.vocab_chunk', '-3'),
+    ('model.remat', 'some'),
+    ('model.attention', 'flash'),
+  ],
+)
+def test_a_folder_is_asked_what_a_stage_may_ask(
+  field: str, value: str, folders: Path, tmp_path: Path
+) -> None:
+  """What training would refuse is refused, before anything is measured."""
+  config = tmp_path / 'stage.py'
+  config.write_text(
+    'from tests import tiny\n\n\ndef get_config(arg=None):\n  return tiny.make_config("sft")\n'
+  )
+  given = (f'--model={folders / "policy"}', f'--config={config}', f'--config.{field}={value}')
+  said = message(run_program('evaluate', *given, '--prompts=8', '--records=8'))
+  assert field in said and value in said and 'expected' in said
+
+
 def test_an_adapter_is_known_by_its_own_folder(folders: Path, tmp_path: Path) -> None:
   """Not by its base's; and nothing is written beside it, where a hub's cache may be."""
   adapter, out = tmp_path / 'there' / 'adapter', tmp_path / 'out.json'
@@ -140,13 +168,39 @@ def test_types_and_shards(folders: Path, tmp_path: Path) -> None:
     assert all(t.dtype.name == 'bfloat16' for t in safetensors.load_file(file).values())
 
 
-def test_value_functions(parents: Path, tmp_path: Path) -> None:
-  """PPO's, on the trunk of its policy."""
-  ppo = tiny.run_stage(tiny.make_config('ppo', parents, steps=1), tmp_path / 'ppo').outcome.run
-  run(ppo.folder, tmp_path / 'value', role='value')
-  assert HfFolder(tmp_path / 'value').opened.scores
-  with pytest.raises(UserError, match='it is there already'):
-    run(ppo.folder, tmp_path / 'value', role='value')
+@pytest.mark.parametrize(
+  ('kind', 'method'),
+  [('shared', 'none'), ('separate', 'none'), ('reward_model', 'none'), ('reward_model', 'lora')],
+)
+def test_value_functions(kind: str, method: str, parents: Path, tmp_path: Path) -> None:
+  """PPO's, on the trunk of its policy or one of their own: the numbers that training ended with."""
+  config = tiny.make_config('ppo', parents, steps=1, adapter=AdapterConfig(method=method))
+  config.objective = dataclasses.replace(config.objective, value_model=kind)
+  ppo = tiny.run_stage(config, tmp_path / 'ppo')
+  run(ppo.outcome.run.folder, tmp_path / 'value', role='value')
+  value = HfFolder(tmp_path / 'value')
+  assert value.opened.scores
+  mesh, trained = make_mesh(MeshConfig(data=1), jax.devices()[:1]), ppo.loop.state.params
+  trunk = trained['policy' if kind == 'shared' else 'value_trunk']
+  if method == 'lora':
+    judge, own = Run(parents / 'reward_model'), config.adapter
+    whole = judge.restore_role('reward_model', abstract_reward_model(judge.model, mesh))
+    frozen = adapters.frozen_of(own, judge.model, whole['trunk'])
+    trunk = adapters.merge(judge.model, adapters.join(frozen, trunk))
+  expected = trees.flatten({'trunk': trunk, 'head': trained['value_head']})
+  found = trees.flatten(
+    value.restore_role('reward_model', abstract_reward_model(value.model, mesh))
+  )
+  assert float(abs(expected['head.kernel']).max()) > 0 and float(abs(expected['head.bias'])[0]) > 0
+  ids = value.model.vocab_size
+  for name in expected.keys() - {'trunk.unembedding'}:
+    first, second = expected[name], found[name]
+    if name == 'trunk.embedding':  # behind it are rows that nothing reads
+      first, second = first[:ids], second[:ids]
+    np.testing.assert_allclose(second, first, rtol=1e-6, atol=1e-6, err_msg=name)
+  if kind == 'shared':
+    with pytest.raises(UserError, match='it is there already'):
+      run(ppo.outcome.run.folder, tmp_path / 'value', role='value')
 
 
 @pytest.mark.parametrize('case', ['sft', 'reward_model'])
@@ -157,6 +211,10 @@ def test_adapters(case: str, folders: Path, tmp_path: Path) -> None:
   config.policy = InitConfig(init=str(folders / 'policy'))
   config.adapter = AdapterConfig(method='lora', rank=2, targets=('query', 'down'))
   trained = tiny.run_stage(config, tmp_path / 'run').outcome.run
+  # As of a run with a chat template of its own, and a stop token that its start does not have.
+  dataclasses.replace(trained.tokenizer(), template='{{ 1 }}', stops=(7,)).save(
+    trained.folder / 'tokenizer'
+  )
   run(trained.folder, tmp_path / 'adapter', adapter=True)
   run(tmp_path / 'adapter', tmp_path / 'whole')
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -169,6 +227,11 @@ def test_adapters(case: str, folders: Path, tmp_path: Path) -> None:
   for name in ('adapter', 'whole'):
     source = open_source(tmp_path / name)
     assert isinstance(source, PeftFolder) == (name == 'adapter')
+    tokenizer = source.tokenizer()
+    assert tokenizer.fingerprint == trained.tokenizer().fingerprint
+    assert tokenizer.template == '{{ 1 }}'
+    if case == 'sft' or name == 'adapter':  # a whole classifier has no generation_config.json
+      assert tokenizer.stop_ids == (tokenizer.eos_id, 7)
     found = trees.flatten(source.restore_role(role, make(source.model, mesh)))
     for leaf, values in expected.items():
       if leaf != 'trunk.unembedding':  # which no score is read from, and no folder keeps

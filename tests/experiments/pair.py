@@ -21,20 +21,24 @@ def get_config(arg: str) -> ExperimentConfig:
   """A tiny stage, whose parents are stages of this file; with processes of 4 devices each.
 
   The first mesh has its data axis across the processes, DPO's its fsdp axis. 'lora' is a short DPO
-  with low-rank matrices, from a checkpoint folder.
+  with low-rank matrices, from a checkpoint folder; PPO starts from a short one of all parameters.
   """
   if RECORD in os.environ:
     sys.addaudithook(_record)
-  config: ExperimentConfig = tiny.make_config('dpo' if arg == 'lora' else arg, steps=4)
+  case = 'dpo' if arg in ('lora', 'brief_dpo') else arg
+  config: ExperimentConfig = tiny.make_config(case, steps=4, name=arg)
   config.mesh = MeshConfig(data=2, fsdp=2, tensor=2)
   config.evaluation.prompts = tiny.ROWS if arg in ('sft', 'ppo') else 0
   config.evaluation.records = 0 if arg == 'ppo' else tiny.ROWS
   if arg != 'sft':
     config.policy = InitConfig(init=f'{__file__}:sft')
   if arg == 'ppo':
+    config.policy = InitConfig(init=f'{__file__}:brief_dpo')
     config.reward_model = RewardModelInitConfig(init=f'{__file__}:reward_model')
     # One on the devices, and one that each process asks for its rows.
     config.rollout.rewards = (RewardConfig(), RewardConfig(source='task', weight=0.5))
+  if arg == 'brief_dpo':
+    config.mesh = MeshConfig(data=1, fsdp=4, tensor=2)
   if arg == 'dpo':
     config.mesh = MeshConfig(data=1, fsdp=4, tensor=2)
     config.steps, config.log.every = DPO_STEPS, 1

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.generation.config import GenerationConfig
 from rlhf_jax.generation.drawing import draw, filter_logits, sample_tokens
+from rlhf_jax.planning import hlo
+from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 
 
 def test_tokens_are_drawn_from_the_distribution() -> None:
@@ -77,3 +80,20 @@ def test_many_small_probabilities_add_up() -> None:
   uniform = (jnp.arange(2000) + 0.5) / 2000
   drawn = np.asarray(jax.jit(draw)(jnp.zeros((2000, 32_000)), uniform))
   np.testing.assert_allclose(drawn, np.asarray(uniform) * 32_000, atol=1.5)
+
+
+@pytest.mark.parametrize('size', [16_000, 16_001])
+def test_a_mesh_draws_from_its_shards(size: int) -> None:
+  """The tokens of one device; of logits that lie on several, no device is sent another's."""
+  chance = np.random.default_rng(size)
+  logits = jnp.asarray(chance.normal(0, 3, (64, size)), jnp.float32)
+  uniform = jnp.asarray(chance.random(64), jnp.float32)
+  expected = jax.jit(draw)(logits, uniform)
+  mesh = make_mesh(MeshConfig(data=1, tensor=8), jax.devices()[:8])
+  with jax.set_mesh(mesh):
+    cut = NamedSharding(mesh, PartitionSpec(None, 'tensor' if size % 8 == 0 else None))
+    logits = jax.device_put(logits, cut)
+    compiled = jax.jit(draw).lower(logits, uniform).compile()
+    np.testing.assert_array_equal(compiled(logits, uniform), expected)
+  sent = hlo.read(compiled.as_text() or '', dict(mesh.shape), 1).collectives
+  assert max((each.bytes for each in sent), default=0) < logits.nbytes / 16

@@ -187,6 +187,11 @@ def test_files_that_cannot_be_read(folder: Path) -> None:
   (folder / SINGLE).write_bytes(content[:-7])
   with pytest.raises(CheckpointError, match='not a whole file of safetensors'):
     load(folder)
+  shape = '"shape": [1], "data_offsets": [0, 4]'
+  for header in ('[]', '3', '{"a": 3}', '{"a": {}}', f'{{"a": {{"dtype": "F32", {shape[:-4]}]}}}}'):
+    (folder / SINGLE).write_bytes(len(header).to_bytes(8, 'little') + header.encode())
+    with pytest.raises(CheckpointError, match='not a whole file of safetensors'):
+      load(folder)
   (folder / SINGLE).rename(folder / 'pytorch_model.bin')
   with pytest.raises(CheckpointError, match=r'pytorch_model.bin .*save_pretrained'):
     load(folder)

@@ -14,6 +14,7 @@ from rlhf_jax.models import roles
 from rlhf_jax.models.heads import scalar_head_init
 from tests.models import reference
 from tests.models.architectures import VOCAB, make_config, make_params, make_tokens
+from tests.models.logits import response_logits
 
 P, R = 5, 6
 LENGTHS = ((4, 6), (2, 3), (5, 1))  # real tokens of each row's prompt and response
@@ -59,7 +60,7 @@ def test_logprobs_and_entropy_are_those_of_each_row_alone(temperature: float, me
   output = jax.jit(lambda p, s: roles.policy_output(config, p, s, temperature=temperature))(
     params, sequences
   )
-  logits = jax.jit(lambda p, s: roles.response_logits(config, p, s, temperature))(params, sequences)
+  logits = jax.jit(lambda p, s: response_logits(config, p, s, temperature))(params, sequences)
   assert logits.shape == (3, R, VOCAB) and output.values is None
   for row, (_, length) in enumerate(LENGTHS):
     tokens, prompt = row_tokens(sequences, row)
@@ -192,7 +193,7 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> No
   config = make_config()
   for function in (
     lambda: roles.policy_output(config, {}, make_sequences(), temperature=temperature),
-    lambda: roles.response_logits(config, {}, make_sequences(), temperature),
+    lambda: roles.response_kl(config, {}, {}, make_sequences(), temperature),
   ):
     with pytest.raises(ValueError, match='temperature'):
       function()

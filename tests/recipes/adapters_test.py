@@ -16,8 +16,9 @@ from rlhf_jax.common.errors import ConfigError, RunError
 from rlhf_jax.config import InitConfig, RewardModelInitConfig
 from rlhf_jax.models import adapters
 from rlhf_jax.models.adapters import AdapterConfig
+from rlhf_jax.models.roles import abstract_reward_model
 from rlhf_jax.objectives.ppo import PPOConfig
-from rlhf_jax.recipes.parts import abstract_decoder, abstract_reward_model
+from rlhf_jax.recipes.parts import abstract_decoder
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.mesh import MeshConfig, make_mesh
 from tests import tiny

@@ -221,3 +221,14 @@ def test_short_prompts_take_short_programs(parents: pathlib.Path) -> None:
   for (expected, values, _), (found, others, _) in zip(whole, take_steps(config), strict=True):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     np.testing.assert_allclose(others['loss'], values['loss'], rtol=1e-4, atol=1e-6)
+
+
+def test_a_sampler_in_another_type_than_its_start_does_not_say_the_log_probs(
+  parents: pathlib.Path,
+) -> None:
+  """What the start computes in is known once it is there."""
+  config = tiny.make_config('ppo', parents)
+  config.rollout.old_logprobs, config.generation.dtype = 'sampler', 'bfloat16'
+  config.validate()
+  with pytest.raises(ConfigError, match=r"generation.dtype='bfloat16' and model.dtype='float32'"):
+    tiny.build_recipe(config, 1)

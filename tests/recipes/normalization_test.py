@@ -34,7 +34,7 @@ def trained(kind: str, parents: pathlib.Path, folder: pathlib.Path) -> tuple[Any
     parts = parts_lib.load_parts(
       config, {'policy': Run(parents / 'sft')}, tiny.feedback_of(config.data.response_length)
     )
-    abstract = parts_lib.abstract_reward_model(parts.model, parts.mesh)
+    abstract = roles.abstract_reward_model(parts.model, parts.mesh)
   loaded = finished.outcome.run.restore_role('reward_model', abstract)
   jax.tree.map(np.testing.assert_array_equal, loaded, finished.loop.state.params['reward_model'])
   return parts, loaded, finished

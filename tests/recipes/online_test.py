@@ -14,7 +14,6 @@ from rlhf_jax.common.types import Sequences
 from rlhf_jax.config import EvaluationConfig
 from rlhf_jax.evaluation.policy import decode_sequences
 from rlhf_jax.generation.config import GenerationConfig
-from rlhf_jax.models import roles
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
 from rlhf_jax.objectives.ppo import PPOConfig
 from rlhf_jax.recipes import Built
@@ -22,6 +21,7 @@ from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
+from tests.models.logits import response_logits
 
 pytestmark = pytest.mark.slow
 
@@ -133,7 +133,7 @@ def test_the_temperature_divides_every_logit(
   reference = trees.unflatten(
     built.recipe.abstract.params, {name: jax.numpy.asarray(x) for name, x in before.items()}
   )['policy']
-  logits = np.asarray(roles.response_logits(model, reference, sequences, temperature=1.0))
+  logits = np.asarray(response_logits(model, reference, sequences, temperature=1.0))
   tokens = np.asarray(sequences.response)[..., None]
   expected = np.take_along_axis(log_softmax(logits / temperature), tokens, -1)[..., 0]
   plain = np.take_along_axis(log_softmax(logits), tokens, -1)[..., 0]

@@ -22,6 +22,14 @@ def test_a_stage_has_its_parents_decoder_computed_as_it_asks():
   assert inherit(asked, PARENT) == expected
   assert inherit(ModelConfig(), PARENT) == PARENT
   assert inherit(ModelConfig(width=32), PARENT) == PARENT
+  # What is said is taken, where it is what a decoder without a start has, too.
+  plain = ModelConfig(dtype='float32', remat='none', scan_layers=False, vocab_chunk=0)
+  found = inherit(plain, dataclasses.replace(expected, vocab_chunk=8))
+  assert found == dataclasses.replace(
+    PARENT, dtype='float32', remat='none', scan_layers=False, vocab_chunk=0
+  )
+  assert (found.compute_dtype, found.remat_policy) == ('float32', 'none')
+  assert not found.scanned and found.ids_at_once is None
 
 
 def test_another_architecture_than_the_parents_is_refused():
@@ -33,9 +41,11 @@ def test_a_reward_model_is_computed_as_the_policy():
   """So is a value trunk that starts from it; what the stage leaves at its default stays its own."""
   policy = ModelConfig(dtype='bfloat16', remat='full', vocab_chunk=8, attention='cudnn', width=8)
   asked: dict[str, Any] = dict(dtype='bfloat16', remat='full', vocab_chunk=8, attention='cudnn')
-  assert judge_model(policy, PARENT) == dataclasses.replace(PARENT, **asked)
+  expected = dataclasses.replace(PARENT, **asked, scan_layers=False)
+  assert judge_model(policy, PARENT) == expected
   half = dataclasses.replace(PARENT, dtype='bfloat16', scan_layers=True)
   assert judge_model(ModelConfig(), half) == dataclasses.replace(half, scan_layers=False)
+  assert judge_model(ModelConfig(dtype='float32'), half).compute_dtype == 'float32'
 
 
 def test_attention_that_a_reward_model_cannot_have_is_found_at_once(parents, monkeypatch):

@@ -26,6 +26,7 @@ from rlhf_jax.sharding.mesh import MeshConfig, make_mesh, put_batch
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
 from tests.experiments.programs import run_program
+from tests.models.logits import response_logits
 
 pytestmark = pytest.mark.slow
 
@@ -178,7 +179,7 @@ def test_the_divergence_is_that_of_the_tilted_policy(trained: Trained) -> None:
     sequences, _ = sampled(parts, params)
     found = make_kl(parts)(params, {'policy': parts.reference}, sequences)
     p = log_softmax(tilted(parts, params, sequences, BETA) / 0.8)
-    logits = roles.response_logits(parts.model, parts.reference, sequences, temperature=0.8)
+    logits = response_logits(parts.model, parts.reference, sequences, temperature=0.8)
     q = log_softmax(np.asarray(logits, np.float64))
   kl = np.where(sequences.response_mask, (np.exp(p) * (p - q)).sum(-1), 0).sum(-1)
   np.testing.assert_allclose(found, kl, rtol=1e-3, atol=1e-4)

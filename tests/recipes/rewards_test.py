@@ -15,9 +15,10 @@ from rlhf_jax.config import RewardModelInitConfig
 from rlhf_jax.data import pipeline
 from rlhf_jax.evaluation.policy import decode_sequences
 from rlhf_jax.models import roles
+from rlhf_jax.models.roles import abstract_reward_model
 from rlhf_jax.objectives.kl_penalty import KLPenaltyConfig
 from rlhf_jax.objectives.ppo import PPOConfig
-from rlhf_jax.recipes.parts import Parts, abstract_reward_model, load_parts
+from rlhf_jax.recipes.parts import Parts, load_parts
 from rlhf_jax.recipes.rewards import Reading, load_reward_model, make_reward, make_score
 from rlhf_jax.rollout.config import RewardConfig, RolloutConfig
 from rlhf_jax.rollout.rewards import AGGREGATES

@@ -57,7 +57,7 @@ def test_every_parameter_of_the_models_has_a_place() -> None:
       dict(heads=2, kv_heads=1, head_dim=8, vocab_multiple=2),
       MESH,
       r'mesh\.tensor=2: expected a divisor of 1, the size of axis .kv_heads. of parameter '
-      r'layers\.key\.kernel .*change model\.kv_heads, or choose mesh\.tensor=1',
+      r'layers\.key\.kernel .*Choose mesh\.tensor=1, or change model\.kv_heads in the stage that',
     ),
     (
       dict(heads=3, head_dim=4, kv_heads=3, vocab_multiple=2),
@@ -67,13 +67,13 @@ def test_every_parameter_of_the_models_has_a_place() -> None:
     (
       dict(),
       MESH,
-      r'divisor of 19, the size of axis .vocab. of parameter embedding \(19, 16\)\. Either set '
-      r'model\.vocab_multiple to a multiple of it, or choose mesh\.tensor=1',
+      r'divisor of 19, the size of axis .vocab. of parameter embedding \(19, 16\)\. Choose '
+      r'mesh\.tensor=1, or set model\.vocab_multiple to a multiple of it in the stage that makes',
     ),
     (
       dict(width=12, head_dim=4),
       MeshConfig(fsdp=8),
-      r'mesh\.fsdp=8: expected a divisor of 12, .*change model\.width, or choose mesh\.fsdp=4',
+      r'mesh\.fsdp=8: expected a divisor of 12, .*Choose mesh\.fsdp=4, or change model\.width',
     ),
   ],
 )
