@@ -326,6 +326,11 @@ class Checkpoints:
         f'one: {last}. Mend the cause, and run the same command again to go on from there.'
       ) from error
 
+  def wait(self) -> None:
+    """Returns when all is written; raises RunError if that fails."""
+    with self._writing():
+      self._checkpointer.wait()
+
   def close(self) -> None:
     """Waits for the writing that is under way; raises RunError if it fails."""
     with self._writing():

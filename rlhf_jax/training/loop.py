@@ -1,11 +1,12 @@
 """The one training loop: step, log, evaluate, checkpoint, stop cleanly, go on exactly."""
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from rlhf_jax.common.metrics import Metrics
 from rlhf_jax.training import dumps
 from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.health import HealthConfig
-from rlhf_jax.training.monitors import Event, Monitors
+from rlhf_jax.training.monitors import OF_EVALUATIONS, Event, Monitors
 from rlhf_jax.training.progress import Progress
 from rlhf_jax.training.recipe import Prepared, Recipe
 from rlhf_jax.training.state import TrainState
@@ -109,9 +110,14 @@ class _Run:
     """Opens the files of metrics, without rows of steps that are still to come."""
     keep = self.start if self.start else -1
     self.metrics.append(JsonlWriter(self.folder / 'metrics.jsonl', keep_through=keep))
-    evaluated = keep - self.owes_evaluation
-    self.evaluations.append(JsonlWriter(self.folder / 'evaluations.jsonl', keep_through=evaluated))
-    self.health.append(JsonlWriter(self.folder / 'health.jsonl', keep_through=keep))
+
+    def rows(name: str, stale: Callable[[Mapping[str, Any]], bool]) -> JsonlWriter:
+      # An evaluation that is owed may have been made, and lost: it is made again.
+      owed = stale if self.owes_evaluation else lambda row: False
+      return JsonlWriter(self.folder / name, keep_through=keep, stale=owed)
+
+    self.evaluations.append(rows('evaluations.jsonl', lambda row: True))
+    self.health.append(rows('health.jsonl', lambda row: row.get('monitor') in OF_EVALUATIONS))
     if self.config.tensorboard:
       board = TensorBoardWriter(self.folder / 'tensorboard', keep_through=keep)
       self.metrics.append(board)
@@ -133,9 +139,12 @@ class _Run:
     """Goes on from `start` to the end; whether it was stopped before that, with its state saved."""
     config, checkpoints = self.config, self.checkpoints
     if self.start == 0:
-      checkpoints.require_metric(self.evaluate(0, stop))
+      with stop.interruptible():
+        first = self.evaluate(0)
+      checkpoints.require_metric(first)
     elif self.owes_evaluation:
-      self.evaluate(self.start, stop)
+      with stop.interruptible():
+        self.evaluate(self.start)
     for step in range(self.start, config.steps):
       self.step(step, stop)
       done = step + 1
@@ -145,10 +154,12 @@ class _Run:
       stopping = stop.due() and not last
       scalars = None
       self.owes_evaluation = last or _due(done, config.evaluate_every)
-      # There may be little time to stop in: what need not be in the checkpoint is left for later.
-      if self.owes_evaluation and (not stopping or config.checkpoint_evaluations):
+      needed = last or config.checkpoint_evaluations  # in the checkpoint itself
+      # There may be little time to stop in: an evaluation that is not needed is left for later.
+      if self.owes_evaluation and (needed or not stopping):
         self.settle_all()
-        scalars = self.evaluate(done, stop)
+        with contextlib.nullcontext() if needed else stop.interruptible():
+          scalars = self.evaluate(done)
       if (
         last
         or stopping
@@ -167,13 +178,10 @@ class _Run:
   def rescue(self) -> None:
     """Saves what is complete, of a step or an evaluation that was given up in the middle."""
     self.settle_all()
-    done = int(self.state.step)
-    at_the_end = done == self.config.steps
-    # Such a checkpoint has the evaluation's answer in it: it is left for a later one, made anew.
-    if self.owes_evaluation and (at_the_end or self.config.checkpoint_evaluations):
-      return
-    if done:
+    if done := int(self.state.step):
       self.save(done, None)
+    if self.halt is not None:
+      raise self.halted(self.halt)
 
   def settle_all(self) -> None:
     """Waits for the metrics of every step that was dispatched."""
@@ -247,10 +255,9 @@ class _Run:
     if self.config.samples:
       self.tell(self.monitors.see_row(step, values))
 
-  def evaluate(self, step: int, stop: StopRequest) -> dict[str, float]:
+  def evaluate(self, step: int) -> dict[str, float]:
     """Asks the recipe's questions and writes the answers."""
-    with stop.interruptible():
-      scalars, arrays = self.recipe.evaluate(self.state.by_role, step)
+    scalars, arrays = self.recipe.evaluate(self.state.by_role, step)
     if arrays and processes.is_main():
       folder = self.folder / 'evaluations'
       folder.mkdir(exist_ok=True)
@@ -338,6 +345,7 @@ def train(
       except Interrupted:
         stopped = True
         run.rescue()
+      checkpoints.wait()  # here, where no second signal ends it
       if stopped:
         stop.honoured = True
         return run.outcome(run.state, stopped=True)

@@ -47,6 +47,8 @@ _METRICS = {
 }
 # Those that compare as a ratio: with the first row that is not 0.
 _RATIOS = ('entropy', 'length', 'disagreement')
+# Those that speak of evaluations.
+OF_EVALUATIONS = ('overoptimisation',)
 # What is wrong, with the metric, its first and the value.
 _TEXTS = {
   'kl': 'the policy is {now:.4g} nats a response from the reference',
@@ -100,7 +102,9 @@ class Monitors:
     self.skipped_steps = int(facts.get('skipped_steps', 0))
     self.skipped_updates = int(facts.get('skipped_updates', 0))
     self._in_a_row = int(facts.get('in_a_row', 0))
-    self._first: dict[str, float] = dict(facts.get('first', {}))
+    firsts: Mapping[str, float] = facts.get('first', {})
+    # Earlier versions kept firsts of 0, of which there is no ratio.
+    self._first = {name: x for name, x in firsts.items() if name not in _RATIOS or x > 0}
     self._speaking: set[str] = set(facts.get('speaking', ()))
     self._best: dict[str, Any] | None = facts.get('best')
 

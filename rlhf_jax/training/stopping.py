@@ -70,7 +70,7 @@ class StopRequest:
   @contextlib.contextmanager
   def interruptible(self) -> Iterator[None]:
     """Work that raises Interrupted at a second signal: nothing of it is needed to go on later."""
-    if self._signals > 1:
+    if self._signals > 1 and not processes.several():
       raise Interrupted
     self._interruptible = True
     try:

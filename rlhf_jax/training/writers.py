@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from rlhf_jax.common import files, processes
@@ -29,16 +29,28 @@ class Writer(Protocol):
 class JsonlWriter:
   """One JSON object a line, `{"step": 10, "loss": ...}`, flushed at once."""
 
-  def __init__(self, path: pathlib.Path, *, keep_through: int):
+  def __init__(
+    self,
+    path: pathlib.Path,
+    *,
+    keep_through: int,
+    stale: Callable[[Mapping[str, Any]], bool] = lambda row: False,
+  ):
     """Opens `path` for appending, after dropping what lies beyond step `keep_through`.
 
     A run that is resumed from step 100 makes rows 101.. again: the old ones, and a last line that
     was cut short, must not stay beside them. A damaged line before the last is said to be lost.
+    `stale` tells which rows of that step are made again too.
     """
     if path.exists():
       # What is no text is no row either; splitlines would take more than line ends for such.
       lines = path.read_text(encoding='utf-8', errors='replace').rstrip('\n').split('\n')
-      kept = [line for line in lines if _step_of(line) <= keep_through]
+      kept = [
+        line
+        for line in lines
+        if (step := _step_of(line)) <= keep_through
+        and not (step == keep_through and stale(json.loads(line)))
+      ]
       for number, line in enumerate(lines[:-1], 1):
         if keep_through >= 0 and _step_of(line) == math.inf:
           processes.say(f'warning: {path}:{number}: damaged: this row is lost ({line!r:.60})')

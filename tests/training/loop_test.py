@@ -78,6 +78,7 @@ def same_run(folder: pathlib.Path, expected: pathlib.Path) -> None:
   """Demands the same metrics, evaluations, answers and result."""
   for name in ('metrics', 'evaluations'):
     assert rows(folder, name) == rows(expected, name)
+  assert read_rows(folder / 'health.jsonl') == read_rows(expected / 'health.jsonl')
   answers = sorted((expected / 'evaluations').glob('*'))
   assert [path.name for path in answers] == [
     path.name for path in sorted((folder / 'evaluations').glob('*'))
@@ -370,8 +371,8 @@ def test_a_third_signal_ends_the_process_at_once() -> None:
     (4, 1, False, 'held_out_accuracy', 4, [0, 4]),  # what is needed to tell the best is not
     (4, 2, True, '', 4, [0]),
     (4, 1, True, '', 5, [0, 4]),
-    (8, 2, True, 'held_out_accuracy', 4, [0, 4]),
-    (10, 2, True, '', 9, [0, 4, 8]),  # the last checkpoint has the last evaluation in it
+    (8, 2, True, 'held_out_accuracy', 8, [0, 4, 8]),  # and not given up
+    (10, 2, False, '', 9, [0, 4, 8]),
   ],
 )
 def test_a_second_signal_loses_the_current_step_alone(

@@ -120,6 +120,18 @@ def test_gold_down_while_the_proxy_rises_is_over_optimisation(
     assert events[0].value == pytest.approx(expected)
 
 
+def test_a_first_of_nothing_in_an_older_checkpoint_is_none() -> None:
+  """Monitors once kept a first of 0, of which there is no ratio."""
+  config = HealthConfig(length=MonitorConfig(limit=2.0))
+  monitors = Monitors(config, {'first': {'length': 0.0, 'repetition': 0.0}})
+  assert monitors.see_row(1, {'length': 5.0, 'repetition': 0.1}) == []
+  (event,) = monitors.see_row(2, {'length': 11.0, 'repetition': 0.1})
+  assert event.monitor == 'length' and monitors.facts()['first'] == {
+    'length': 5.0,
+    'repetition': 0.0,
+  }
+
+
 def test_gold_that_falls_alike_for_every_prompt_is_no_chance() -> None:
   """The standard error of equal falls is 0; of one prompt there is none."""
   for prompts, said in ((4, True), (1, False)):

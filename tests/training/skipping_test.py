@@ -18,7 +18,7 @@ from rlhf_jax.training.health import HealthConfig, MonitorConfig
 from rlhf_jax.training.recipe import Recipe
 from rlhf_jax.training.writers import read_rows
 from tests import tiny
-from tests.training.loop_test import killed_at, rows
+from tests.training.loop_test import killed_at, rows, terminated_at
 
 SKIP = HealthConfig(nonfinite='skip')
 # What it says depends on the responses alone, so that a resumed run meets the same.
@@ -167,6 +167,10 @@ def test_a_monitor_stops_with_its_state_saved_and_the_same_command_goes_on(
   assert event['action'] == 'stop' and event['limit'] == 1e-6 and event['value'] > 1e-6
   for part in (f'step {event["step"]}', 'nats a response', 'health.kl.limit', 'same command'):
     assert part in str(caught.value)
+  # So it does where a second signal has ended the run in the step after the row.
+  twice = terminated_at(event['step'] + 1, times=2)
+  with pytest.raises(HealthError, match=f'The state of step {event["step"]} is saved'):
+    tiny.run_stage(config, tmp_path / 'signalled', wrap=twice)
   again = tiny.run_stage(config, tmp_path / 'run')
   config.health = HealthConfig(kl=dataclasses.replace(limit, action='warn'))
   whole = tiny.run_stage(config, tmp_path / 'whole')

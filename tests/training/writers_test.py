@@ -92,3 +92,18 @@ def test_tensorboard_tells_evaluations_from_training(tmp_path: pathlib.Path) -> 
   writer.close()
   found = [tag for tag, _, _ in events(tmp_path)]
   assert found == ['', 'kl', 'evaluation/kl'] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_rows_that_are_made_again_are_told_from_others_of_their_step(
+  tmp_path: pathlib.Path,
+) -> None:
+  """Of an evaluation that was left for later, what it said; not what the step itself said."""
+  path = tmp_path / 'health.jsonl'
+  writer = JsonlWriter(path, keep_through=-1)
+  said = [(2, 'evaluation'), (4, 'step'), (4, 'evaluation'), (5, 'step')]
+  for step, monitor in said:
+    writer.write(step, {'monitor': monitor})
+  writer.close()
+  stale = lambda row: row['monitor'] == 'evaluation'  # noqa: E731
+  JsonlWriter(path, keep_through=4, stale=stale).close()
+  assert [(row['step'], row['monitor']) for row in read_rows(path)] == said[:2]
