@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from experiments.drilling.bits import differences
 from experiments.drilling.program import Program, Running
 from rlhf_jax.common.errors import UserError
+from rlhf_jax.training.writers import read_rows
 
 # What a program says of what went wrong, in a line.
 _COMPLAINT = 'error: '
@@ -71,6 +72,17 @@ class Ground:
       if name.isdigit()
     ]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+  def lost(self, workdir: pathlib.Path) -> str:
+    """What was written of steps that no checkpoint of an unfinished run has; '' if all have one."""
+    for run in _runs(workdir):
+      if (run / 'result.json').exists() or not (run / 'metrics.jsonl').exists():
+        continue
+      rows = read_rows(run / 'metrics.jsonl')
+      kept = [int(name) for name in _names(run / 'checkpoints') if name.isdigit()]
+      if rows and rows[-1]['step'] > max(kept, default=0):
+        return f'{run.name} has rows to step {rows[-1]["step"]} and checkpoints {sorted(kept)}'
+    return ''
 
   def can_fall_back(self, workdir: pathlib.Path) -> bool:
     """Whether there is a checkpoint before the last one."""

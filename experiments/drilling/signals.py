@@ -65,6 +65,8 @@ def disturbed(
       outcome.trials += 1
       if code not in allowed:
         raise BrokenError(f'exit code {code} after {outcome.trials} trials: {last_words(running)}')
+      if code == STOPPED and (lost := ground.lost(workdir)):
+        raise BrokenError(f'it stopped by itself, and yet lost steps: {lost} ({running.log})')
       outcome.survived += 1
     finish(ground, workdir, outcome)
     if outcome.trials >= trials:

@@ -2,12 +2,15 @@
 
 import json
 import pathlib
+import random
 import shutil
 
 import numpy as np
 import pytest
 
 from experiments.drilling.bits import differences
+from experiments.drilling.ground import Ground
+from experiments.drilling.program import Program
 
 MATCHED = [['Start', 'one SFT policy'], ['Cost', 'the reward model: 1,024 tokens, 13 s']]
 
@@ -60,3 +63,17 @@ def test_answers_are_compared_and_whole_runs_counted(tmp_path: pathlib.Path) -> 
   lines = differences(found, expected)
   assert 'dpo_seed0/result.json: missing' in lines
   assert lines[-1] == 'dpo_seed1/result.json: not expected'
+
+
+def test_steps_that_no_checkpoint_has_are_lost(tmp_path: pathlib.Path) -> None:
+  run = tmp_path / 'dpo_seed0'
+  (run / 'checkpoints' / '4').mkdir(parents=True)
+  (run / 'checkpoints' / '6.orbax-checkpoint-tmp').mkdir()
+  ground = Ground(Program('train', ()), tmp_path, tmp_path, 1.0, random.Random(0))
+  assert ground.lost(tmp_path) == '', 'nothing was told of'
+  (run / 'metrics.jsonl').write_text('{"step": 4}\n')
+  assert ground.lost(tmp_path) == ''
+  (run / 'metrics.jsonl').write_text('{"step": 4}\n{"step": 6}\n')
+  assert ground.lost(tmp_path) == 'dpo_seed0 has rows to step 6 and checkpoints [4]'
+  (run / 'result.json').write_text('{}')
+  assert ground.lost(tmp_path) == '', 'it is finished'
