@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from benchmarks import measuring
+from rlhf_jax.common import allocation
 from rlhf_jax.common.errors import UserError
 
 _SCRIPTS = pathlib.Path(__file__).parent / 'peers'
@@ -211,4 +212,9 @@ def _environment() -> dict[str, str]:
   """Ours without what is for our interpreter alone; nothing is fetched from the hub."""
   names = ('PYTHONPATH', 'PYTHONHOME', 'VIRTUAL_ENV')
   kept = {name: value for name, value in os.environ.items() if name not in names}
-  return {**kept, 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'}
+  return {
+    **allocation.ENVIRONMENT,  # what programs of ours settle for themselves
+    **kept,
+    'HF_HUB_OFFLINE': '1',
+    'TOKENIZERS_PARALLELISM': 'false',
+  }

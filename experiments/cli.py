@@ -18,7 +18,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rlhf_jax.common import processes
+from rlhf_jax.common import allocation, processes
 from rlhf_jax.common.errors import UserError
 from rlhf_jax.config import load_config
 from rlhf_jax.config_values import suggestion
@@ -169,6 +169,7 @@ def run(main: Callable[[], int], *, resumable: bool = False) -> None:
       # A simulated device holds a thread while it waits for another: with only as many threads as
       # there are cores, programs that overlap can come to wait for each other without end.
       os.environ.setdefault('PJRT_NPROC', '32')
+    allocation.keep_memory()
     if flags.FLAGS.debug:
       jax.config.update('jax_debug_nans', True)
     if flags.FLAGS.cache_dir:

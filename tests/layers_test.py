@@ -166,7 +166,8 @@ def test_flax_nnx_is_never_imported() -> None:
   found = []
   for path, module, is_package, tree in sources('rlhf_jax', 'experiments', 'configs', 'benchmarks'):
     for line, name in imported_modules(tree, module, is_package):
-      if name.startswith('flax.nnx'):
+      # What runs in a peer's environment has the peer's flax.
+      if name.startswith('flax.nnx') and not str(path).startswith('benchmarks/peers/'):
         found.append(f'{path}:{line}: {name}')
     for node in ast.walk(tree):
       if isinstance(node, ast.Attribute) and ast.unparse(node).startswith('flax.nnx'):
