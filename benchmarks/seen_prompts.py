@@ -22,8 +22,8 @@ from rlhf_jax.evaluation.frontier import frontier_at, optimal_frontier
 from rlhf_jax.evaluation.statistics import Interval, pooled_interval
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.objectives import objective_of
+from rlhf_jax.reading import load_data
 from rlhf_jax.runs import Run
-from rlhf_jax.stages import load_data
 from rlhf_jax.training.writers import read_rows
 
 STUDY = flags.DEFINE_string('study', None, 'The folder of a finished study.', required=True)

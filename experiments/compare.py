@@ -39,10 +39,11 @@ from rlhf_jax.evaluation.frontier import FrontierPoint, optimal_frontier
 from rlhf_jax.evaluation.statistics import proportion_interval
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.objectives import objective_of
+from rlhf_jax.reading import load_data
 from rlhf_jax.recipes.parts import load_parts
 from rlhf_jax.recipes.probes import reference_rewards
 from rlhf_jax.runs import Run, fingerprint
-from rlhf_jax.stages import StoppedError, check_alone, load_data, run_stage
+from rlhf_jax.stages import StoppedError, check_alone, run_stage
 from rlhf_jax.study import StudyConfig
 from rlhf_jax.training.writers import read_rows
 

@@ -41,7 +41,7 @@ import jax
 from absl import flags
 
 from experiments import cli, cluster
-from rlhf_jax import stages
+from rlhf_jax import reading
 from rlhf_jax.common import processes
 from rlhf_jax.common.errors import RunError, UserError
 from rlhf_jax.config import ExperimentConfig
@@ -262,7 +262,7 @@ def load_data(run: Run, config: ExperimentConfig) -> Feedback | ControlFeedback:
   # Bad records that are set aside go beside runs; beside a folder, of the hub maybe, they do not.
   of_hf = isinstance(run, HfFolder)
   root = pathlib.Path(JSON.value or '.').parent if of_hf else run.folder.parent
-  feedback = stages.load_data(config.data, root)
+  feedback = reading.load_data(config.data, root)
   if not of_hf and feedback.fingerprint != run.data_fingerprint:
     raise RunError(
       f'{run.source}: {feedback.source} holds other records than the run learnt from: what it saw '

@@ -45,7 +45,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
-from rlhf_jax import stages
+from rlhf_jax import reading, stages
 from rlhf_jax.common.errors import RunError
 from rlhf_jax.objectives import objective_of
 from rlhf_jax.provenance import environment_record
@@ -120,7 +120,7 @@ def check(run: Run) -> None:
 
 def load_data(run: Run) -> Any:
   """The records of the run; raises RunError for others."""
-  feedback = stages.load_data(run.config.data, run.folder.parent)
+  feedback = reading.load_data(run.config.data, run.folder.parent)
   if feedback.fingerprint != run.data_fingerprint:
     raise RunError(f'{run.folder}: {feedback.source} holds other records than the run learnt from.')
   return feedback

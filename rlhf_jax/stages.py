@@ -4,10 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import functools
-import json
 import pathlib
-import re
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,18 +14,16 @@ import jax
 from rlhf_jax.common import determinism, processes, trees
 from rlhf_jax.common.errors import ConfigError, RunError
 from rlhf_jax.config import ExperimentConfig, load_config
-from rlhf_jax.config_values import canonical_json, from_dict, to_dict
-from rlhf_jax.data.changes import FileState, file_state, require_unchanged
-from rlhf_jax.data.config import CONTROL, TRAINED_TOKENIZERS, DataConfig
+from rlhf_jax.config_values import to_dict
+from rlhf_jax.data.config import CONTROL, TRAINED_TOKENIZERS
 from rlhf_jax.data.segments import ControlFeedback
-from rlhf_jax.data.segments import make as make_segments
-from rlhf_jax.data.sources import load as load_feedback
 from rlhf_jax.data.tokenizers import load as load_tokenizer
 from rlhf_jax.feedback.dataset import Feedback
 from rlhf_jax.hf_folder import is_source, open_source
 from rlhf_jax.objectives import objective_of
 from rlhf_jax.origins import path_of
 from rlhf_jax.provenance import environment_record, git_revision
+from rlhf_jax.reading import load_data
 from rlhf_jax.recipes import Built, build
 from rlhf_jax.recipes.parents import check_best, check_role
 from rlhf_jax.recipes.parts import chat_template, check_devices, check_records
@@ -42,8 +37,6 @@ from rlhf_jax.training.writers import read_rows
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # A network file system may show a new file to other machines only after a while.
 _SEEN_SECONDS = 60
-# The data files that this process has read.
-_READ: dict[str, FileState | None] = {}
 
 
 class Stage(NamedTuple):
@@ -196,38 +189,6 @@ def _check_chain(
         path_of(role), init, 'a stage that can run on behalf of this one', f'Of that one: {error}'
       ) from error
   return found
-
-
-def load_data(data: DataConfig, root: str | pathlib.Path) -> Feedback | ControlFeedback:
-  """The feedback of a stage; the stages of one process that read the same data share it.
-
-  Raises DataError also where a file is not what it was when this process first read it: stages that
-  belong together would learn from different records.
-  """
-  paths = [path for path in (data.path, data.held_out_path) if path and data.source == 'jsonl']
-  before = {path: _READ.get(path) or file_state(path) for path in paths}
-  feedback = _load(canonical_json(to_dict(data)), quarantine_file(data, root))
-  for path, state in before.items():
-    require_unchanged(path, state)
-  _READ.update(before)
-  return feedback
-
-
-@functools.lru_cache(maxsize=2)
-def _load(data: str, quarantine: pathlib.Path) -> Feedback | ControlFeedback:
-  config = from_dict(DataConfig, json.loads(data))
-  if config.source == CONTROL:
-    return make_segments(config.lqr, config.held_out)
-  return load_feedback(config, quarantine)
-
-
-def quarantine_file(data: DataConfig, root: str | pathlib.Path) -> pathlib.Path:
-  """Where bad records of a source go; the stages that read it under one root share the file."""
-  name = pathlib.Path(data.path).name if data.path is not None else data.source
-  # One name, whatever a source is called: it may have separators in it.
-  name = re.sub(r'[^\w.-]+', '_', name)[:64]
-  digest = fingerprint([data.source, data.path, data.held_out_path])[:8]
-  return pathlib.Path(root) / 'quarantine' / f'{name}-{digest}.jsonl'
 
 
 def _identity(

@@ -30,6 +30,7 @@ ROOT_UNIT = (
   'origins',
   'planning',
   'provenance',
+  'reading',
   'recipes',
   'runs',
   'stages',

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_jax import stages
+from rlhf_jax import reading, stages
 from rlhf_jax.common.errors import DataError
 from rlhf_jax.config import InitConfig, RewardModelInitConfig
 from rlhf_jax.data.config import DataConfig
@@ -142,7 +142,7 @@ def test_kto_wants_good_and_bad(
   assert found in said and 'Set --config.objective.threshold between' in said
   config = tiny.make_config('kto', data=data, objective=KTOConfig(threshold=3.0))
   if len(scores) > 1:
-    parts.check_records(config, stages.load_data(data, tmp_path))
+    parts.check_records(config, reading.load_data(data, tmp_path))
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_a_parent_makes_of_the_data_what_its_own_config_says(tmp_path: pathlib.P
     first, second = (stages.resolve(config, tmp_path) for config in (kto, dpo))
     assert first.parents['policy'].folder == second.parents['policy'].folder
     alone = [
-      parts.load_parts(tiny.make_config('sft', data=data), {}, stages.load_data(data, tmp_path))  # type: ignore[arg-type]
+      parts.load_parts(tiny.make_config('sft', data=data), {}, reading.load_data(data, tmp_path))  # type: ignore[arg-type]
       for data in (plain, converted)
     ]
   assert alone[0].tokenizer.fingerprint == alone[1].tokenizer.fingerprint

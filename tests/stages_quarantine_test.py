@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_jax import stages
+from rlhf_jax import reading, stages
 from rlhf_jax.common.errors import DataError, RunError
 from rlhf_jax.config import ExperimentConfig
 from rlhf_jax.data.config import DataConfig
@@ -32,7 +32,7 @@ def test_a_side_file_under_the_root_holds_the_line_and_the_reason(tmp_path: Path
   feedback: Any = stages.resolve(config, tmp_path / 'runs').feedback
   assert feedback.quarantined == 1
   assert len(feedback.train.demonstrations) + len(feedback.held_out.demonstrations) == 9
-  side_file = stages.quarantine_file(config.data, tmp_path / 'runs')
+  side_file = reading.quarantine_file(config.data, tmp_path / 'runs')
   (reject,) = map(json.loads, side_file.read_text().splitlines())
   assert (reject['number'], reject['field'], reject['reason']) == (4, 'response', 'empty response')
   assert json.loads(reject['raw']) == {'prompt': 'say 3', 'response': ''}
@@ -70,13 +70,13 @@ def test_a_mended_file_leaves_no_side_file(tmp_path: Path) -> None:
   """What was set aside of the file as it was before would be taken for what is set aside now."""
   config = make_config(tmp_path, 'quarantine')
   root = tmp_path / 'runs'
-  stages.load_data(config.data, root)
-  assert stages.quarantine_file(config.data, root).is_file()
+  reading.load_data(config.data, root)
+  assert reading.quarantine_file(config.data, root).is_file()
   Path(str(config.data.path)).write_text('{"prompt": "say 1", "response": "1"}\n' * 3)
   feedback = load(
-    dataclasses.replace(config.data, held_out=0.0), stages.quarantine_file(config.data, root)
+    dataclasses.replace(config.data, held_out=0.0), reading.quarantine_file(config.data, root)
   )
-  assert feedback.quarantined == 0 and not stages.quarantine_file(config.data, root).exists()
+  assert feedback.quarantined == 0 and not reading.quarantine_file(config.data, root).exists()
 
 
 def test_a_file_that_changes_between_two_stages_is_refused(tmp_path: Path) -> None:
@@ -85,13 +85,13 @@ def test_a_file_that_changes_between_two_stages_is_refused(tmp_path: Path) -> No
   second = dataclasses.replace(first, responses='all')
   path = Path(str(first.path))
   before = path.read_text()
-  stages.load_data(first, tmp_path)
+  reading.load_data(first, tmp_path)
   path.write_text(before.replace('"9"', '"ten"'))
   for data in (first, second):
     with pytest.raises(DataError, match=r'rows.jsonl: changed since this process first read it'):
-      stages.load_data(data, tmp_path)
+      reading.load_data(data, tmp_path)
   path.write_text(before)
-  assert stages.load_data(second, tmp_path).quarantined == 1
+  assert reading.load_data(second, tmp_path).quarantined == 1
 
 
 def test_a_file_that_changed_before_a_run_goes_on_is_refused(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_file_that_changed_before_a_run_goes_on_is_refused(tmp_path: Path) -> 
 def test_a_side_file_stays_in_its_folder(name: str, tmp_path: Path) -> None:
   """Whatever a source is called."""
   for data in (DataConfig(source='jsonl', path=name), DataConfig(source=f'tfds:{name}')):
-    side_file = stages.quarantine_file(data, tmp_path)
+    side_file = reading.quarantine_file(data, tmp_path)
     assert side_file.resolve().parent == (tmp_path / 'quarantine').resolve()
     side_file.parent.mkdir(exist_ok=True)
     side_file.write_text('')

@@ -26,6 +26,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.roles import abstract_reward_model
 from rlhf_jax.objectives import ObjectiveConfig, demands_of, objective_of
 from rlhf_jax.origins import field_of, path_of
+from rlhf_jax.reading import load_data
 from rlhf_jax.recipes.parents import (
   check_best,
   check_objective,
@@ -41,7 +42,6 @@ from rlhf_jax.recipes.parts import (
 )
 from rlhf_jax.runs import Run
 from rlhf_jax.sharding.rules import placed
-from rlhf_jax.stages import load_data
 
 # Responses to a prompt in a batch of rankings: data sets differ, this is the OpenAI summaries'.
 _RANKED = 4

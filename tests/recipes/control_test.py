@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import stages
+from rlhf_jax import reading, stages
 from rlhf_jax.common import metrics as metrics_lib
 from rlhf_jax.common.errors import ConfigError, DataError, RunError
 from rlhf_jax.config import RewardModelInitConfig, load_config
@@ -137,7 +137,7 @@ def test_rewards_of_steps_come_from_the_reward_model(tmp_path: pathlib.Path) -> 
   judge = small('lqr_reward_model')
   run(judge, tmp_path / 'judge')
   config = small('lqr_piql')
-  feedback: Any = stages.load_data(config.data, tmp_path)
+  feedback: Any = reading.load_data(config.data, tmp_path)
   with tiny.devices(1):
     true = control.load_control(config, {}, feedback)
     parents = {'reward_model': stages.Run(tmp_path / 'judge')}
@@ -170,14 +170,14 @@ def test_slow_copies_follow_q(tmp_path: pathlib.Path) -> None:
 def tiny_build(config: Any, root: pathlib.Path) -> Any:
   """The recipe of a config without parents."""
   with tiny.devices(1):
-    return stages.build(config, {}, stages.load_data(config.data, root))
+    return stages.build(config, {}, reading.load_data(config.data, root))
 
 
 def test_a_finished_run_is_asked_again(tmp_path: pathlib.Path) -> None:
   """Opened with its data it gives its last evaluation again; without texts nothing is sampled."""
   config = small('lqr_cpl')
   finished = tiny.run_stage(config, tmp_path / 'run').outcome.run
-  feedback = stages.load_data(config.data, tmp_path)
+  feedback = reading.load_data(config.data, tmp_path)
   mesh = jax.make_mesh((1, 1, 1), ('data', 'fsdp', 'tensor'), devices=jax.devices()[:1])
   opened = open_run(finished, config, feedback, mesh, parents={})
   with jax.set_mesh(mesh):
@@ -192,7 +192,7 @@ def test_a_finished_run_is_asked_again(tmp_path: pathlib.Path) -> None:
 
 def test_simulated_cost_is_the_exact_one(tmp_path: pathlib.Path) -> None:
   """Of a linear policy; episodes are few, so within a few per cent."""
-  task: Any = stages.load_data(small('lqr_cpl').data, tmp_path).task
+  task: Any = reading.load_data(small('lqr_cpl').data, tmp_path).task
   found = control.simulated_cost(task, lambda states: states @ task.gain.T)
   assert found == pytest.approx(task.optimal_cost, rel=0.1)
 
@@ -234,7 +234,7 @@ def test_impossible_combinations_are_refused(changes: Any, said: str) -> None:
 
 def test_there_are_only_segments(tmp_path: pathlib.Path) -> None:
   """What else is asked for is refused with what there is."""
-  feedback = stages.load_data(small('lqr_cpl').data, tmp_path)
+  feedback = reading.load_data(small('lqr_cpl').data, tmp_path)
   with pytest.raises(DataError, match='no prompts.*CPL'):
     feedback.require('train', 'prompts')
 
@@ -277,7 +277,7 @@ def one_update(name: str, accumulation: int = 1, count: int = 1) -> tuple[Any, d
     **SPLIT[name],
   )
   config.validate()
-  feedback = stages.load_data(config.data, pathlib.Path())
+  feedback = reading.load_data(config.data, pathlib.Path())
   with tiny.devices(count):
     built = stages.build(config, {}, feedback)
   recipe = built.recipe
@@ -345,7 +345,7 @@ def test_rows_may_be_split_over_devices(tmp_path: pathlib.Path) -> None:
     config = small('lqr_cpl', mesh=MeshConfig())
     with tiny.devices(count):
       stages.run_stage(config, tmp_path / f'on{count}', root=tmp_path)
-      built: Any = stages.build(config, {}, stages.load_data(config.data, tmp_path))
+      built: Any = stages.build(config, {}, reading.load_data(config.data, tmp_path))
       policy = stages.Run(tmp_path / f'on{count}').restore_role(
         'policy', built.recipe.abstract.params['policy']
       )

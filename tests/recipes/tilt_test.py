@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import stages
+from rlhf_jax import reading
 from rlhf_jax.config import EvaluationConfig, ExperimentConfig, InitConfig, LogConfig, load_config
 from rlhf_jax.data.config import DataConfig, ReviewsConfig
 from rlhf_jax.evaluation.intervals import measured
@@ -62,7 +62,7 @@ def test_the_tilt_is_worth_more_than_imitation_and_than_the_start(tmp_path: path
   )
   run = tiny.run_stage(config, tmp_path / 'ilql').outcome.run
   mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
-  feedback = stages.load_data(DATA, tmp_path)
+  feedback = reading.load_data(DATA, tmp_path)
 
   def answers(beta: float) -> Any:
     asked = dataclasses.replace(
