@@ -16,6 +16,7 @@ class Watched:
   def __init__(self) -> None:
     self.peak_bytes: int | None = None
     self.loaded: dict[str, Any] = {}
+    self.title = ''
 
   def seconds(self, start: Start) -> float:
     """From the start of a program to the end of its first step."""
@@ -24,6 +25,7 @@ class Watched:
       self.loaded = program.loaded()
       program.step()
       seconds = time.perf_counter() - began
+      self.title = program.title
       peak = program.peak_bytes
     if peak is not None:
       self.peak_bytes = max(peak, self.peak_bytes or 0)
@@ -60,7 +62,7 @@ def measure(
   rounds = alternate(step, None if start is None else peer, repeats)
   others = load.others()
   if told is not None:
-    told |= {'loaded': their.loaded, 'peak_bytes': their.peak_bytes}
+    told |= {'name': their.title, 'loaded': their.loaded, 'peak_bytes': their.peak_bytes}
   return {
     'seconds': rounds.summary(),
     'first_seconds': first,

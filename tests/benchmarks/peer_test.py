@@ -181,6 +181,7 @@ def test_starts_are_timed_cold_and_warm(tmp_path: pathlib.Path) -> None:
 
   found = startup.measure(command, 2, lambda: fake(tmp_path / 'theirs', 3.0))
   assert len(set(folders)) == 3
+  assert found['peer']['name'] == 'fake'
   assert (tmp_path / 'log').read_text().count('peer') == 2 * 3
   assert (tmp_path / 'theirs').read_text().count('peer') == 3
   assert set(found['seconds']) == {'cold', 'warm'} and found['peer']['loaded']['parameters'] == 7
