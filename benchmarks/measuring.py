@@ -119,11 +119,18 @@ def threads() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
+# Seconds between a step and the other's. Threads of OpenMP, which torch has, wait for more work with
+# all their might for a while after it: the next step would pay for that.
+PAUSE = 0.5
+
+
 def alternate(ours: Step, peer: Step | None, repeats: int) -> Rounds:
   """Our step, the peer's, our step, ...: so many of each; None: ours alone."""
   rounds = Rounds({}, {})
   for _ in range(repeats):
     for step, kept in ((ours, rounds.ours), (peer, rounds.peer)):
+      if peer is not None:
+        time.sleep(PAUSE)
       for part, seconds in ({} if step is None else step()).items():
         kept.setdefault(part, []).append(seconds)
   return rounds
