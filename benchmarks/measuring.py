@@ -119,8 +119,8 @@ def threads() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-# Seconds between a step and the other's. Threads of OpenMP, which torch has, wait for more work with
-# all their might for a while after it: the next step would pay for that.
+# Seconds between a step and the other's. Threads of OpenMP, which torch has, spin for a while after
+# it, while they wait for more work: the next step would pay for that.
 PAUSE = 0.5
 
 
